@@ -1,0 +1,46 @@
+# make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
+# make test    lint, types and every test
+#
+# Everything runs in .venv, whatever environment is activated. PYTHON (3.11 or newer) makes it, TORCH_ARGS goes to the
+# installation of torch. On Linux the plain package index serves torch with several GB of GPU libraries; for the CPU
+# build name an index of CPU wheels: make demo TORCH_ARGS="--index-url ..."
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+
+BIN = .venv/bin
+CLEAN = PYTHONPATH= PYTHONHOME=
+PY = $(CLEAN) $(BIN)/python
+PIP = $(PY) -m pip --disable-pip-version-check
+READY = .venv/.installed
+
+demo: $(READY)
+	$(CLEAN) $(BIN)/tl-sparsify run hierarchical_equality --out results/hierarchical_equality
+
+test: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(BIN)/python
+	$(PY) -m pytest
+
+bench: $(READY)
+	$(PY) benchmarks/speed.py
+
+results: $(READY)
+	$(PY) benchmarks/orders.py
+
+venv: $(READY)
+
+# torch and the build tools first and pinned; then no build is isolated, so none can fetch a torch of its own.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(CLEAN) $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install -c constraints.txt setuptools hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv results dist .pytest_cache .ruff_cache .hypothesis
+	find tl_sparsify tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: demo test bench results venv clean

@@ -1,0 +1,505 @@
+"""Folding is ablating: on small TransformerLens-native models, for random circuits, constants and tokens.
+
+Other architectures are in test_folding_architectures.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import re
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformer_lens import TransformerBridge, TransformerBridgeConfig
+from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
+from tl_sparsify.folding import FoldedBridge, fold, load_folded, save_folded
+from tl_sparsify.intervene import ablate, intervened
+from tl_sparsify.units import Site, Units, heads, neurons
+
+VOCABULARY = 17
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated, RMS, rotary, grouped": {
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "n_key_value_heads": 2,
+    },
+    "RMSPre, one key/value head": {"normalization_type": "RMSPre", "final_rms": True, "n_key_value_heads": 1},
+    "LNPre, ReLU, bidirectional": {"normalization_type": "LNPre", "act_fn": "relu", "attention_dir": "bidirectional"},
+    "no norms, soft caps": {"normalization_type": None, "attn_scores_soft_cap": 5.0, "output_logits_soft_cap": 7.0},
+    "attention only": {"attn_only": True},
+}
+
+
+def fresh(variant: str = "plain", dtype: torch.dtype = torch.float64) -> Any:
+    """A small model with all parameters random (biases and norms too)."""
+    config = {"d_model": 16, "d_head": 4, "n_heads": 4, "n_layers": 3, "n_ctx": 12, "d_vocab": VOCABULARY}
+    config |= {"d_mlp": 20, "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
+    model: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config | VARIANTS[variant]), dtype=dtype)
+    return randomised(model)
+
+
+@cache
+def native(variant: str = "plain", dtype: torch.dtype = torch.float64) -> Any:
+    """The same model for all tests that do not change it."""
+    return fresh(variant, dtype)
+
+
+def randomised(model: Any, scale: float = 0.1) -> Any:
+    """The same model in evaluation mode, with noise on every parameter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+    return model.eval()
+
+
+def units_of(model: Any) -> Units:
+    """The heads and neurons that a model has, of a kind of which it may have none."""
+    sites: list[Site] = []
+    for kind in (heads, neurons):
+        try:
+            sites += kind(model).sites
+        except ValueError:
+            continue
+    return Units(tuple(sites))
+
+
+def random_values(units: Units, model: Any, seed: int) -> Values:
+    generator = torch.Generator().manual_seed(seed)
+    widths = {"head": model.cfg.d_head, "neuron": 1}
+    return Values(units, tuple(torch.randn(s.size, widths[s.kind], generator=generator) for s in units.sites))
+
+
+def reduction_of(model: Any, kept: Tensor | list[str], seed: int = 0) -> Reduction:
+    units = units_of(model)
+    circuit = Circuit(units, kept) if isinstance(kept, Tensor) else Circuit.of(units, kept)
+    return Reduction(circuit, random_values(units, model, seed), fingerprint=fingerprint(model))
+
+
+def mask(units: Units, patterns: list[str], seed: int) -> Tensor:
+    """Kept units: per site all, none, one or random ones."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for i, site in enumerate(units.sites):
+        chance = torch.rand(site.size, generator=generator)
+        kept = {"all": chance >= 0, "none": chance < 0, "one": chance == chance.max(), "some": chance < 0.4}
+        parts.append(kept[patterns[i % len(patterns)]])
+    return torch.cat(parts)
+
+
+def tokens(seed: int = 0, batch: int = 3, pos: int = 9) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+def ablated(model: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> Tensor:
+    with torch.no_grad(), intervened(model, ablate(reduction)):
+        return model(*args, **kwargs)
+
+
+class NoCasts(TorchFunctionMode):
+    """Norms and softmax cast to float32 in float64 models too, and a last digit may round either way. Here they
+    stay in float64, so that 1e-9 can be asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            return args[0].double()
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def distance(model: Any, reduction: Reduction, folded: Any, *args: Any, **kwargs: Any) -> float:
+    """Largest difference of the logits, without casts in float64 models; both sides are finite."""
+    casts = NoCasts() if next(model.parameters()).dtype == torch.float64 else nullcontext()
+    with torch.no_grad(), casts:
+        expected, found = ablated(model, reduction, *args, **kwargs), folded(*args, **kwargs)
+    assert expected.isfinite().all() and found.isfinite().all() and found.dtype == expected.dtype
+    return (expected - found).abs().max().item()
+
+
+def bytes_of(model: Any) -> int:
+    """Memory of the parameters, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
+
+
+PATTERNS = st.lists(st.sampled_from(["all", "none", "one", "some"]), min_size=6, max_size=6)
+SEEDS = st.integers(0, 2**31)
+
+
+@given(st.sampled_from(list(VARIANTS)), PATTERNS, SEEDS)
+def test_folded_is_ablated_in_float64(variant: str, patterns: list[str], seed: int):
+    model = native(variant)
+    reduction = reduction_of(model, mask(units_of(model), patterns, seed), seed)
+    assert distance(model, reduction, fold(model, reduction), tokens(seed)) <= 1e-9
+
+
+@given(st.sampled_from(list(VARIANTS)), PATTERNS, SEEDS)
+def test_folded_is_ablated_in_float32(variant: str, patterns: list[str], seed: int):
+    model = native(variant, torch.float32)
+    reduction = reduction_of(model, mask(units_of(model), patterns, seed), seed)
+    assert distance(model, reduction, fold(model, reduction), tokens(seed)) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_fold_no_worse_than_they_ablate(dtype: torch.dtype):
+    model = fresh().to(dtype)
+    reduction = reduction_of(model, ["L0H1", "L1N2", "L2H0", "L2N7", "L2N9"])
+    folded = fold(model, reduction)
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    exact = ablated(fresh().to(dtype).to(torch.float64), reduction, tokens())
+    with torch.no_grad():
+        error = (folded(tokens()).double() - exact).abs().max()
+    assert error <= 1.5 * (ablated(model, reduction, tokens()).double() - exact).abs().max()
+
+
+@given(PATTERNS, PATTERNS, SEEDS)
+def test_a_folded_model_folds_again(first: list[str], second: list[str], seed: int):
+    model = native("gated, RMS, rotary, grouped")
+    assume(set(first) != {"none"})
+    kept = mask(units_of(model), first, seed)
+    assume(bool(kept.any()))
+    folded = fold(model, reduction_of(model, kept, seed))
+    units = units_of(folded)
+    reduction = reduction_of(folded, mask(units, second, seed + 1), seed + 1)
+    again = fold(folded, reduction)
+    assert distance(folded, reduction, again, tokens(seed)) <= 1e-9
+    assert sorted(again.units.values()) == sorted(folded.units[name] for name in reduction.circuit.names)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_kept_changes_nothing(variant: str):
+    model = native(variant)
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["all"], 0)))
+    assert torch.equal(folded(tokens()), model(tokens()))
+    assert fingerprint(folded) == fingerprint(model) and bytes_of(folded) == bytes_of(model)
+    assert all(name == original for name, original in folded.units.items())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", ["plain", "gated, RMS, rotary, grouped"])
+def test_padding(variant: str, side: str):
+    model = native(variant)
+    reduction = reduction_of(model, mask(units_of(model), ["some", "one", "none", "some"], 3))
+    attended = torch.ones(3, 9, dtype=torch.long)
+    attended[1, :4] = attended[2, :1] = 0
+    attended = attended if side == "left" else attended.flip(1)
+    assert distance(model, reduction, fold(model, reduction), tokens(), attention_mask=attended) <= 1e-9
+
+
+def test_removed_parameters_are_gone():
+    model = native("gated, RMS, rotary, grouped")
+    folded = fold(model, reduction_of(model, ["L0H0", "L0H2", "L0H3", "L1N3", "L2H1", "L2N0", "L2N19"]))
+    width, d_head = model.cfg.d_model, model.cfg.d_head
+    heads_left, kv_left, neurons_left = [3, 0, 1], [2, 0, 1], [0, 1, 2]
+    for block, h, kv, n in zip(folded.blocks, heads_left, kv_left, neurons_left, strict=True):
+        assert block.attn.W_Q.shape == (h, width, d_head) and block.attn.W_O.shape == (h, d_head, width)
+        assert block.attn.W_K.shape == block.attn.W_V.shape == (kv, width, d_head)
+        assert block.mlp.W_in.shape == block.mlp.W_gate.shape == (width, n) and block.mlp.W_out.shape == (n, width)
+        assert block.mlp.b_out.shape == (width,) and block.mlp.b_in is None
+    full = [(4, 2, 20)] * 3
+    left = list(zip(heads_left, kv_left, neurons_left, strict=True))
+    count = [
+        sum((2 * h + 2 * kv) * d_head * width + (h + 2 * kv) * d_head + 3 * n * width for h, kv, n in sizes)
+        for sizes in (full, left)
+    ]
+    made = 3 * width  # output biases that the MLPs did not have
+    assert folded.n_params_total == model.n_params_total - count[0] + count[1] + made
+    assert bytes_of(folded) == 8 * folded.n_params_total
+    for name, parameter in folded.named_parameters():
+        assert parameter.ndim < 2 or parameter.numel() == 0 or (parameter != 0).any(dim=1).all(), name
+
+
+def test_units_and_hook_points_are_those_that_are_kept():
+    model = native()
+    reduction = reduction_of(model, ["L0H1", "L0H3", "L0N4", "L2N0", "L2N5", "L2H3"])
+    folded = fold(model, reduction)
+    assert folded.units == {
+        "L0H0": "L0H1", "L0H1": "L0H3", "L0N0": "L0N4", "L2H0": "L2H3", "L2N0": "L2N0", "L2N1": "L2N5",
+    }  # fmt: skip
+    assert set(units_of(folded).names) == set(folded.units)
+    assert folded.hook_dict.keys() == model.hook_dict.keys()
+    with intervened(model, ablate(reduction)):
+        _, expected = model.run_with_cache(tokens())
+    _, found = folded.run_with_cache(tokens())
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["blocks.0.attn.hook_z"], expected["blocks.0.attn.hook_z"][:, :, [1, 3]])
+    torch.testing.assert_close(found["blocks.0.attn.hook_pattern"], expected["blocks.0.attn.hook_pattern"][:, [1, 3]])
+    torch.testing.assert_close(found["blocks.2.mlp.hook_post"], expected["blocks.2.mlp.hook_post"][:, :, [0, 5]])
+    assert found["blocks.1.attn.hook_z"].shape == (3, 9, 0, 4) and found["blocks.1.mlp.hook_post"].shape == (3, 9, 0)
+    for name in ("blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_mid"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert (found["blocks.1.hook_mlp_out"] == found["blocks.1.hook_mlp_out"][0, 0]).all()  # its constant
+
+
+@pytest.mark.parametrize("variant", ["plain", "gated, RMS, rotary, grouped"])
+def test_ablating_the_folded_model_is_ablating_the_original(variant: str):
+    model = native(variant)
+    outer = reduction_of(model, ["L0H0", "L0H2", "L0H3", "L1H1", "L0N1", "L0N4", "L2N3"])
+    folded = fold(model, outer)
+    units = units_of(folded)
+    constants = dict(zip((site.hook for site in outer.units.sites), outer.values.tensors, strict=True))
+    original = [
+        [int(re.split("[HN]", folded.units[site.name(i)])[1]) for i in range(site.size)] for site in units.sites
+    ]
+    values = Values(units, tuple(constants[s.hook][where] for s, where in zip(units.sites, original, strict=True)))
+    kept = ["L0H0", "L0H2", "L1H0", "L0N1"]  # of the folded model's units; L0H1, L0N0 and L2N0 are ablated
+    inner = Reduction(Circuit.of(units, kept), values)
+    both = Reduction(Circuit.of(outer.units, [folded.units[name] for name in kept]), outer.values)
+    torch.testing.assert_close(ablated(folded, inner, tokens()), ablated(model, both, tokens()))
+
+
+def test_transformer_lens_patches_a_folded_model():
+    model = native()
+    folded: Any = fold(
+        model, reduction_of(model, [n for n in units_of(model).names if n[2:] not in ("H0", "N3", "N4")])
+    )
+    _, cache = folded.run_with_cache(tokens(1))
+    effects = get_act_patch_attn_head_out_all_pos(folded, tokens(), cache, lambda logits: logits[:, -1, 0].mean())
+    assert effects.shape == (3, 3) and effects.isfinite().all()
+    assert folded.W_Q.shape == (3, 3, 16, 4) and folded.W_out.shape == (3, 18, 16)  # the layers are of equal size
+
+
+def test_the_original_is_not_changed_and_not_held():
+    model = fresh()
+    model.requires_grad_(False)
+    model.blocks[1].mlp.out.original_component.weight.requires_grad_(True)
+    before, logits = fingerprint(model), model(tokens())
+    reduction = reduction_of(model, mask(units_of(model), ["some"], 0))
+    folded = fold(model, reduction)
+    assert fingerprint(model) == before and torch.equal(model(tokens()), logits)
+    trained = [name for name, parameter in folded.named_parameters() if parameter.requires_grad]
+    assert [name.split("_original_component.")[1:] for name in trained] == [["mlp.", "fc_out.", "weight"]]
+    addresses = {p.data_ptr() for p in model.parameters() if p.numel()}
+    assert not addresses & {p.data_ptr() for p in folded.parameters() if p.numel()}
+    assert not folded.training and not any(module.training for module in folded.modules())
+    expected = folded(tokens())
+    alive = [weakref.ref(model), weakref.ref(model.blocks[0].attn.q.weight)]
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert torch.equal(folded(tokens()), expected)
+
+
+def test_a_copy_of_a_folded_model_stands_alone():
+    model = native("gated, RMS, rotary, grouped")
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["some"], 0)))
+    expected = folded(tokens())
+    twin = copy.deepcopy(folded)
+    del folded
+    gc.collect()
+    assert torch.equal(twin(tokens()), expected) and isinstance(twin, FoldedBridge)
+
+
+def test_a_folded_model_trains():
+    model = native()
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["one"], 0)))
+    folded(tokens()).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in folded.parameters())
+
+
+def test_what_needs_equal_layers_says_so():
+    model = native()
+    folded = fold(model, reduction_of(model, ["L0H1", "L0N3", "L1N2"]))
+    with pytest.raises(ValueError, match="differ in size, so their weights cannot be stacked"):
+        _ = folded.W_Q
+    with pytest.raises(ValueError, match="cannot enter compatibility mode: enable it on the original, then fold"):
+        folded.enable_compatibility_mode()
+
+
+def test_compatibility_mode_before_folding():
+    model = fresh(dtype=torch.float32)
+    model.enable_compatibility_mode()
+    model.eval()
+    reduction = reduction_of(model, mask(units_of(model), ["some", "one", "none", "some"], 1))
+    folded = fold(model, reduction)
+    assert distance(model, reduction, folded, tokens()) <= 1e-4
+    with pytest.raises(ValueError, match="compatibility mode cannot be saved"):
+        save_folded(folded, "never")
+
+
+def test_reductions_that_do_not_fold_are_refused():
+    model, other = native(), native("no norms, soft caps")
+    reduction = reduction_of(model, ["L0H1", "L1N2", "L2N7"])
+    with pytest.raises(ValueError, match="made for the model"):
+        fold(other, reduction)
+    unknown = Units((Site("neuron", 3, "blocks.3.mlp.hook_post", 20),))
+    with pytest.raises(ValueError, match=r"no hook point 'blocks\.3\.mlp\.hook_post'"):
+        fold(model, removed(unknown, 1))
+    size = Units((Site("neuron", 1, "blocks.1.mlp.hook_post", 21),))
+    with pytest.raises(ValueError, match="has 20 neuron units of width 1, the reduction's 21 of width 1"):
+        fold(model, removed(size, 1))
+    with pytest.raises(ValueError, match="has 4 head units of width 4, the reduction's 4 of width 3"):
+        fold(model, removed(heads(model), 3))
+    with pytest.raises(ValueError, match=r"units at positions 4 of blocks\.0\.attn\.hook_z do not fold"):
+        fold(model, removed(heads(model).at(4), 4))
+    before = Units((Site("neuron", 1, "blocks.1.mlp.hook_pre", 20),))
+    with pytest.raises(ValueError, match=r"units of blocks\.1\.mlp\.hook_pre do not fold"):
+        fold(model, removed(before, 1))
+    twice = neurons(model) + Units((Site("neuron", 1, "blocks.1.mlp.out.hook_in", 20),))
+    with pytest.raises(ValueError, match="twice"):
+        fold(model, removed(twice, 1))
+    with pytest.raises(ValueError, match=r"values of removed units at blocks\.0\.mlp\.hook_post are NaN or infinite"):
+        fold(model, removed(neurons(model), 1, float("inf")))
+    varying = Values(neurons(model), tuple(torch.zeros(3, 9, 20, 1) for _ in range(3)))
+    with pytest.raises(ValueError, match="vary by example or position"):
+        fold(model, Reduction(Circuit.empty(neurons(model)), varying))
+
+
+def removed(units: Units, width: int, value: float = 0.0) -> Reduction:
+    """Every unit set to one value."""
+    values = Values(units, tuple(torch.full((site.size, width), value) for site in units.sites))
+    return Reduction(Circuit.empty(units), values)
+
+
+def test_models_that_do_not_fold_are_refused():
+    model = native()
+    reduction = removed(neurons(model), 1)
+    with pytest.raises(ValueError, match="needs a TransformerBridge, not a Linear"):
+        fold(torch.nn.Linear(2, 2).eval(), reduction)
+    with pytest.raises(ValueError, match="training mode"):
+        fold(fresh().train(), reduction)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_out", lambda value, hook: value)]):
+        with pytest.raises(ValueError, match=r"model has hooks, first at blocks\.1\.hook_out"):
+            fold(model, reduction)
+    config = {"d_model": 8, "d_head": 4, "n_heads": 2, "n_layers": 1, "n_ctx": 4, "d_vocab": 5, "d_mlp": 6}
+    solu: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config, act_fn="solu_ln")).eval()
+    with pytest.raises(ValueError, match=r"neurons of blocks\.0\.mlp do not fold: the activation solu_ln mixes"):
+        fold(solu, removed(neurons(solu), 1))
+    assert len(heads(fold(solu, reduction_of(solu, [n for n in units_of(solu).names if n != "L0H1"])))) == 1
+    unknown = fresh()
+    unknown.cfg.architecture = "OPTForCausalLM"
+    with pytest.raises(ValueError, match="models of architecture OPTForCausalLM do not fold; these do: Transf"):
+        fold(unknown, reduction)
+
+
+def word_tokenizer(path: FilePath) -> Any:
+    words = {word: i for i, word in enumerate(["<s>", "</s>", *"abcdefghijklmno"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
+    return AutoTokenizer.from_pretrained(str(path))
+
+
+LOAD = """
+import sys, torch
+from safetensors.torch import save_file
+from tl_sparsify.folding import load_folded
+torch.set_num_threads(2)
+tokens = torch.tensor(eval(sys.argv[1]))
+for path in sys.argv[2:]:
+    save_file({"logits": load_folded(path)(tokens).detach()}, path + "/logits")
+"""
+
+
+@pytest.mark.slow
+def test_loaded_in_a_new_process_the_logits_are_identical(tmp_path: FilePath):
+    expected = {}
+    for number, (variant, dtype) in enumerate([(v, d) for v in VARIANTS for d in (torch.float32, torch.bfloat16)]):
+        model = fresh(variant).to(dtype)
+        folded = fold(model, reduction_of(model, mask(units_of(model), ["some", "one", "none", "some"], number)))
+        save_folded(folded, tmp_path / str(number))
+        expected[str(tmp_path / str(number))] = folded(tokens())
+    arguments = [sys.executable, "-c", LOAD, repr(tokens().tolist()), *expected]
+    subprocess.run(arguments, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, cwd=tmp_path)
+    for path, logits in expected.items():
+        assert torch.equal(load_file(path + "/logits")["logits"], logits)
+
+
+def test_load_returns_what_was_saved(tmp_path: FilePath):
+    model = fresh("gated, RMS, rotary, grouped")
+    model.blocks[0].attn.requires_grad_(False)
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["some", "one"], 4)))
+    state = torch.get_rng_state()
+    save_folded(folded, tmp_path / "model")
+    loaded = load_folded(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loaded(tokens()), folded(tokens())) and fingerprint(loaded) == fingerprint(folded)
+    assert loaded.units == folded.units and loaded.tokenizer is None and not loaded.training
+    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (loaded, folded)]
+    assert flags[0] == flags[1] and set(flags[0].values()) == {True, False}
+    units = units_of(loaded)
+    reduction = reduction_of(loaded, mask(units, ["one"], 0))
+    assert distance(folded, reduction, fold(loaded, reduction), tokens()) <= 1e-9
+    save_folded(fold(loaded, reduction), tmp_path / "model")  # over the older one
+    assert load_folded(tmp_path / "model").units == fold(loaded, reduction).units
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_tokenizer_is_saved_too(tmp_path: FilePath):
+    config = TransformerBridgeConfig(
+        d_model=8, d_head=4, n_heads=2, n_layers=1, n_ctx=8, d_vocab=17, d_mlp=6, act_fn="gelu"
+    )
+    model: Any = TransformerBridge.boot_native(config, tokenizer=word_tokenizer(tmp_path / "words")).eval()
+    save_folded(fold(model, reduction_of(model, ["L0H1"])), tmp_path / "model")
+    loaded: Any = load_folded(tmp_path / "model")
+    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert loaded.to_tokens("c").tolist() == model.to_tokens("c").tolist()
+    file = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("c", "x"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged or missing"):
+        load_folded(tmp_path / "model")
+
+
+def test_damaged_files_are_refused(tmp_path: FilePath):
+    folded = fold(native(), reduction_of(native(), ["L0H1", "L1N2"]))
+    save_folded(folded, tmp_path / "model")
+    file = tmp_path / "model" / "folded.safetensors"
+    content = file.read_bytes()
+    with pytest.raises(FileNotFoundError, match="no folded model file at"):
+        load_folded(tmp_path / "other")
+    for damaged, message in (
+        (content[:-100], "damaged or truncated"),
+        (content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "checksum does not match"),
+        (content.replace(b'"version\\": 1', b'"version\\": 2'), "format version 2"),
+    ):
+        assert damaged != content
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            load_folded(tmp_path / "model")
+    reduction_of(native(), ["L0H1"]).save(file)
+    with pytest.raises(ValueError, match="holds a reduction, not a folded model"):
+        load_folded(tmp_path / "model")
+
+
+def test_nothing_half_written_and_nothing_of_others_overwritten(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch):
+    folded = fold(native(), reduction_of(native(), ["L0H1", "L1N2"]))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="is there and is no folded model"):
+        save_folded(folded, tmp_path / "mine")
+    with pytest.raises(ValueError, match="save_folded saves what fold returns, not a TransformerBridge"):
+        save_folded(native(), tmp_path / "model")
+    save_folded(folded, tmp_path / "model")
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_sparsify._files.save", full)
+    for name in ("model", "new"):
+        with pytest.raises(OSError, match="No space left on device"):
+            save_folded(fold(native(), reduction_of(native(), ["L0H1"])), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+    assert load_folded(tmp_path / "model").units == folded.units

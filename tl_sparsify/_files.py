@@ -1,0 +1,86 @@
+"""One kind of file for everything: a safetensors file whose header carries a json description and a checksum.
+
+Files are written beside their target and renamed, so an interruption never leaves half a file. Nothing pickled is
+read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_KEY = "tl_sparsify"  # one metadata key only: the order of several is not deterministic in safetensors
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of ``tensors``, in order of name."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and rename it there: complete, or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, content: str) -> None:
+    """:func:`write_bytes` for text (UTF-8)."""
+    write_bytes(path, content.encode())
+
+
+def write_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a ``kind`` of object: its json ``header`` and its ``tensors``, with version and checksum."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {"kind": kind, "version": 1, "sha256": digest(tensors), "header": dict(header)}
+    write_bytes(path, save(tensors, metadata={_KEY: json.dumps(description, sort_keys=True)}))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, truncated, another kind of file, or a newer version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} file at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}. Save it again.") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but was not written by tl_sparsify")
+    try:
+        description = json.loads(metadata[_KEY])
+        found, version, checksum = description["kind"], description["version"], description["sha256"]
+        header = description["header"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a damaged header: {error!r}. Save it again.") from error
+    if found != kind:
+        raise ValueError(f"{path} holds a {found}, not a {kind}")
+    if version != 1:
+        raise ValueError(f"{path} has format version {version}; this tl_sparsify reads version 1: update it")
+    if digest(tensors) != checksum:
+        raise ValueError(f"{path} is damaged: its checksum does not match its content. Save it again.")
+    return header, tensors

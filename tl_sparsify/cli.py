@@ -1,0 +1,198 @@
+"""The command line: ``tl-sparsify run TASK`` finds, folds and verifies a circuit; ``tl-sparsify tasks`` lists tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tl_sparsify import constants, plot, score
+from tl_sparsify._files import write_text
+from tl_sparsify.circuit import Reduction
+from tl_sparsify.evaluation import evaluate
+from tl_sparsify.examples import Examples
+from tl_sparsify.folding import fold, save_folded
+from tl_sparsify.intervene import ablate, answer_logits, intervened
+from tl_sparsify.search import sparsify
+from tl_sparsify.task import list_tasks, load_task
+from tl_sparsify.units import heads, neurons
+from tl_sparsify.verification import verify
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.callback()
+def _app() -> None:
+    """Find out which algorithm a transformer runs: sparse circuits, folded and verified."""
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks that ship with the package."""
+    for name in list_tasks():
+        typer.echo(f"{name}: {load_task(name).description}")
+
+
+@app.command()
+def run(
+    task: Annotated[str, typer.Argument(help="a task's name, or a folder of your own")],
+    keep: Annotated[float, typer.Option(help="the fraction of units to keep and to fold")] = 0.05,
+    rounds: Annotated[int, typer.Option(help="rounds of removing units")] = 20,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    out: Annotated[Path | None, typer.Option(help="where to write; results/TASK by default")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
+) -> None:
+    """Score the units of TASK's model, find a path of circuits, refit, fold one, verify it, and write it all down."""
+    score.kept_count(1, keep)  # a wrong --keep or --rounds or folder is said before the work starts
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; at least one is needed")
+    loaded = load_task(task)
+    folder = _writable(Path("results") / loaded.name if out is None else out)
+    console = Console(quiet=quiet)
+    model = loaded.model().to(_device(device))
+    train, validation, test = loaded.examples(seed)
+    units = heads(model) + neurons(model)
+    console.print(f"[bold]{loaded.name}[/]: {loaded.description}\n{units!r}, {train!r} to search")
+
+    scores = score.risk(model, train, units, temperature=3.0, seed=seed)
+    _write_csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), folder / "scores.csv")
+
+    path = sparsify(
+        model,
+        train,
+        units,
+        rounds=rounds,
+        smallest=min(keep, 0.01),
+        held_out=validation,
+        refit_steps=20,
+        seed=seed,
+        progress=not quiet,
+    )
+    _write_csv(path.to_frame(), folder / "path.csv")
+    console.print(_table(f"Path: risk in nats on {len(validation)} validation examples", path.to_frame()))
+
+    reduction = constants.refit(model, path.at(keep), train, validation, seed=seed, progress=not quiet)
+    reduction.save(folder / "circuit.reduction")
+    small = fold(model, reduction)
+    save_folded(small, folder / "folded")
+    found = evaluate(model, reduction, test, seed=seed)
+    _write_csv(pd.DataFrame([found.to_dict()]), folder / "evaluation.csv")
+    layers = _layers(model, small)
+    _write_csv(layers, folder / "fold.csv")
+    console.print(_table(f"Fold: {reduction.circuit!r}", layers))
+    console.print(
+        f"on {len(test)} test examples: accuracy {found.accuracy:.3f} (original {found.original_accuracy:.3f}), risk "
+        f"{found.risk!r}, faithfulness {found.faithfulness:.3f}, completeness {found.completeness:.3f}\n"
+        f"folded against ablated: max |logit difference| {_difference(model, reduction, small, test):.1e}\n"
+    )
+
+    evidence = verify(model, loaded.causal_model, loaded.alignment, loaded.pairs(512, seed), reduced=small, seed=seed)
+    _write_csv(evidence.to_frame(), folder / "evidence.csv")
+    title = "Evidence: interchange intervention accuracy on 512 pairs of test inputs"
+    console.print(_table(title, evidence.to_frame().drop(columns="stderr")))
+
+    plot.save(plot.risk_curve(path), folder / "risk.png")
+    plot.save(plot.unit_map(reduction, scores), folder / "map.png")
+    console.print(f"written to {folder}")
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} is not writable: {error.strerror}") from error
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _write_csv(frame: pd.DataFrame, path: Path) -> None:
+    write_text(path, frame.to_csv(index=False))
+
+
+def _table(title: str, frame: pd.DataFrame) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in frame.columns:
+        table.add_column(name.replace("_", " "), justify="left" if frame[name].dtype.kind in "OUT" else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else f"{cell}" for cell in row))
+    return table
+
+
+def _layers(model: Any, small: Any) -> pd.DataFrame:
+    """Heads, neurons and parameters of each layer and of the whole model, before and after."""
+
+    def sizes(of: Any, layer: int) -> dict[str, int]:
+        inside = {unit for unit in heads_and_neurons(of) if unit.startswith(f"L{layer}")}
+        return {
+            "heads": sum("H" in unit for unit in inside),
+            "neurons": sum("N" in unit for unit in inside),
+            "parameters": _parameters(of.blocks[layer]),
+        }
+
+    def heads_and_neurons(of: Any) -> tuple[str, ...]:
+        return tuple(small.units) if of is small else (heads(of) + neurons(of)).names
+
+    rows: list[dict[str, Any]] = []
+    for layer in range(len(model.blocks)):
+        before, after = sizes(model, layer), sizes(small, layer)
+        rows.append(
+            {"part": f"layer {layer}"}
+            | {f"{k}{end}": v[k] for k in before for end, v in (("", before), ("_kept", after))}
+        )
+    total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
+    total |= {"parameters": _parameters(model), "parameters_kept": _parameters(small)}
+    return pd.DataFrame([*rows, {"part": "whole model"} | total])
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum({p.data_ptr(): p.numel() for p in module.parameters()}.values())
+
+
+def _difference(model: Any, reduction: Reduction, small: Any, examples: Examples) -> float:
+    worst = 0.0
+    with torch.no_grad():
+        for _, batch in examples.batches(1024):
+            with intervened(model, ablate(reduction)):
+                ablated = answer_logits(model, batch)
+            worst = max(worst, float((answer_logits(small, batch) - ablated).abs().max()))
+    return worst
+
+
+def main() -> None:
+    """The entry point: status 0 when every step was done, 2 for a wrong argument (one sentence, no traceback)."""
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("interrupted; the files written so far are complete", err=True)
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> None:
+    typer.echo(f"tl-sparsify: {sentence}", err=True)
+    sys.exit(2)

@@ -1,0 +1,203 @@
+"""Measured risk: how far a reduced model's answers are from the original's, under a declared distribution of
+interventions.
+
+``R(M') = E_{x, i} D(p(x, i) || p'(x, i))`` (arXiv 2602.24266, interventional risk). ``D`` of an example is the mean
+over its labelled positions; risk is the mean over examples. ``D`` is the KL divergence of the answer distribution in
+nats, or half the squared error of a scalar metric. Risk says nothing about *why* two models agree: a reduced model
+that is right without interventions can be wrong under interchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify import _random
+from tl_sparsify.circuit import Circuit, Reduction, check_fingerprint
+from tl_sparsify.examples import Examples
+from tl_sparsify.intervene import (
+    Intervention,
+    ablate,
+    answer_index,
+    answer_logits,
+    answer_rows,
+    batch_size_for,
+    check_model,
+    intervened,
+    run_values,
+)
+from tl_sparsify.moments import Estimate, Moments
+from tl_sparsify.units import Model
+
+Metric = Callable[[Float[Tensor, "rows choices"], Examples], Float[Tensor, "rows"]]
+"""One number for each labelled position, from the logits there (:func:`intervene.answer_logits`) and the batch."""
+
+
+def log_odds(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """The right answer's logit minus the log-sum-exp of all others (nats); with two choices the logit difference."""
+    right = answer_index(batch).to(logits.device)[:, None]
+    others = logits.scatter(1, right, float("-inf")).logsumexp(1)
+    return logits.gather(1, right)[:, 0] - others
+
+
+def log_probability(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """The log-probability of the right answer (nats)."""
+    return logits.log_softmax(1).gather(1, answer_index(batch).to(logits.device)[:, None])[:, 0]
+
+
+def correct(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """1 where the answer with the highest logit is the right one, else 0."""
+    return (logits.argmax(1) == answer_index(batch).to(logits.device)).to(logits.dtype)
+
+
+def kl(original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"]) -> Float[Tensor, "rows"]:
+    """KL(original || reduced) in nats for each row of logits, in float64: confident answers differ by very little."""
+    p = original.double().log_softmax(1)
+    return (p.exp() * (p - reduced.double().log_softmax(1))).sum(1)
+
+
+def divergence(
+    original: Float[Tensor, "rows choices"],
+    reduced: Float[Tensor, "rows choices"],
+    batch: Examples,
+    metric: Metric | None = None,
+) -> Float[Tensor, "batch"]:
+    """``D`` for each example: KL (nats), or half the squared error of ``metric``."""
+    if metric is None:
+        return by_example(kl(original, reduced), batch)
+    return by_example((metric(original, batch) - metric(reduced, batch)).square() / 2, batch)
+
+
+def by_example(rows: Float[Tensor, "rows"], batch: Examples) -> Float[Tensor, "batch"]:
+    """The mean over each example's labelled positions."""
+    example = answer_rows(batch)[0].to(rows.device)
+    total = rows.new_zeros(len(batch)).index_add(0, example, rows)
+    return total / torch.bincount(example, minlength=len(batch))
+
+
+@dataclass(frozen=True)
+class InterventionDistribution:
+    """From what the interventions are drawn under which two models are compared.
+
+    Attributes:
+        kind: ``none`` (the observational case) or ``interchange`` (each kept unit takes, with ``probability``, its
+            value on a paired source input: each model its own value).
+        probability: of each unit, independently, for each example.
+        source: ``counterfactual`` pairs each example with its counterfactual input, ``shuffled`` with another
+            example of the whole split.
+    """
+
+    kind: Literal["none", "interchange"] = "none"
+    probability: float = 0.0
+    source: Literal["counterfactual", "shuffled"] = "shuffled"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "interchange"):
+            raise ValueError(f"kind is {self.kind!r}; the known distributions are none and interchange")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {self.probability}; it lies in [0, 1]")
+
+    @staticmethod
+    def interchange(
+        probability: float, source: Literal["counterfactual", "shuffled"] = "shuffled"
+    ) -> InterventionDistribution:
+        """Random interchange of kept units."""
+        return InterventionDistribution("interchange", probability, source)
+
+
+NONE = InterventionDistribution()
+
+
+def source_batch(
+    distribution: InterventionDistribution, examples: Examples, index: Int[Tensor, "batch"], seed: int
+) -> Examples:
+    """The source inputs of the examples ``index``; partners come from the whole split."""
+    if distribution.source == "counterfactual":
+        if examples.counterfactual_tokens is None:
+            raise ValueError("examples have no counterfactual_tokens: use source='shuffled', or give them")
+        batch = examples[index]
+        return Examples(
+            examples.counterfactual_tokens[index], batch.labels, batch.attention_mask, choices=batch.choices
+        )
+    return examples[_random.shifted_partner(len(examples), seed, 17)[index]]
+
+
+def drawn_interventions(
+    distribution: InterventionDistribution,
+    model: Model,
+    circuit: Circuit,
+    source: Examples,
+    index: Int[Tensor, "batch"],
+    seed: int,
+) -> tuple[Intervention, ...]:
+    """The interventions on the units of ``circuit`` for the examples ``index``, their values taken from ``model``'s
+    own run on ``source``. The same units for every model given the same seed. One forward pass (``none``: zero)."""
+    if distribution.kind == "none" or distribution.probability == 0:
+        return ()
+    draw = _random.uniform(seed, 29, index[:, None], torch.arange(len(circuit.units)))
+    chosen = (draw < distribution.probability) & circuit.mask
+    values = run_values(model, source, circuit.units)
+    return (Intervention(circuit.units, (~chosen).float(), values),)
+
+
+def compared(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    compare: Callable[[Float[Tensor, "rows choices"], Float[Tensor, "rows choices"], Examples], Float[Tensor, "..."]],
+    *,
+    interventions: InterventionDistribution = NONE,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Moments:
+    """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
+
+    Two forward passes over the data; four under ``interchange``.
+    """
+    check_model(model)
+    check_fingerprint(model, reduction)
+    parts: list[Moments] = []
+    removed = ablate(reduction)
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            source = source_batch(interventions, examples, index, seed) if interventions.kind != "none" else batch
+            same = (interventions, model, reduction.circuit, source, index, seed)
+            with intervened(model, *drawn_interventions(*same)):
+                original = answer_logits(model, batch)
+            with intervened(model, removed):
+                with intervened(model, *drawn_interventions(*same)):
+                    reduced = answer_logits(model, batch)
+            parts.append(Moments.of(compare(original, reduced, batch)))
+    return Moments.merge(parts)
+
+
+def risk(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    *,
+    interventions: InterventionDistribution = NONE,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Measured interventional risk of a reduction: mean KL(original || reduced) in nats, or half the mean squared
+    error of ``metric``, with both models under the same interventions.
+
+    Two forward passes over the data; four under ``interchange``.
+
+    Raises:
+        ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.
+    """
+
+    def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:
+        return divergence(original, reduced, batch, metric)
+
+    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed}
+    moments = compared(model, reduction, examples, compare, **settings)
+    return Estimate.of(moments, "nats" if metric is None else "squared units")

@@ -1,0 +1,92 @@
+"""Task: a model, its examples and the algorithm that it is supposed to run, reached by name or by folder.
+
+A task folder holds ``task.py`` with ``def task() -> Task``, a card ``README.md``, and whatever these load. Loading a
+task runs its ``task.py``: load only folders that you trust.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tl_sparsify.causal import CausalModel
+from tl_sparsify.examples import Examples
+from tl_sparsify.verification import Alignment, Pairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task made of pure functions.
+
+    Attributes:
+        name, description: for people.
+        model: loads the trained model, in evaluation mode.
+        dataset: the raw data of a seed, as a ``datasets.DatasetDict``.
+        examples: train, validation and test examples of a seed.
+        causal_model: the algorithm, as a hypothesis.
+        alignment: which units carry its variables, as a hypothesis.
+        pairs: ``pairs(n, seed)``: base and source inputs for interchange, from the test split.
+        chance: the accuracy of a constant answer.
+        causal_models: competing hypotheses by name, right and wrong ones.
+    """
+
+    name: str
+    description: str
+    model: Callable[[], Any]
+    dataset: Callable[[int], Any]
+    examples: Callable[[int], tuple[Examples, Examples, Examples]]
+    causal_model: CausalModel
+    alignment: Alignment
+    pairs: Callable[[int, int], Pairs]
+    chance: float
+    causal_models: Mapping[str, CausalModel] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Task({self.name}: {self.description})"
+
+
+def _folders() -> list[Path]:
+    """Where tasks live: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return [folder for folder in (package / "_tasks", package.parent / "tasks") if folder.is_dir()]
+
+
+def list_tasks() -> tuple[str, ...]:
+    """The names of the tasks that ship with the package."""
+    return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
+
+
+def load_task(name: str | Path) -> Task:
+    """Load a task by name, or from a folder of your own (which runs its ``task.py``).
+
+    Raises:
+        ValueError: an unknown name (with the near ones), or a folder without its parts.
+    """
+    here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
+    path = here[0] if here and Path(name).name == str(name) else Path(name)
+    if not path.is_dir():
+        near = difflib.get_close_matches(str(name), list_tasks(), n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `tl-sparsify tasks`"
+        raise ValueError(f"unknown task {str(name)!r}: {hint} The tasks are: {', '.join(list_tasks())}")
+    for part in ("task.py", "README.md"):
+        if not (path / part).is_file():
+            raise ValueError(f"task folder {path} has no {part}")
+    module = _module(path / "task.py")
+    made = module.task() if hasattr(module, "task") else None
+    if not isinstance(made, Task):
+        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+    return made
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tl_sparsify_task_{path.parent.name}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
