@@ -210,27 +210,36 @@ def test_padding(variant: str, side: str):
     assert distance(model, reduction, fold(model, reduction), tokens(), attention_mask=attended) <= 1e-9
 
 
+def projected(block: Any, heads: int, kv_heads: int, neurons: int) -> int:
+    """How many parameters the projections of a block have with so many units, without output biases."""
+    attention, d_head, d_model = block.attn, block.attn.config.d_head, block.attn.config.d_model
+    maps = [block.mlp._modules[name].original_component for name in ("in", "gate") if name in block.mlp._modules]
+    biases = [d_head * (heads + 2 * kv_heads)] * (attention.q.original_component.bias is not None)
+    biases += [neurons * len(maps)] * (maps[0].bias is not None)
+    return (2 * heads + 2 * kv_heads) * d_head * d_model + (len(maps) + 1) * neurons * d_model + sum(biases)
+
+
+def check_sizes(model: Any, folded: Any, left: list[tuple[int, int, int]]) -> None:
+    """A model folded to so many heads, key/value heads and neurons in each layer has no other parameters."""
+    made = removed = 0
+    for block, small, (h, kv, n) in zip(model.blocks, folded.blocks, left, strict=True):
+        weights = [small.attn.W_Q, small.attn.W_K, small.attn.W_V, small.attn.W_O]
+        assert [weight.shape[0] for weight in weights] == [h, kv, kv, h]
+        assert small.mlp.W_in.shape[1] == small.mlp.W_out.shape[0] == n
+        assert small.mlp.b_out.shape == small.attn.b_O.shape == (model.cfg.d_model,)
+        full = (block.attn.W_Q.shape[0], block.attn.W_K.shape[0], block.mlp.W_out.shape[0])
+        removed += projected(block, *full) - projected(block, h, kv, n)
+        made += sum(part.original_component.bias is None for part in (block.attn.o, block.mlp.out)) * model.cfg.d_model
+    assert folded.n_params_total == model.n_params_total - removed + made
+    for name, parameter in folded.named_parameters():
+        assert parameter.ndim < 2 or parameter.numel() == 0 or (parameter != 0).any(dim=1).all(), name
+
+
 def test_removed_parameters_are_gone():
     model = native("gated, RMS, rotary, grouped")
     folded = fold(model, reduction_of(model, ["L0H0", "L0H2", "L0H3", "L1N3", "L2H1", "L2N0", "L2N19"]))
-    width, d_head = model.cfg.d_model, model.cfg.d_head
-    heads_left, kv_left, neurons_left = [3, 0, 1], [2, 0, 1], [0, 1, 2]
-    for block, h, kv, n in zip(folded.blocks, heads_left, kv_left, neurons_left, strict=True):
-        assert block.attn.W_Q.shape == (h, width, d_head) and block.attn.W_O.shape == (h, d_head, width)
-        assert block.attn.W_K.shape == block.attn.W_V.shape == (kv, width, d_head)
-        assert block.mlp.W_in.shape == block.mlp.W_gate.shape == (width, n) and block.mlp.W_out.shape == (n, width)
-        assert block.mlp.b_out.shape == (width,) and block.mlp.b_in is None
-    full = [(4, 2, 20)] * 3
-    left = list(zip(heads_left, kv_left, neurons_left, strict=True))
-    count = [
-        sum((2 * h + 2 * kv) * d_head * width + (h + 2 * kv) * d_head + 3 * n * width for h, kv, n in sizes)
-        for sizes in (full, left)
-    ]
-    made = 3 * width  # output biases that the MLPs did not have
-    assert folded.n_params_total == model.n_params_total - count[0] + count[1] + made
+    check_sizes(model, folded, [(3, 2, 0), (0, 0, 1), (1, 1, 2)])
     assert bytes_of(folded) == 8 * folded.n_params_total
-    for name, parameter in folded.named_parameters():
-        assert parameter.ndim < 2 or parameter.numel() == 0 or (parameter != 0).any(dim=1).all(), name
 
 
 def test_units_and_hook_points_are_those_that_are_kept():

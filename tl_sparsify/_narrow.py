@@ -140,7 +140,7 @@ def fuse(attention: Any) -> None:
         for part, weight, bias in views:
             set_linear(part, weight.T, bias)
     else:
-        by_head = (-1, attention.config.d_head) if len(weights[0]) else (0, attention.config.d_head)
+        by_head = (len(biases[0]) // attention.config.d_head, attention.config.d_head)
         weight = torch.stack([weight.unflatten(0, by_head) for weight in weights], dim=1).flatten(0, 2)
         set_linear(fused, weight, torch.stack([bias.unflatten(0, by_head) for bias in biases], dim=1).flatten())
 

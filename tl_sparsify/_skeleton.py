@@ -11,30 +11,66 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge.sources import native
+from transformer_lens import TransformerBridge, TransformerBridgeConfig
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers.initialization import no_init_weights
 
 NATIVE = "TransformerLensNative"
+HUGGING_FACE = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+"""Classes of the transformers package, by the name that ``model.cfg.architecture`` has."""
+
+_SETTINGS = ("model_name", "default_prepend_bos")  # what a user may have set on the bridge's own configuration
 
 
 def describe(bridge: Any) -> dict[str, Any]:
     """What :func:`build` needs, as json holds it: architecture, configuration, dtype, and the bridge's own settings."""
-    config = bridge.original_model.cfg
+    model = bridge.original_model
+    if bridge.cfg.architecture == NATIVE:
+        config, attention = {name: value for name, value in vars(model.cfg).items() if _is_json(value)}, None
+    else:
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        attention = model.config._attn_implementation
     return {
         "architecture": bridge.cfg.architecture,
-        "config": {name: value for name, value in vars(config).items() if _is_json(value)},
+        "config": config,
+        "attention": attention,
         "dtype": str(bridge.cfg.dtype).removeprefix("torch."),
-        "settings": {name: getattr(bridge.cfg, name, None) for name in ("model_name", "default_prepend_bos")},
+        "settings": {name: getattr(bridge.cfg, name, None) for name in _SETTINGS},
     }
 
 
 def build(description: Mapping[str, Any], tokenizer: Any) -> Any:
-    """A bridge of full size whose weights are not to be used. Global random state stays as it is."""
-    dtype = getattr(torch, description["dtype"])
-    config = TransformerBridgeConfig.from_dict(description["config"] | {"dtype": dtype, "init_weights": False})
+    """A bridge of full size whose weights are not to be used. Global random state stays as it is.
+
+    Raises:
+        ValueError: an architecture that is not named here.
+    """
+    architecture, dtype = description["architecture"], getattr(torch, description["dtype"])
+    if architecture not in (NATIVE, *HUGGING_FACE):
+        raise ValueError(f"models of architecture {architecture} cannot be loaded by this version")
     with torch.random.fork_rng(devices=[]):
-        bridge = native.boot(config, tokenizer=tokenizer, dtype=dtype)
+        if architecture == NATIVE:
+            config = TransformerBridgeConfig.from_dict(description["config"] | {"dtype": dtype, "init_weights": False})
+            bridge = TransformerBridge.boot_native(config, tokenizer=tokenizer, dtype=dtype)
+        else:
+            model_class = getattr(transformers, architecture)
+            config = model_class.config_class.from_dict(description["config"])
+            config._attn_implementation = description["attention"]
+            with no_init_weights():
+                model = model_class(config).to(dtype)
+            model.tie_weights()
+            bridge = build_bridge_from_module(model, architecture, hf_config=config, tokenizer=tokenizer)
     for name, value in description["settings"].items():
         setattr(bridge.cfg, name, value)
     return bridge

@@ -28,13 +28,14 @@ from transformers.pytorch_utils import Conv1D
 
 from tl_sparsify._folded import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify._narrow import kv_index, n_neurons, narrow_attention, narrow_mlp
+from tl_sparsify._skeleton import HUGGING_FACE, NATIVE
 from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.intervene import check_model
 from tl_sparsify.units import Site
 
 __all__ = ["ARCHITECTURES", "FoldedBridge", "fold", "load_folded", "save_folded"]
 
-ARCHITECTURES = ("TransformerLensNative",)
+ARCHITECTURES = (NATIVE, *HUGGING_FACE)
 """The architectures whose folding is tested (``model.cfg.architecture``)."""
 
 _HOOK = {"head": "attn.hook_z", "neuron": "mlp.hook_post"}

@@ -1,0 +1,98 @@
+"""Which order of removing units, and which constants: the tables of the README.
+
+For each seed (of the data split, the probes and the random order) every method orders the units of the task's model
+on the training split; the circuits that it keeps are judged on the test split, with mean constants and with the same
+refit (train, early-stopped on validation). Writes ``benchmarks/results/orders.csv`` and two Markdown tables.
+
+    python benchmarks/orders.py [--task hierarchical_equality] [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import tl_sparsify as tls
+from tl_sparsify._files import write_text
+from tl_sparsify.circuit import Reduction
+
+SIZES = (0.2, 0.1, 0.05, 0.03)
+RESULTS = Path(__file__).parent / "results"
+
+
+def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> dict[str, Callable[[float], Reduction]]:
+    """For each method the reduction with mean constants that it gives for a fraction of units."""
+    values = tls.constants.mean(model, train, units)
+
+    def by(scores: tls.Scores) -> Callable[[float], Reduction]:
+        return lambda fraction: tls.constants.reduced(model, scores.top(fraction), values)
+
+    path = tls.sparsify(model, train, units, held_out=validation, seed=seed, progress=False)
+    inside = tls.sparsify(model, train, units, held_out=validation, seed=seed, refit_steps=20, progress=False)
+    return {
+        "random": by(tls.baselines.random(model, train, units, seed=seed)),
+        "activation variance": by(tls.score.variance(model, train, units)),
+        "single-unit risk, one shot": by(tls.score.risk(model, train, units, temperature=3.0, seed=seed)),
+        "joint risk, 20 rounds": path.at,
+        "joint risk, 20 rounds, refitted inside": inside.at,
+    }
+
+
+def measured(model: Any, reduction: Reduction, test: Any) -> dict[str, float]:
+    found = tls.evaluate(model, reduction, test)
+    return {"risk": found.risk.mean, "accuracy": found.accuracy}
+
+
+def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
+    model = task.model()
+    train, validation, test = task.examples(seed)
+    units = tls.heads(model) + tls.neurons(model)
+    found: list[dict[str, Any]] = []
+    for name, at in orders(model, train, validation, units, seed).items():
+        for size in SIZES:
+            reduction = at(size)
+            refitted = tls.constants.refit(model, reduction, train, validation, seed=seed, progress=False)
+            key = {"task": task.name, "method": name, "seed": seed, "size": size, "kept": len(reduction.circuit)}
+            if "inside" not in name:
+                found.append(key | {"constants": "mean"} | measured(model, reduction, test))
+            found.append(key | {"constants": "refitted"} | measured(model, refitted, test))
+        print(f"seed {seed}: {name}", flush=True)
+    return found
+
+
+def markdown(frame: pd.DataFrame, constants: str) -> str:
+    """One row a method: mean risk over the seeds, its range, and mean accuracy in brackets."""
+    chosen = frame[frame.constants == constants]
+    lines = [f"| order, {constants} constants | " + " | ".join(f"{size:.0%} kept" for size in SIZES) + " |"]
+    lines.append("|---" * (len(SIZES) + 1) + "|")
+    for method in dict.fromkeys(chosen.method):
+        cells: list[str] = []
+        for size in SIZES:
+            part = chosen[(chosen.method == method) & (chosen["size"] == size)]
+            spread = f"{part.risk.min():.2g}–{part.risk.max():.2g}"
+            cells.append(f"{part.risk.mean():.2g} ({spread}), {part.accuracy.mean():.3f}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="hierarchical_equality")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    task = tls.load_task(arguments.task)
+    frame = pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(task, seed)])
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / "orders.csv", frame.to_csv(index=False))
+    for constants in ("mean", "refitted"):
+        table = markdown(frame, constants)
+        write_text(RESULTS / f"orders_{constants}.md", table)
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Folding is ablating on every architecture that folds: small models with random weights, from their configurations."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_folding import (
+    LOAD,
+    PATTERNS,
+    SEEDS,
+    NoCasts,
+    ablated,
+    bytes_of,
+    check_sizes,
+    distance,
+    mask,
+    randomised,
+    reduction_of,
+    tokens,
+    units_of,
+)
+from torch import Tensor
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import DynamicCache
+
+from tl_sparsify.circuit import fingerprint
+from tl_sparsify.folding import ARCHITECTURES, fold, load_folded, save_folded
+from tl_sparsify.intervene import ablate, intervened
+
+COMMON = {"vocab_size": 17, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+COMMON |= {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "max_position_embeddings": 32}
+GROUPED = COMMON | {"num_key_value_heads": 3, "head_dim": 4}
+SLIDING = GROUPED | {"sliding_window": 6}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 24, "n_head": 6, "n_layer": 3, "n_inner": 20, "vocab_size": 17, "n_positions": 32}
+        | {"bos_token_id": 0, "eos_token_id": 1},
+    ),
+    "Pythia": ("GPTNeoXForCausalLM", COMMON | {"rotary_pct": 0.5}),
+    "GPT-NeoX, sequential": ("GPTNeoXForCausalLM", COMMON | {"rotary_pct": 0.5, "use_parallel_residual": False}),
+    "Llama": ("LlamaForCausalLM", GROUPED),
+    "Llama with biases": ("LlamaForCausalLM", GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "Mistral": ("MistralForCausalLM", SLIDING),
+    "Qwen2": ("Qwen2ForCausalLM", {k: v for k, v in GROUPED.items() if k != "head_dim"}),
+    "Qwen3": ("Qwen3ForCausalLM", GROUPED),
+    "Gemma 2": ("Gemma2ForCausalLM", SLIDING),
+    "Gemma 3": ("Gemma3ForCausalLM", SLIDING),
+}
+UNEVEN = ["some", "one", "none", "some"]  # by site: here 3 sites of heads, then 3 of neurons, in turn
+FIRST_EMPTY = ["none", "some", "some", "one"]
+
+
+def fresh(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A bridge with random weights, large enough that attention is far from uniform."""
+    architecture, options = CONFIGS[name]
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**options)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # noqa: TID251
+        model = model_class(config).eval().to(dtype)
+    return randomised(build_bridge_from_module(model, architecture, hf_config=config), scale=0.4)
+
+
+@cache
+def bridge(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """The same for all tests that do not change it."""
+    return fresh(name, dtype)
+
+
+def test_every_architecture_is_here():
+    assert {architecture for architecture, _ in CONFIGS.values()} == set(ARCHITECTURES) - {"TransformerLensNative"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=8)
+@given(patterns=PATTERNS, seed=SEEDS)
+def test_folded_is_ablated_in_float64(name: str, patterns: list[str], seed: int):
+    model = bridge(name)
+    reduction = reduction_of(model, mask(units_of(model), patterns, seed), seed)
+    assert distance(model, reduction, fold(model, reduction), tokens(seed)) <= 1e-9
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=4)
+@given(patterns=PATTERNS, seed=SEEDS)
+def test_folded_is_ablated_in_float32(name: str, patterns: list[str], seed: int):
+    model = bridge(name, torch.float32)
+    reduction = reduction_of(model, mask(units_of(model), patterns, seed), seed)
+    assert distance(model, reduction, fold(model, reduction), tokens(seed)) <= 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding(name: str, side: str):
+    model = bridge(name)
+    reduction = reduction_of(model, mask(units_of(model), UNEVEN, 3))
+    attended = torch.ones(3, 9, dtype=torch.long)
+    attended[1, :4] = attended[2, :1] = 0
+    attended = attended if side == "left" else attended.flip(1)
+    folded = fold(model, reduction)
+    assert distance(model, reduction, folded, tokens(), attention_mask=attended) <= 1e-9
+    with torch.no_grad(), NoCasts():
+        assert not torch.allclose(folded(tokens(), attention_mask=attended), folded(tokens()))
+
+
+def one_by_one(model: Any, inputs: Tensor, prompt: int) -> Tensor:
+    """Logits of a prompt, and of the tokens after it, each in a step of its own with the key/value cache."""
+    past = DynamicCache(config=model.original_model.config)
+    steps = [inputs[:, :prompt], *inputs[:, prompt:].split(1, dim=1)]
+    return torch.cat([model(step, past_key_values=past, use_cache=True) for step in steps], dim=1)
+
+
+@pytest.mark.parametrize("patterns", [UNEVEN, FIRST_EMPTY, ["none"]], ids=["uneven", "first empty", "none kept"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_key_value_cache(name: str, patterns: list[str]):
+    model = bridge(name)
+    reduction = reduction_of(model, mask(units_of(model), patterns, 5))
+    folded = fold(model, reduction)
+    with torch.no_grad(), NoCasts():
+        with intervened(model, ablate(reduction)):
+            expected = one_by_one(model, tokens(), 4)
+        found, at_once = one_by_one(folded, tokens(), 4), folded(tokens())
+    assert expected.isfinite().all()
+    assert (found - expected).abs().max() <= 1e-9 and (found - at_once).abs().max() <= 1e-9
+
+
+@contextmanager
+def logits_of(model: Any) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    with model.hooks(fwd_hooks=[("unembed.hook_out", lambda value, hook: seen.append(value.clone()))]):
+        yield seen
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Pythia", "Llama", "Gemma 3"])
+def test_generation(name: str):
+    model = bridge(name)
+    reduction = reduction_of(model, mask(units_of(model), FIRST_EMPTY, 5))
+    folded = fold(model, reduction)
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "stop_at_eos": False,
+        "use_past_kv_cache": True,
+        "verbose": False,
+    }
+    with NoCasts(), logits_of(folded) as found:
+        folded.generate(tokens(), **options)
+    with NoCasts(), logits_of(model) as expected, intervened(model, ablate(reduction)):
+        model.generate(tokens(), **options)
+    assert [logits.shape for logits in found] == [logits.shape for logits in expected] and len(found) == 5
+    assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) <= 1e-9
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folded_model_folds_again(name: str):
+    model = bridge(name)
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["some", "some", "one"], 1)))
+    reduction = reduction_of(folded, mask(units_of(folded), ["some", "one", "none"], 2))
+    again = fold(folded, reduction)
+    assert distance(folded, reduction, again, tokens()) <= 1e-9
+    assert sorted(again.units.values()) == sorted(folded.units[unit] for unit in reduction.circuit.names)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_kept_changes_nothing(name: str):
+    model = bridge(name, torch.float32)
+    folded = fold(model, reduction_of(model, mask(units_of(model), ["all"], 0)))
+    assert torch.equal(folded(tokens()), model(tokens()))
+    assert fingerprint(folded) == fingerprint(model) and folded.n_params_total == model.n_params_total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_removed_parameters_are_gone(name: str, tmp_path: Path):
+    model = fresh(name, torch.float32)
+    folded = fold(model, reduction_of(model, ["L0H1", "L0H4", "L0H5", "L0N3", "L1H0", "L2N0", "L2N1"]))
+    grouped = model.cfg.n_key_value_heads is not None  # L0H4 and L0H5 read the same key/value head
+    check_sizes(model, folded, [(3, 2 if grouped else 3, 1), (1, 1, 0), (0, 0, 2)])
+    # GPT-2's q, k and v share the memory of its fused map, GPT-NeoX's are numbers of their own
+    twice = [p for block in folded.blocks for p in block.attn.qkv.parameters()] if "NeoX" in CONFIGS[name][0] else []
+    assert bytes_of(folded) == 4 * (folded.n_params_total + sum(p.numel() for p in twice))
+    save_folded(folded, tmp_path / "small")
+    save_folded(fold(model, reduction_of(model, mask(units_of(model), ["all"], 0))), tmp_path / "full")
+    small, full = ((tmp_path / size / "folded.safetensors").stat().st_size for size in ("small", "full"))
+    assert small < full - 4 * (model.n_params_total - folded.n_params_total)
+
+
+def test_ties_stay():
+    model = fresh("GPT-2")
+    folded = fold(model, reduction_of(model, mask(units_of(model), UNEVEN, 3)))
+    assert folded.embed.weight is folded.unembed.original_component.weight
+    with torch.no_grad():
+        folded.blocks[0].attn.qkv.original_component.weight.zero_()
+    assert (folded.blocks[0].attn.q.weight == 0).all() and (model.blocks[0].attn.q.weight != 0).any()
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Pythia", "Llama"])
+def test_the_original_is_not_held(name: str):
+    model = fresh(name)
+    model(tokens())  # with gradients: some bridges keep a part of the graph
+    before = fingerprint(model)
+    folded = fold(model, reduction_of(model, mask(units_of(model), UNEVEN, 3)))
+    expected = folded(tokens())
+    assert fingerprint(model) == before
+    alive = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+    assert torch.equal(folded(tokens()), expected)
+
+
+@pytest.mark.parametrize("flag", ["use_attn_result", "use_split_qkv_input", "use_attn_in"])
+@pytest.mark.parametrize("name", ["GPT-2", "Pythia", "Qwen3"])
+def test_finer_hooks(name: str, flag: str):
+    model = bridge(name, torch.float32)
+    folded: Any = fold(model, reduction_of(model, mask(units_of(model), UNEVEN, 3)))
+    expected = folded(tokens())
+    getattr(folded, f"set_{flag}")(True)
+    torch.testing.assert_close(folded(tokens()), expected)
+    _, found = folded.run_with_cache(tokens())
+    hook = {"use_attn_result": "result", "use_split_qkv_input": "q_input", "use_attn_in": "attn_in"}[flag]
+    assert found[f"blocks.0.attn.hook_{hook}"].shape == (3, 9, folded.blocks[0].attn.W_O.shape[0], 24)
+    assert not getattr(model.cfg, flag) and not getattr(model.blocks[0].attn.config, flag)
+
+
+@pytest.mark.slow
+def test_loaded_in_a_new_process_the_logits_are_identical(tmp_path: Path):
+    expected = {}
+    for number, name in enumerate(CONFIGS):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = fresh(name, dtype)
+            folded = fold(model, reduction_of(model, mask(units_of(model), UNEVEN, number)))
+            path = tmp_path / f"{number} {dtype}"
+            save_folded(folded, path)
+            expected[str(path)] = folded(tokens())
+            loaded = load_folded(path)
+            assert loaded.units == folded.units and fingerprint(loaded) == fingerprint(folded)
+            assert torch.equal(loaded(tokens()), expected[str(path)])
+    arguments = [sys.executable, "-c", LOAD, repr(tokens().tolist()), *expected]
+    subprocess.run(arguments, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, cwd=tmp_path)
+    for path, logits in expected.items():
+        assert torch.equal(load_file(path + "/logits")["logits"], logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen2", "Gemma 2"])
+def test_half_precision_models_fold_no_worse_than_they_ablate(name: str, dtype: torch.dtype):
+    model = fresh(name, dtype)
+    reduction = reduction_of(model, mask(units_of(model), UNEVEN, 3))
+    folded = fold(model, reduction)
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    exact = ablated(fresh(name, dtype).to(torch.float64), reduction, tokens())
+    with torch.no_grad():
+        error = (folded(tokens()).double() - exact).abs().max()
+    assert error <= 1.5 * (ablated(model, reduction, tokens()).double() - exact).abs().max()
+
+
+def test_other_architectures_are_refused():
+    config = transformers.OPTConfig(
+        vocab_size=17, hidden_size=24, ffn_dim=20, num_attention_heads=6, num_hidden_layers=1, word_embed_proj_dim=24
+    )
+    model = build_bridge_from_module(transformers.OPTForCausalLM(config).eval(), "OPTForCausalLM", hf_config=config)
+    with pytest.raises(ValueError, match="models of architecture OPTForCausalLM do not fold; these do: Transformer"):
+        fold(model, reduction_of(model, ["L0H0"]))
