@@ -73,7 +73,7 @@ def markdown(frame: pd.DataFrame, constants: str) -> str:
         cells: list[str] = []
         for size in SIZES:
             part = chosen[(chosen.method == method) & (chosen["size"] == size)]
-            spread = f"{part.risk.min():.2g}–{part.risk.max():.2g}"
+            spread = f"{part.risk.min():.2g} to {part.risk.max():.2g}"
             cells.append(f"{part.risk.mean():.2g} ({spread}), {part.accuracy.mean():.3f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

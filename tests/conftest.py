@@ -15,7 +15,5 @@ from hypothesis import settings
 
 matplotlib.use("Agg")
 torch.set_num_threads(2)
-settings.register_profile(
-    "tl_sparsify", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI"))
-)
+settings.register_profile("tl_sparsify", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tl_sparsify")

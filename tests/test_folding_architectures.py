@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_folding import (
     LOAD,

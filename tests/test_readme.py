@@ -47,9 +47,7 @@ def test_the_tables_are_the_ones_that_the_benchmarks_wrote():
     content = (ROOT / "README.md").read_bytes()
     tables = TABLE.findall(content)
     assert tables, "README.md has no <!-- table: NAME --> ... <!-- end -->"
-    assert len(tables) == content.count(b"<!-- table:") == content.count(b"<!-- end -->"), (
-        "a marker stands alone"
-    )
+    assert len(tables) == content.count(b"<!-- table:") == content.count(b"<!-- end -->"), "a marker stands alone"
     for name, table in tables:
         written = ROOT / "benchmarks" / "results" / f"{name.decode()}.md"
         assert table == written.read_bytes(), f"the table {name.decode()} of README.md is not {written.name}"
