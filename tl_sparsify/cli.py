@@ -21,11 +21,11 @@ from tl_sparsify.circuit import Reduction
 from tl_sparsify.evaluation import evaluate
 from tl_sparsify.examples import Examples
 from tl_sparsify.folding import fold, save_folded
-from tl_sparsify.intervene import ablate, answer_logits, intervened
+from tl_sparsify.intervene import ablate, answer_logits, device_of, intervened
 from tl_sparsify.search import sparsify
 from tl_sparsify.task import list_tasks, load_task
 from tl_sparsify.units import heads, neurons
-from tl_sparsify.verification import verify
+from tl_sparsify.verification import Evidence, verify
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -59,7 +59,8 @@ def run(
     loaded = load_task(task)
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)
-    model = loaded.model().to(_device(device))
+    where, model = _device(device), loaded.model()
+    model = model if device_of(model) == where else model.to(where)
     train, validation, test = loaded.examples(seed)
     units = heads(model) + neurons(model)
     console.print(f"[bold]{loaded.name}[/]: {loaded.description}\n{units!r}, {train!r} to search")
@@ -98,8 +99,8 @@ def run(
 
     evidence = verify(model, loaded.causal_model, loaded.alignment, loaded.pairs(512, seed), reduced=small, seed=seed)
     _write_csv(evidence.to_frame(), folder / "evidence.csv")
-    title = "Evidence: interchange intervention accuracy on 512 pairs of test inputs"
-    console.print(_table(title, evidence.to_frame().drop(columns="stderr")))
+    for part in _evidence(evidence):
+        console.print(part)
 
     plot.save(plot.risk_curve(path), folder / "risk.png")
     plot.save(plot.unit_map(reduction, scores), folder / "map.png")
@@ -137,6 +138,26 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else f"{cell}" for cell in row))
     return table
+
+
+def _evidence(evidence: Evidence) -> tuple[Table, str]:
+    """One line a variable and intervention, one column a model; and what does not fit into it."""
+    models = list(dict.fromkeys(row.model for row in evidence.rows))
+    table = Table(title="Evidence: interchange accuracy (where the answer should change)", title_justify="left")
+    for name in ("variable", "interchanged", *models):
+        table.add_column(name)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in evidence.rows:
+        cell = f"{row.accuracy:.3f} ({row.accuracy_changed:.3f})"
+        lines.setdefault((row.variable, row.intervention), {})[row.model] = cell
+    for names, cells in lines.items():
+        table.add_row(*names, *(cells.get(model, "") for model in models))
+    notes: list[str] = []
+    for model in models:
+        aligned = [row for row in evidence.rows if row.model == model and row.intervention == "aligned units"]
+        kept = ", ".join(f"{row.variable} {row.units:.0f} of {row.units + row.removed:.0f}" for row in aligned)
+        notes.append(f"{model}: {aligned[0].retained:.1%} of the pairs right on both inputs, aligned units: {kept}")
+    return table, "\n".join(notes)
 
 
 def _layers(model: Any, small: Any) -> pd.DataFrame:

@@ -9,9 +9,10 @@ without intervention count.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -107,10 +108,11 @@ class Row:
         model: ``original``, ``reduced`` or ``random weights``.
         intervention: ``aligned units`` or the control's name.
         variable: the variable whose value is interchanged.
-        accuracy: interchange intervention accuracy over the retained pairs (NaN where none is).
+        accuracy: interchange intervention accuracy over the retained pairs (NaN where none is); with random weights
+            over all pairs, since such a model is right by luck alone.
         stderr: its standard error.
         accuracy_changed: the same over pairs whose expected answer differs from the base's own.
-        pairs: retained pairs (counted once for each draw of a random control).
+        pairs: the pairs counted (once for each draw of a random control).
         retained: the share of pairs that the model answers right on both inputs.
         units: units interchanged.
         removed: aligned units that this model no longer has.
@@ -225,7 +227,8 @@ def verify(
         if not isinstance(origin, Mapping):
             raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")
         subjects.append(_Subject("reduced", reduced, own_names={old: new for new, old in origin.items()}))
-    subjects.append(_Subject("random weights", reinitialized(cast(Any, model), seed)))
+    with redirect_stdout(io.StringIO()):  # it says on which device it puts the copy
+        subjects.append(_Subject("random weights", reinitialized(cast(Any, model), seed)))
     rows = [
         row
         for subject in subjects
@@ -249,6 +252,8 @@ def _tested(
     plain = _answers(subject, pairs.base, [], None, batch_size)
     right = plain == _labels(pairs.base)
     retained = right & (_answers(subject, pairs.source, [], None, batch_size) == _labels(pairs.source))
+    share = float(retained.double().mean())
+    counts = torch.ones_like(retained) if subject.name == "random weights" else retained
     expected = pairs.expected(causal_model, (variable,))
     changed = expected != _labels(pairs.base)
 
@@ -256,10 +261,10 @@ def _tested(
         return _answers(subject, pairs.base, units, pairs.source, batch_size) == expected
 
     def row(intervention: str, hits: list[Bool[Tensor, "n"]], units: float, removed: int = 0) -> Row:
-        accuracy, stderr = _mean(torch.cat([hit[retained] for hit in hits]))
-        flipped, _ = _mean(torch.cat([hit[retained & changed] for hit in hits]))
-        counted, share = int(retained.sum()) * len(hits), float(retained.double().mean())
-        return Row(subject.name, intervention, variable, accuracy, stderr, flipped, counted, share, units, removed)
+        accuracy, stderr = _mean(torch.cat([hit[counts] for hit in hits]))
+        flipped, _ = _mean(torch.cat([hit[counts & changed] for hit in hits]))
+        judged = int(counts.sum()) * len(hits)
+        return Row(subject.name, intervention, variable, accuracy, stderr, flipped, judged, share, units, removed)
 
     chosen = list(alignment.units[variable])
     own = subject.own(chosen)
