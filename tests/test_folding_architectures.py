@@ -73,8 +73,8 @@ def fresh(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251
-        model = model_class(config).eval().to(dtype)
-    return randomised(build_bridge_from_module(model, architecture, hf_config=config), scale=0.4)
+        model = randomised(model_class(config).to(dtype), scale=0.4)
+    return build_bridge_from_module(model, architecture, hf_config=config).eval()
 
 
 @cache

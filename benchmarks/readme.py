@@ -1,0 +1,24 @@
+"""Put the tables in ``benchmarks/results`` between their markers in README.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tl_sparsify._files import write_text
+
+ROOT = Path(__file__).parent.parent
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + (ROOT / "benchmarks" / "results" / f"{match[2]}.md").read_text() + match[3]
+
+    write_text(readme, TABLE.sub(table, readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()
