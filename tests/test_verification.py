@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule, HookPoint, TransformerBridge, TransformerBridgeConfig
+from transformer_lens import HookedRootModule, TransformerBridge, TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
 
 from tl_sparsify import (
     Alignment,
@@ -335,8 +336,8 @@ def test_units_of_which_the_reduction_knows_nothing_are_still_there():
 
 def test_batches_do_not_matter():
     frames = [
-        verify(Network(blind=2), EQUALITY, TRUE, pairs_of(*drawn(50)), batch_size=size).to_frame()
-        for size in (1, 7, None)
+        verify(Network(blind=2), EQUALITY, TRUE, pairs_of(*drawn(13)), batch_size=size).to_frame()
+        for size in (1, 5, None)
     ]
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
     pd.testing.assert_frame_equal(frames[0], frames[2], check_exact=True)
@@ -352,16 +353,18 @@ def test_the_same_seed_gives_the_same_evidence_and_another_one_other_controls():
 
 
 def test_random_units_are_as_many_of_the_same_site_outside_the_alignment():
-    read = [Unit(FIRST, i) for i in range(2 * SYMBOLS)]  # outside are only the two that nobody reads
-    evidence = verify(Network(), EQUALITY, Alignment({"left": [*read[2:], UNREAD[0]]}), pairs_of(*drawn()), draws=1)
-    assert row(evidence, "left", intervention="random units").units == 5
-    pair = Alignment({"left": read})
-    found = row(verify(Network(), EQUALITY, pair, pairs_of(*drawn())), "left", intervention="random units")
-    assert found.units == 6 and found.pairs == 5 * 400
-    alone = [Unit(SECOND, i) for i in range(3)]  # outside is only the blind neuron, which is silent here
-    found = verify(Network(), EQUALITY, Alignment({"same": alone[:1]}), pairs_of(*drawn()), draws=20)
-    chance = row(found, "same", intervention="random units").accuracy
-    assert evidence.accuracy("left") < 1 and chance < row(found, "same").accuracy
+    alignment = Alignment({"same": [BOTH, NEITHER]})  # outside are the one that nobody reads and the blind one, silent
+    evidence = verify(Network(), EQUALITY, alignment, pairs_of(*drawn()), draws=3)
+    random, nothing = (row(evidence, "same", intervention=name) for name in ("random units", "do nothing"))
+    assert (random.units, random.pairs, random.accuracy) == (2, 3 * 400, nothing.accuracy)
+
+
+def test_random_units_are_aligned_ones_where_there_are_no_others():
+    alignment = Alignment({"left": LEFT + RIGHT})
+    evidence = verify(Network(), EQUALITY, alignment, pairs_of(*drawn()), draws=4)
+    found = row(evidence, "left", intervention="random units")
+    assert (found.units, found.pairs) == (6, 4 * 400)
+    assert found.accuracy != row(evidence, "left", intervention="do nothing").accuracy
 
 
 def test_no_draws_no_random_control():
@@ -491,7 +494,7 @@ def native() -> Any:
 
 NATIVE = Alignment(
     {
-        "odd": [Unit(Site("head", 0, "blocks.0.attn.hook_z", 4, 1), 0), Unit(Site("head", 0, "blocks.0.attn.hook_z", 4), 2)],
+        "odd": [Unit(Site("head", 0, "blocks.0.attn.hook_z", 4, at), i) for at, i in ((1, 0), (None, 2))],
         "more": [Unit(Site("neuron", 1, "blocks.1.mlp.hook_post", 20, (2, 3)), i) for i in range(0, 20, 2)],
         "answer": [Unit(Site("neuron", layer, f"blocks.{layer}.mlp.hook_post", 20), 3) for layer in (0, 1)],
     }
@@ -533,7 +536,7 @@ def reduction_of_native(gone: Sequence[str], seed: int = 0) -> Reduction:
 def test_a_reduction_and_its_folded_model_give_the_same_evidence(gone: list[str]):
     model, reduction = native(), reduction_of_native(gone)
     frames = [
-        verify(model, PARITY, NATIVE, native_pairs(), reduced=reduced, seed=5).to_frame()
+        verify(model, PARITY, NATIVE, native_pairs(), reduced=reduced, draws=2, seed=5).to_frame()
         for reduced in (reduction, fold(model, reduction))
     ]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
@@ -554,13 +557,12 @@ def test_the_ceiling_is_the_best_layer_at_the_alignments_positions():
 
 
 def test_positions_for_each_pair_are_the_same_as_one_position_for_all():
-    where = torch.full((200,), 3)
-    hook = "blocks.0.hook_resid_post"
-    found = [
-        verify(native(), PARITY, Alignment({"answer": [Unit(Site("residual", 0, hook, 1, at), 0)]}), native_pairs(), **s)
-        for at, s in ((3, {}), (where, {}), (where, {"batch_size": 7}))
-    ]
-    frames = [evidence.to_frame() for evidence in found]
+    where = torch.full((50,), 3)
+    frames = []
+    for positions, size in ((3, None), (where, None), (where, 20)):
+        stream = Site("residual", 0, "blocks.0.hook_resid_post", 1, positions)
+        alignment = Alignment({"answer": [Unit(stream, 0)]})
+        frames.append(verify(native(), PARITY, alignment, native_pairs(50), draws=1, batch_size=size).to_frame())
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
     pd.testing.assert_frame_equal(frames[0], frames[2], check_exact=True)
 

@@ -16,7 +16,7 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, constants, plot, score
+from tl_sparsify import baselines, basis, constants, plot, score
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.evaluation import Evaluation, evaluate
@@ -28,7 +28,18 @@ from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.score import Scores
 from tl_sparsify.search import Path, sparsify
 from tl_sparsify.task import Task, list_tasks, load_task
-from tl_sparsify.units import Site, Unit, Units, attentions, heads, mlps, neurons, residuals
+from tl_sparsify.units import (
+    Site,
+    Unit,
+    Units,
+    attentions,
+    directions,
+    heads,
+    mlps,
+    neurons,
+    residuals,
+    stream_directions,
+)
 from tl_sparsify.verification import Alignment, Evidence, Pairs, verify
 
 __version__ = "0.1.0"
@@ -56,7 +67,9 @@ __all__ = [
     "ablate",
     "attentions",
     "baselines",
+    "basis",
     "constants",
+    "directions",
     "evaluate",
     "fingerprint",
     "fold",
@@ -76,5 +89,6 @@ __all__ = [
     "save_folded",
     "score",
     "sparsify",
+    "stream_directions",
     "verify",
 ]

@@ -62,6 +62,9 @@ def finish(folded: FoldedBridge) -> None:
     folded.cfg.d_mlp = max((n_neurons(block.mlp) for block in folded.blocks if "mlp" in block._modules), default=0)
     fused = {id(p) for attention in attentions for part in _split(attention) for p in part.parameters()}
     folded._n_params_total = sum(p.numel() for p in folded.parameters() if id(p) not in fused)
+    for part in folded.original_model.modules():
+        if hasattr(part, "_register_aliases"):
+            part._register_aliases()  # b_out, W_E and so on are references to the parameters
     _own(folded)
     folded.eval()
 
@@ -72,6 +75,13 @@ def _own(folded: FoldedBridge) -> None:
         block._teardown_capture_hooks()  # they refer to the original's blocks; made again when the block runs
         if "attn" in block._modules:
             block.attn.config._bind_bridge(folded)
+    template: Any = (folded.adapter.component_mapping or {}).get("blocks")  # what the blocks were once copied from
+    for part in [template, *folded.blocks]:
+        attention = getattr(part, "submodules", {}).get("attn")
+        split: Any = getattr(attention, "split_qkv_matrix", None)
+        owner = getattr(split, "__self__", None)
+        if isinstance(owner, type(folded.adapter)):  # a method of the original's adapter, which holds the original
+            attention.split_qkv_matrix = getattr(folded.adapter, split.__func__.__name__)
 
 
 def _split(attention: Any) -> list[nn.Module]:
@@ -137,9 +147,6 @@ def load_folded(path: str | Path) -> FoldedBridge:
         _resize(block, layer)
     parameters = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     assign(folded, parameters, set(header["frozen"]))
-    for block in folded.blocks:
-        if "mlp" in block._modules:
-            block.mlp._register_aliases()  # b_in and b_out are references to the parameters
     folded.units = {
         f"{part.removeprefix('units.')}{new}": f"{part.removeprefix('units.')}{old}"
         for part, tensor in tensors.items()

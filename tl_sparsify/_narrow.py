@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import AttentionBridge, LinearBridge, MLPBridge
 from transformers.pytorch_utils import Conv1D
 
+Shares = tuple[Int[Tensor, "entries"], Int[Tensor, "entries"], Float[Tensor, "entries"]]
+"""Inputs that leave, inputs that stay, and how much of the latter the former are made of."""
+
 
 def transposed(module: nn.Module) -> bool:
     """Whether a linear map stores its weight as ``[inputs, outputs]`` (GPT-2) and not ``[outputs, inputs]``."""
@@ -43,10 +46,13 @@ def keep_outputs(module: Any, kept: Int[Tensor, "kept"]) -> None:
     set_linear(module, weight, None if module.bias is None else module.bias.detach().index_select(0, kept))
 
 
-def keep_inputs(module: Any, kept: Int[Tensor, "kept"], constants: Float[Tensor, "inputs"] | None) -> None:
-    """Keep the named inputs of a linear map; the others' ``constants`` go into its bias, which it may not have yet.
+def keep_inputs(
+    module: Any, kept: Int[Tensor, "kept"], constants: Float[Tensor, "inputs"] | None, shares: Shares | None = None
+) -> None:
+    """Keep the named inputs of a linear map. The others' ``constants`` go into its bias, which it may not have yet;
+    what ``shares`` makes them of kept inputs goes into the weights of these.
 
-    The sum is taken in float64 and rounded once.
+    Sums are taken in float64 and rounded once.
     """
     dimension = 0 if transposed(module) else 1
     weight, bias = module.weight.detach(), module.bias
@@ -56,6 +62,11 @@ def keep_inputs(module: Any, kept: Int[Tensor, "kept"], constants: Float[Tensor,
         moved = constants.to("cpu", weight.dtype).double()[gone] @ (columns if dimension == 0 else columns.T)
         total = moved if bias is None else moved + bias.detach().to("cpu", torch.float64)
         bias = total.to(weight.device, weight.dtype)
+    if shares is not None:
+        leaving, staying, factors = (part.to("cpu") for part in shares)
+        exact, factors = weight.to("cpu", torch.float64), factors.double()
+        moved = exact.index_select(dimension, leaving) * (factors[:, None] if dimension == 0 else factors)
+        weight = exact.index_add(dimension, staying, moved).to(weight)
     set_linear(module, weight.index_select(dimension, kept.to(weight.device)), None if bias is None else bias.detach())
 
 
@@ -112,15 +123,20 @@ def resize_attention(
     shape_attention(attention, index)
 
 
-def narrow_mlp(mlp: Any, kept: Int[Tensor, "kept"], constants: Float[Tensor, "neurons"] | None = None) -> None:
-    """Keep the named neurons of an MLP bridge; the others' ``constants`` go into the output bias. In place."""
+def narrow_mlp(
+    mlp: Any,
+    kept: Int[Tensor, "kept"],
+    constants: Float[Tensor, "neurons"] | None = None,
+    shares: Shares | None = None,
+) -> None:
+    """Keep the named neurons of an MLP bridge; the others' ``constants`` go into the output bias, and what they are
+    of kept neurons (``shares``) into the output rows of these. In place."""
     for name in ("in", "gate"):
         projection = mlp._modules.get(name)
         if projection is not None:
             keep_outputs(projection.original_component, kept)
-    keep_inputs(mlp.out.original_component, kept, constants)
+    keep_inputs(mlp.out.original_component, kept, constants, shares)
     mlp.__class__ = _with(_plain(mlp), _EmptiedMLP) if len(kept) == 0 else _plain(mlp)
-    mlp._register_aliases()  # b_in and b_out are references to the parameters
 
 
 def fuse(attention: Any) -> None:

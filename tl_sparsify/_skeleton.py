@@ -62,7 +62,8 @@ def build(description: Mapping[str, Any], tokenizer: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         if architecture == NATIVE:
             config = TransformerBridgeConfig.from_dict(description["config"] | {"dtype": dtype, "init_weights": False})
-            bridge = TransformerBridge.boot_native(config, tokenizer=tokenizer, dtype=dtype)
+            bridge_class: Any = TransformerBridge  # transformer_lens attaches boot_native when it is imported
+            bridge = bridge_class.boot_native(config, tokenizer=tokenizer, dtype=dtype)
         else:
             model_class = getattr(transformers, architecture)
             config = model_class.config_class.from_dict(description["config"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._files import read_tensors, write_tensors
@@ -146,6 +146,39 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixing:
+    """A linear map within a site: unit ``rows[i]`` gains ``weights[i]`` times the value of unit ``columns[i]``.
+
+    For units of width 1 (neurons, directions). Sparse, because few units are neighbours of one.
+    """
+
+    size: int
+    rows: Int[Tensor, "entries"]
+    columns: Int[Tensor, "entries"]
+    weights: Float[Tensor, "entries"]
+
+    def matrix(self, like: Float[Tensor, "..."]) -> Float[Tensor, "units units"]:
+        """The sparse matrix ``[row, column]``, in the precision and on the device of ``like``."""
+        index = torch.stack([self.rows, self.columns])
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            return torch.sparse_coo_tensor(index, self.weights, (self.size,) * 2).to(like.device, like.dtype)
+
+    def of(self, v: Float[Tensor, "batch pos units one"]) -> Float[Tensor, "batch pos units one"]:
+        """What every unit gains, for values ``v``."""
+        flat = v.reshape(-1, self.size).T
+        return torch.sparse.mm(self.matrix(v), flat).T.reshape(v.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mixing) or self.size != other.size:
+            return False
+        mine, theirs = (self.rows, self.columns, self.weights), (other.rows, other.columns, other.weights)
+        return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        return hash((self.size, len(self.rows)))
+
+
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """A circuit and the constants that replace its removed units, for the model with ``fingerprint``.
 
@@ -155,6 +188,8 @@ class Reduction:
         reference: the constants of the empty circuit that faithfulness is measured from (``values`` before a refit).
         kind: how the values were made (``"mean"``, ``"zero"``, ``"refit"``): part of every number.
         fingerprint: of the model, checked by everything that takes both; ``None`` is never refused.
+        mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
+            the affine fold into neighbours. Made for this circuit only.
     """
 
     circuit: Circuit
@@ -162,12 +197,26 @@ class Reduction:
     kind: str = "mean"
     reference: Values | None = None
     fingerprint: str | None = None
+    mixing: tuple[Mixing | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.circuit.units != self.values.units:
             raise ValueError(f"values are for {self.values.units!r}, the circuit for {self.circuit.units!r}")
         if not self.values.constant:
             raise ValueError("values vary by example or position: a reduction needs constants, which fold")
+        if self.mixing is not None:
+            self._check_mixing(self.mixing)
+
+    def _check_mixing(self, mixing: tuple[Mixing | None, ...]) -> None:
+        if len(mixing) != len(self.units.sites):
+            raise ValueError(f"mixing has {len(mixing)} parts for the {len(self.units.sites)} sites of {self.units!r}")
+        for site, kept, part in zip(self.units.sites, self.units.split(self.circuit.mask), mixing, strict=True):
+            if part is None:
+                continue
+            if part.size != site.size or site.kind not in ("neuron", "direction"):
+                raise ValueError(f"mixing of {site.hook} is for {part.size} units, not {site.size} {site.kind} units")
+            if bool(kept[part.rows].any()) or not bool(kept[part.columns].all()):
+                raise ValueError(f"mixing of {site.hook} maps from removed or to kept units: is it of this circuit?")
 
     @property
     def units(self) -> Units:
@@ -180,8 +229,23 @@ class Reduction:
         return self.values if self.reference is None else self.reference
 
     def with_circuit(self, circuit: Circuit) -> Reduction:
-        """The same values with another circuit."""
+        """The same constants with another circuit.
+
+        Raises:
+            ValueError: a reduction with affine replacements, which were fitted for their own circuit.
+        """
+        if self.mixing is not None and circuit != self.circuit:
+            raise ValueError("mixing was fitted for its own circuit: take another circuit first, then fit neighbours")
         return replace(self, circuit=circuit)
+
+    def for_examples(self, index: Int[Tensor, "batch"]) -> Reduction:
+        """The same reduction, with per-example positions taken for the examples ``index``."""
+        units = self.units.for_examples(index)
+        if units is self.units:
+            return self
+        reference = None if self.reference is None else Values(units, self.reference.tensors)
+        circuit, values = Circuit(units, self.circuit.mask), Values(units, self.values.tensors)
+        return replace(self, circuit=circuit, values=values, reference=reference)
 
     def save(self, path: str | Path) -> None:
         """Write json and tensors to one safetensors file, with a checksum: complete, or not at all."""
@@ -191,6 +255,11 @@ class Reduction:
         tensors |= {f"values.{i}": tensor for i, tensor in enumerate(self.values.tensors)}
         if self.reference is not None:
             tensors |= {f"reference.{i}": tensor for i, tensor in enumerate(self.reference.tensors)}
+        tensors |= {f"basis.{i}": site.basis for i, site in enumerate(self.units.sites) if site.basis is not None}
+        for i, part in enumerate(self.mixing or ()):
+            if part is not None:
+                parts = {"rows": part.rows, "columns": part.columns, "weights": part.weights}
+                tensors |= {f"mixing.{i}.{name}": tensor for name, tensor in parts.items()}
         write_tensors(Path(path), "reduction", header, tensors)
 
     @staticmethod
@@ -202,16 +271,27 @@ class Reduction:
             ValueError: the file is damaged, truncated or no reduction.
         """
         header, tensors = read_tensors(Path(path), "reduction")
-        units = Units(tuple(_site_from_json(site) for site in header["sites"]))
-        n = range(len(units.sites))
+        bases = [tensors.get(f"basis.{i}") for i in range(len(header["sites"]))]
+        sites = [_site_from_json(site, basis) for site, basis in zip(header["sites"], bases, strict=True)]
+        units = Units(tuple(sites))
+        n = range(len(sites))
         reference = Values(units, tuple(tensors[f"reference.{i}"] for i in n)) if "reference.0" in tensors else None
         values = Values(units, tuple(tensors[f"values.{i}"] for i in n))
-        return Reduction(Circuit(units, tensors["mask"]), values, header["kind"], reference, header["fingerprint"])
+        mixing = tuple(
+            Mixing(sites[i].size, *(tensors[f"mixing.{i}.{part}"] for part in ("rows", "columns", "weights")))
+            if f"mixing.{i}.rows" in tensors
+            else None
+            for i in n
+        )
+        kept = Circuit(units, tensors["mask"])
+        affine = mixing if any(mixing) else None
+        return Reduction(kept, values, header["kind"], reference, header["fingerprint"], affine)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Reduction)
             and (self.circuit, self.values, self.reference) == (other.circuit, other.values, other.reference)
+            and self.mixing == other.mixing
             and (self.kind, self.fingerprint) == (other.kind, other.fingerprint)
         )
 
@@ -231,11 +311,12 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "hook": site.hook,
         "size": site.size,
         "positions": None if site.positions is None else list(site.positions),  # type: ignore[arg-type]
+        "also": list(site.also),
     }
 
 
-def _site_from_json(site: dict[str, Any]) -> Site:
-    return Site(**site)
+def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | None) -> Site:
+    return Site(**site | {"basis": basis, "also": tuple(site.get("also", ()))})
 
 
 _SAMPLED = 65_536

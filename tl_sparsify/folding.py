@@ -27,9 +27,10 @@ from transformer_lens import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
 from tl_sparsify._folded import FoldedBridge, finish, load_folded, save_folded
-from tl_sparsify._narrow import kv_index, n_neurons, narrow_attention, narrow_mlp
+from tl_sparsify._narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
 from tl_sparsify._skeleton import HUGGING_FACE, NATIVE
-from tl_sparsify.circuit import Reduction, check_fingerprint
+from tl_sparsify._writes import Step, fix_layer, step_writer
+from tl_sparsify.circuit import Mixing, Reduction, check_fingerprint
 from tl_sparsify.intervene import check_model
 from tl_sparsify.units import Site
 
@@ -38,7 +39,19 @@ __all__ = ["ARCHITECTURES", "FoldedBridge", "fold", "load_folded", "save_folded"
 ARCHITECTURES = (NATIVE, *HUGGING_FACE)
 """The architectures whose folding is tested (``model.cfg.architecture``)."""
 
-_HOOK = {"head": "attn.hook_z", "neuron": "mlp.hook_post"}
+_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+_HOOKS = {
+    "head": ("attn.hook_z",),
+    "neuron": ("mlp.hook_post",),
+    "attention": ("hook_attn_out",),
+    "mlp": ("hook_mlp_out",),
+    "direction": _STREAM,
+    "stream": _STREAM,
+}
+"""Where units of a kind fold."""
+
+_PARTS = {"head": "attn", "neuron": "mlp"}
+_WHOLE = {"attention": "head", "mlp": "neuron"}
 _MIXING = ("solu", "solu_ln")  # activations of a neuron that depend on the other neurons
 
 
@@ -47,7 +60,7 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
 
     Args:
         model: the ``TransformerBridge`` that the reduction was made for; it is not changed.
-        reduction: the circuit and the constants of its removed units (heads and neurons).
+        reduction: the circuit, the constants of its removed units, and what these are made of kept neurons.
 
     Returns:
         A bridge with the kept units only, on the same devices, in the same dtype, in evaluation mode. A folded model
@@ -60,7 +73,7 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
     """
     _check_model(model)
     check_fingerprint(model, reduction)
-    cuts = _cuts(model, reduction)
+    cuts, changes = _plan(model, reduction)
     _check_weights(model, cuts)
 
     replaced = {id(p): p for cut in cuts for module in _projections(model, cut).values() for p in module.parameters()}
@@ -68,10 +81,17 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
     folded.__class__ = FoldedBridge
     for cut in cuts:
         kept = cut.keep.nonzero().flatten()
-        if cut.site.kind == "head":
-            narrow_attention(folded.blocks[cut.site.layer].attn, kept, cut.constants)
+        block = folded.blocks[cut.layer]
+        if cut.kind == "head":
+            narrow_attention(block.attn, kept, cut.constants)
         else:
-            narrow_mlp(folded.blocks[cut.site.layer].mlp, kept, cut.constants[:, 0])
+            narrow_mlp(block.mlp, kept, None if cut.constants is None else cut.constants[:, 0], cut.shares)
+    for change in changes:
+        point = folded.hook_dict[change.hook]
+        if isinstance(change.to, Step):
+            step_writer(folded, point, change.to)
+        else:
+            fix_layer(folded, point, change.to)
     folded.units = _composed(model, cuts)
     finish(folded)
     return folded
@@ -79,52 +99,107 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What leaves one site: the kept units and everybody's constants."""
+    """What leaves the heads or neurons of one layer: the kept units, everybody's constants, and what the others are
+    made of kept ones."""
 
-    site: Site
+    kind: str
+    layer: int
     keep: Bool[Tensor, "units"]
-    constants: Float[Tensor, "units width"]
+    constants: Float[Tensor, "units width"] | None
+    shares: Shares | None = None
 
 
-def _cuts(model: TransformerBridge, reduction: Reduction) -> list[_Cut]:
-    """The sites that lose units, checked against the model."""
-    cuts: list[_Cut] = []
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of the activation at a hook point in the residual stream: a constant, or itself after a step."""
+
+    hook: str
+    to: Step | Float[Tensor, "width"]
+
+
+def _plan(model: TransformerBridge, reduction: Reduction) -> tuple[list[_Cut], list[_Change]]:
+    """What folding does, checked against the model: first the cuts, in any order, then the changes, in theirs."""
+    cuts: dict[tuple[str, int], _Cut] = {}
+    changes: list[_Change] = []
     hooks = model.hook_dict
-    seen: set[int] = set()
     masks = reduction.units.split(reduction.circuit.mask)
-    for site, keep, constants in zip(reduction.units.sites, masks, reduction.values.tensors, strict=True):
+    mixings = reduction.mixing or (None,) * len(masks)
+    whole: list[_Cut] = []
+    seen: set[int] = set()
+    parts = zip(reduction.units.sites, masks, reduction.values.tensors, mixings, strict=True)
+    for site, keep, constants, mixing in parts:
         _check_site(model, hooks, site, constants)
-        if id(hooks[site.hook]) in seen:
+        keep = keep.cpu()
+        if site.kind in _PARTS and id(hooks[site.hook]) in seen:
             raise ValueError(f"units hold {site.hook} twice; each head and neuron may stand once")
         seen.add(id(hooks[site.hook]))
         if bool(keep.all()):
             continue
         if not bool(torch.isfinite(constants[~keep.to(constants.device)]).all()):
             raise ValueError(f"values of removed units at {site.hook} are NaN or infinite")
-        cuts.append(_Cut(site, keep.cpu(), constants))
-    return cuts
+        if site.kind in _PARTS:
+            shares = None if mixing is None else (mixing.rows, mixing.columns, mixing.weights)
+            cuts[site.kind, site.layer] = _Cut(site.kind, site.layer, keep, constants, shares)
+        elif site.kind in _WHOLE:
+            kind = _WHOLE[site.kind]
+            size = _size(model.blocks[site.layer], kind)
+            whole.append(_Cut(kind, site.layer, torch.zeros(size, dtype=torch.bool), None))
+            changes.append(_Change(site.hook, constants[0]))
+        else:
+            entries = zip(site.hooks, site.entries(constants), strict=True)
+            changes += [_Change(hook, _step(site, keep, entry, mixing)) for hook, entry in entries]
+    cuts |= {(cut.kind, cut.layer): cut for cut in whole}
+    return list(cuts.values()), changes
+
+
+def _step(site: Site, keep: Bool[Tensor, "units"], values: Float[Tensor, "units one"], mixing: Mixing | None) -> Step:
+    """The step that sets the removed directions of a site to their values, at one of its hook points."""
+    if site.basis is None:
+        raise ValueError(f"{site.kind} units of {site.hook} have no basis")
+    basis = site.basis.detach().to("cpu", torch.float64)
+    dual = site.read(torch.eye(len(basis), dtype=torch.float64))[:, 0, :, 0]  # the coordinates of every axis
+    reader = dual[:, ~keep]
+    if mixing is not None:
+        reader = reader - dual @ mixing.matrix(dual).to_dense()[~keep].T
+    return Step(basis[:, ~keep], reader, values.detach().to("cpu", torch.float64)[~keep, 0])
 
 
 def _check_site(
     model: TransformerBridge, hooks: Mapping[str, Any], site: Site, constants: Float[Tensor, "units width"]
 ) -> None:
-    if site.hook not in hooks:
-        raise ValueError(f"the model has no hook point {site.hook!r}: are the units those of this model?")
-    if site.kind not in _HOOK:
-        raise ValueError(f"units of kind {site.kind!r} do not fold; those of kind {' and '.join(_HOOK)} do")
+    for hook in site.hooks:
+        if hook not in hooks:
+            raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
+    if site.kind not in _HOOKS:
+        raise ValueError(f"units of kind {site.kind!r} do not fold; those of kind {', '.join(_HOOKS)} do")
     if site.positions is not None:
         raise ValueError(f"units at positions {site.suffix[1:]} of {site.hook} do not fold: weights act everywhere")
-    name = f"blocks.{site.layer}.{_HOOK[site.kind]}"
-    if hooks.get(name) is not hooks[site.hook]:
-        raise ValueError(f"{site.kind} units of {site.hook} do not fold; those of {name} do")
-    block = model.blocks[site.layer]
-    size = len(kv_index(block.attn)) if site.kind == "head" else n_neurons(block.mlp)
-    width = block.attn.config.d_head if site.kind == "head" else 1
+    based = site.basis is not None
+    for hook in site.hooks:
+        layers = range(len(model.blocks)) if based else [site.layer]
+        names = [f"blocks.{layer}.{place}" for layer in layers for place in _HOOKS[site.kind]]
+        if not any(hooks.get(name) is hooks[hook] for name in names):
+            places = ", ".join(_HOOKS[site.kind]) if based else names[0]
+            raise ValueError(f"{site.kind} units of {hook} do not fold; those of {places} do")
+    if based:
+        size, width = site.size, len(site.hooks)
+        if len(site.basis) != model.cfg.d_model:  # type: ignore[arg-type]
+            raise ValueError(f"basis of {site.hook} has {len(site.basis)} rows, the model's stream {model.cfg.d_model}")  # type: ignore[arg-type]
+    elif site.kind in _PARTS:
+        block = model.blocks[site.layer]
+        size, width = _size(block, site.kind), block.attn.config.d_head if site.kind == "head" else 1
+    else:
+        size, width = 1, model.cfg.d_model
     if site.size != size or constants.shape[-1] != width:
         raise ValueError(
             f"{site.hook} has {size} {site.kind} units of width {width}, the reduction's {site.size} of width "
             f"{constants.shape[-1]}: is it a reduction of this model?"
         )
+
+
+def _size(block: Any, kind: str) -> int:
+    """How many heads or neurons a block has."""
+    return len(kv_index(block.attn)) if kind == "head" else n_neurons(block.mlp)
 
 
 def _check_model(model: Any) -> None:
@@ -142,9 +217,9 @@ def _check_model(model: Any) -> None:
 def _check_weights(model: TransformerBridge, cuts: list[_Cut]) -> None:
     """Refuse what would not fold exactly in the layers that lose units."""
     for cut in cuts:
-        where = f"blocks.{cut.site.layer}.{'attn' if cut.site.kind == 'head' else 'mlp'}"
+        where = f"blocks.{cut.layer}.{'attn' if cut.kind == 'head' else 'mlp'}"
         activation = (getattr(model.cfg, "act_fn", None) or "").lower()
-        if cut.site.kind == "neuron" and activation in _MIXING:
+        if cut.kind == "neuron" and activation in _MIXING:
             raise ValueError(f"neurons of {where} do not fold: the activation {activation} mixes neurons")
         for name, bridge in _projections(model, cut).items():
             module = bridge.original_component
@@ -156,8 +231,8 @@ def _check_weights(model: TransformerBridge, cuts: list[_Cut]) -> None:
 
 def _projections(model: TransformerBridge, cut: _Cut) -> dict[str, Any]:
     """The bridges of the linear maps that change size with a cut."""
-    block = model.blocks[cut.site.layer]
-    part, names = (block.attn, "q k v o qkv") if cut.site.kind == "head" else (block.mlp, "in gate out")
+    block = model.blocks[cut.layer]
+    part, names = (block.attn, "q k v o qkv") if cut.kind == "head" else (block.mlp, "in gate out")
     return {name: part._modules[name] for name in names.split() if name in part._modules}
 
 
@@ -171,14 +246,13 @@ def _left_behind(model: TransformerBridge) -> dict[int, None]:
 def _composed(model: TransformerBridge, cuts: list[_Cut]) -> dict[str, str]:
     """The original name of every unit that is left, by its new name."""
     before = getattr(model, "units", None) if isinstance(model, FoldedBridge) else None
-    keeps = {(cut.site.kind, cut.site.layer): cut.keep.nonzero().flatten().tolist() for cut in cuts}
+    keeps = {(cut.kind, cut.layer): cut.keep.nonzero().flatten().tolist() for cut in cuts}
     names: dict[str, str] = {}
     for layer, block in enumerate(model.blocks):
-        for kind, letter, part in (("head", "H", "attn"), ("neuron", "N", "mlp")):
+        for (kind, part), letter in zip(_PARTS.items(), "HN", strict=True):
             if part not in block._modules:
                 continue
-            size = len(kv_index(block.attn)) if kind == "head" else n_neurons(block.mlp)
-            for new, old in enumerate(keeps.get((kind, layer), range(size))):
+            for new, old in enumerate(keeps.get((kind, layer), range(_size(block, kind)))):
                 name = f"L{layer}{letter}{old}"
                 names[f"L{layer}{letter}{new}"] = name if before is None else before[name]
     return names

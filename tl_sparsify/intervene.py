@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparsify.circuit import Circuit, Reduction, Values
+from tl_sparsify.circuit import Circuit, Mixing, Reduction, Values
 from tl_sparsify.examples import NO_LABEL, Examples
 from tl_sparsify.units import Model, Site, Units
 
@@ -31,11 +31,13 @@ class Intervention:
         units: the units.
         keep: ``[units]`` or, by example, ``[batch, units]``; 1 leaves a unit alone, 0 replaces it.
         values: what replaces them: constants, or the values of another run.
+        mixing: for each site, what is added to that as a linear map of the site's units as they are there.
     """
 
     units: Units
     keep: Float[Tensor, "*batch units"]
     values: Values
+    mixing: tuple[Mixing | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.keep.ndim not in (1, 2) or self.keep.shape[-1] != len(self.units):
@@ -45,8 +47,11 @@ class Intervention:
 
 
 def ablate(reduction: Reduction) -> Intervention:
-    """Set every removed unit of a reduction to its constant, everywhere."""
-    return Intervention(reduction.units, reduction.circuit.mask.float(), reduction.values)
+    """Set every removed unit of a reduction to its constant (or affine replacement), everywhere.
+
+    Nested with other interventions on its units it comes last, so that affine replacements see what the others left.
+    """
+    return Intervention(reduction.units, reduction.circuit.mask.float(), reduction.values, reduction.mixing)
 
 
 def interchange(circuit: Circuit, source: Values) -> Intervention:
@@ -65,6 +70,7 @@ def _apply(
     site: Site,
     keep: Float[Tensor, "*batch some"],
     value: Float[Tensor, "..."],
+    mixing: Mixing | None,
     activation: Float[Tensor, "..."],
     hook: Any,
 ) -> Float[Tensor, "..."]:
@@ -72,11 +78,14 @@ def _apply(
     if keep.ndim == 2 and len(keep) != len(activation):
         raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
     weight = keep.to(v)[..., None] if keep.ndim == 1 else keep.to(v)[:, None, :, None]
-    new = torch.lerp(value.to(v).expand_as(v), v, weight.expand_as(v))
+    target = value.to(v).expand_as(v)
+    if mixing is not None:
+        target = target + mixing.of(v)
+    new = torch.lerp(target, v, weight.expand_as(v))
     where = site.position_mask(v.shape[0], v.shape[1])
     if where is not None:
         new = torch.where(where.to(v.device)[..., None, None], new, v)
-    return new.reshape(activation.shape)
+    return site.write(activation, v, new)
 
 
 @contextmanager
@@ -95,13 +104,19 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
             intervention.units.sites,
             intervention.units.split(intervention.keep),
             intervention.values.tensors,
+            intervention.mixing or (None,) * len(intervention.units.sites),
             strict=True,
         )
-        for site, keep, value in parts:
+        for site, keep, value, mixing in parts:
             if keep.requires_grad or bool((keep != 1).any()):
-                hooks.append((_canonical(model, site.hook), partial(_apply, site, keep, value)))
+                for hook, entry in zip(site.hooks, site.entries(value), strict=True):
+                    hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing)))
     with model.hooks(fwd_hooks=hooks):
         yield
+
+
+def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
 
 
 @dataclass(frozen=True)
@@ -114,12 +129,15 @@ class Recording:
     @property
     def hooks(self) -> tuple[str, ...]:
         """The hook points, each once, in order of the units."""
-        return tuple(dict.fromkeys(site.hook for site in self.units.sites))
+        return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hooks))
 
-    def read(self, by_hook: dict[str, Float[Tensor, "..."]] | None = None) -> tuple[Float[Tensor, "..."], ...]:
-        """Per site ``[batch, pos, units, width]``, of the activations (or of other tensors of their shapes)."""
-        source = self.activations if by_hook is None else by_hook
-        return tuple(site.read(source[site.hook]) for site in self.units.sites)
+    def read(self) -> tuple[Float[Tensor, "batch pos some width"], ...]:
+        """The units' values, per site."""
+        return tuple(_joined([site.read(self.activations[h]) for h in site.hooks]) for site in self.units.sites)
+
+    def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
+        """The gradients with respect to the units' values, per site, from those with respect to the activations."""
+        return tuple(_joined([site.pull(gradients[h]) for h in site.hooks]) for site in self.units.sites)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify import _random
-from tl_sparsify.circuit import Circuit, Reduction, check_fingerprint
+from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
     Intervention,
@@ -85,29 +85,61 @@ class InterventionDistribution:
     """From what the interventions are drawn under which two models are compared.
 
     Attributes:
-        kind: ``none`` (the observational case) or ``interchange`` (each kept unit takes, with ``probability``, its
-            value on a paired source input: each model its own value).
+        kind: ``none`` (the observational case), ``interchange`` (each unit takes, with ``probability``, its value on a
+            paired source input: each model its own value), ``mean`` (it takes its mean), or ``mixture``.
         probability: of each unit, independently, for each example.
         source: ``counterfactual`` pairs each example with its counterfactual input, ``shuffled`` with another
             example of the whole split.
+        of: the units of ``kept`` ones only, or of ``all``: the reduced model then gets the interventions on the
+            units that it still has.
+        parts: of a mixture, each with its weight; every example draws one of them.
     """
 
-    kind: Literal["none", "interchange"] = "none"
+    kind: Literal["none", "interchange", "mean", "mixture"] = "none"
     probability: float = 0.0
     source: Literal["counterfactual", "shuffled"] = "shuffled"
+    of: Literal["kept", "all"] = "kept"
+    parts: tuple[tuple[float, InterventionDistribution], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "interchange"):
-            raise ValueError(f"kind is {self.kind!r}; the known distributions are none and interchange")
+        known = ("none", "interchange", "mean", "mixture")
+        if self.kind not in known:
+            raise ValueError(f"kind is {self.kind!r}; the known distributions are {', '.join(known)}")
+        for name, choices in (("source", ("counterfactual", "shuffled")), ("of", ("kept", "all"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(choices)}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability is {self.probability}; it lies in [0, 1]")
+        if (self.kind == "mixture") != bool(self.parts):
+            raise ValueError(f"a distribution of kind {self.kind} has {len(self.parts)} parts")
+        if any(weight <= 0 or part.kind == "mixture" for weight, part in self.parts):
+            raise ValueError("parts of a mixture need positive weights, and are no mixtures themselves")
 
     @staticmethod
     def interchange(
-        probability: float, source: Literal["counterfactual", "shuffled"] = "shuffled"
+        probability: float,
+        source: Literal["counterfactual", "shuffled"] = "shuffled",
+        of: Literal["kept", "all"] = "kept",
     ) -> InterventionDistribution:
-        """Random interchange of kept units."""
-        return InterventionDistribution("interchange", probability, source)
+        """Random interchange of units."""
+        return InterventionDistribution("interchange", probability, source, of)
+
+    @staticmethod
+    def mean(probability: float, of: Literal["kept", "all"] = "kept") -> InterventionDistribution:
+        """Random units set to the reduction's mean values."""
+        return InterventionDistribution("mean", probability, of=of)
+
+    @staticmethod
+    def mixture(*parts: tuple[float, InterventionDistribution]) -> InterventionDistribution:
+        """Each example draws one of the distributions, by weight."""
+        return InterventionDistribution("mixture", parts=parts)
+
+    @property
+    def components(self) -> tuple[tuple[float, InterventionDistribution], ...]:
+        """The parts of a mixture, or the one distribution, with weights that sum to 1."""
+        parts = self.parts or ((1.0, self),)
+        total = sum(weight for weight, _ in parts)
+        return tuple((weight / total, part) for weight, part in parts)
 
 
 NONE = InterventionDistribution()
@@ -130,19 +162,33 @@ def source_batch(
 def drawn_interventions(
     distribution: InterventionDistribution,
     model: Model,
-    circuit: Circuit,
-    source: Examples,
+    reduction: Reduction,
+    examples: Examples,
     index: Int[Tensor, "batch"],
     seed: int,
 ) -> tuple[Intervention, ...]:
-    """The interventions on the units of ``circuit`` for the examples ``index``, their values taken from ``model``'s
-    own run on ``source``. The same units for every model given the same seed. One forward pass (``none``: zero)."""
-    if distribution.kind == "none" or distribution.probability == 0:
-        return ()
-    draw = _random.uniform(seed, 29, index[:, None], torch.arange(len(circuit.units)))
-    chosen = (draw < distribution.probability) & circuit.mask
-    values = run_values(model, source, circuit.units)
-    return (Intervention(circuit.units, (~chosen).float(), values),)
+    """The interventions on the reduction's units for the examples ``index``, source values taken from ``model`` as it
+    is now. The same units and sources for every model given the same seed. One forward pass for each part of kind
+    ``interchange``."""
+    drawn: list[Intervention] = []
+    reduction = reduction.for_examples(index)
+    lottery = _random.uniform(seed, 31, index)
+    low = 0.0
+    for number, (share, part) in enumerate(distribution.components):
+        mine = (lottery >= low) & (lottery < low + share)
+        low += share
+        if part.kind == "none" or part.probability == 0:
+            continue
+        draw = _random.uniform(seed, 29 + number, index[:, None], torch.arange(len(reduction.units)))
+        chosen = (draw < part.probability) & mine[:, None]
+        if part.of == "kept":
+            chosen &= reduction.circuit.mask
+        if part.kind == "mean":
+            values = reduction.baseline
+        else:
+            values = run_values(model, source_batch(part, examples, index, seed), reduction.units)
+        drawn.append(Intervention(reduction.units, (~chosen).float(), values))
+    return tuple(drawn)
 
 
 def compared(
@@ -157,21 +203,21 @@ def compared(
 ) -> Moments:
     """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
 
-    Two forward passes over the data; four under ``interchange``.
+    Two forward passes over the data; two more for each ``interchange`` in the distribution.
     """
     check_model(model)
     check_fingerprint(model, reduction)
     parts: list[Moments] = []
-    removed = ablate(reduction)
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            source = source_batch(interventions, examples, index, seed) if interventions.kind != "none" else batch
-            same = (interventions, model, reduction.circuit, source, index, seed)
+            removed = ablate(reduction.for_examples(index))
+            same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = answer_logits(model, batch)
             with intervened(model, removed):
-                with intervened(model, *drawn_interventions(*same)):
-                    reduced = answer_logits(model, batch)
+                drawn = drawn_interventions(*same)
+            with intervened(model, *drawn, removed):
+                reduced = answer_logits(model, batch)
             parts.append(Moments.of(compare(original, reduced, batch)))
     return Moments.merge(parts)
 
@@ -189,7 +235,7 @@ def risk(
     """Measured interventional risk of a reduction: mean KL(original || reduced) in nats, or half the mean squared
     error of ``metric``, with both models under the same interventions.
 
-    Two forward passes over the data; four under ``interchange``.
+    Two forward passes over the data; two more for each ``interchange`` in the distribution.
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.

@@ -41,7 +41,7 @@ from tl_sparsify.intervene import (
     intervened,
     recorded,
 )
-from tl_sparsify.measure import Metric, divergence
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric, divergence, drawn_interventions
 from tl_sparsify.moments import Moments
 from tl_sparsify.units import Model
 
@@ -135,15 +135,17 @@ def samples(
     probes: int = 4,
     temperature: float = 1.0,
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Iterator[Samples]:
     """The samples of every batch, for the removal of each unit to ``removal.values``, linearised in the model with
-    ``current``'s units already removed (``None``: the original model).
+    ``current``'s units already removed (``None``: the original model), both models under the same ``interventions``.
 
     One forward and ``probes`` backward passes over the data (fewer probes where fewer are exact); with ``current``
-    one forward and one backward pass more. Memory does not grow with the number of examples. With ``temperature``
-    other than 1 everything is ``temperature**2`` times the divergence at that temperature.
+    one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
+    model. Memory does not grow with the number of examples. With ``temperature`` other than 1 everything is
+    ``temperature**2`` times the divergence at that temperature.
 
     Raises:
         ValueError: a model in training mode, fewer than one probe, a temperature that is not positive, NaN or
@@ -154,15 +156,21 @@ def samples(
         raise ValueError(f"probes is {probes}; at least one is needed")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    units = removal.units
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-        z = None
-        if current is not None:
-            with torch.no_grad():
-                z = answer_logits(model, batch)
+        here_removal = removal.for_examples(index)
+        units = here_removal.units
+        removed = () if current is None else (ablate(current.for_examples(index)),)
+        same = (interventions, model, removal, examples, index, seed)
+        with torch.no_grad():
+            z = None
+            if current is not None:
+                with intervened(model, *drawn_interventions(*same)):
+                    z = answer_logits(model, batch)
+            with intervened(model, *removed):
+                drawn = drawn_interventions(*same)
         with frozen(model), torch.enable_grad():
-            with intervened(model, *(() if current is None else (ablate(current),))):
-                with recorded(model, units, gradients=True) as recording:
+            with intervened(model, *drawn), recorded(model, units) as own:
+                with intervened(model, *removed), recorded(model, units, gradients=True) as recording:
                     changed = answer_logits(model, batch)
             here = changed.detach()
             if metric is None:
@@ -171,10 +179,13 @@ def samples(
             else:
                 vectors = metric_probe(here, batch, index, metric=metric, seed=seed)
             slope = None if z is None else _slope(z, here, batch, metric, temperature)
-            effects = _effects(recording, removal, changed, vectors if slope is None else [*vectors, slope])
+            vectors = vectors if slope is None else [*vectors, slope]
+            effects = _effects(own, recording, here_removal, changed, vectors)
+            if current is not None:
+                effects *= current.circuit.mask.to(effects)
         linear = torch.zeros_like(effects[0]) if slope is None else effects[-1]
         offset = effects.new_zeros(len(batch)) if z is None else _divergence(z, here, batch, metric, temperature)
-        yield Samples(index, offset, linear, effects[: len(vectors)])
+        yield Samples(index, offset, linear, effects if slope is None else effects[:-1])
 
 
 def _divergence(z: Tensor, here: Tensor, batch: Examples, metric: Metric | None, t: float) -> Float[Tensor, "batch"]:
@@ -192,13 +203,16 @@ def _slope(
 
 
 def _effects(
+    own: Recording,
     recording: Recording,
     removal: Reduction,
     logits: Float[Tensor, "rows choices"],
     vectors: list[Float[Tensor, "rows choices"]],
 ) -> Float[Tensor, "probes batch units"]:
+    """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
+    mechanism gives (before the removals made so far: overlapping directions share theirs) to the constant."""
     steps: list[Tensor] = []
-    for site, v, c in zip(removal.units.sites, recording.read(), removal.values.tensors, strict=True):
+    for site, v, c in zip(removal.units.sites, own.read(), removal.values.tensors, strict=True):
         v = v.detach() if v.dtype == torch.float64 else v.detach().float()
         step = c.to(v) - v
         where = site.position_mask(v.shape[0], v.shape[1])
@@ -215,7 +229,7 @@ def _effects(
             hook: torch.zeros_like(activations[hook]) if gradient is None else gradient
             for hook, gradient in zip(hooks, gradients, strict=True)
         }
-        parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(recording.read(by_hook), steps, strict=True)]
+        parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(recording.pull(by_hook), steps, strict=True)]
         rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
     return torch.stack(rows)
 

@@ -11,7 +11,7 @@ neurons ``width = 1``; whole layers are one unit of width ``d_model``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,13 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-Positions = None | int | slice | Sequence[int] | Tensor
-"""Where a unit is meant: everywhere (``None``), at one or several positions, or at one position per example."""
+from tl_sparsify._site import LETTER, Positions, Site
 
-_LETTER = {"head": "H", "neuron": "N", "mlp": "MLP", "attention": "ATTN", "residual": "RESID"}
-_WHOLE = ("mlp", "attention", "residual")
-_KIND = {letter: kind for kind, letter in _LETTER.items()}
-_NAME = re.compile(r"L(\d+)(H|N|MLP|ATTN|RESID)(\d*)")
+_KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
+_NAME = re.compile(r"(?:L(\d+))?(H|N|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
 
 
 @runtime_checkable
@@ -46,104 +43,6 @@ class Model(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One hook point cut into ``size`` units of one ``kind``, at all or at the named ``positions``."""
-
-    kind: str
-    layer: int
-    hook: str
-    size: int
-    positions: Positions = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in _LETTER:
-            raise ValueError(f"kind is {self.kind!r}; the known kinds are {', '.join(_LETTER)}")
-        if self.size < 1:
-            raise ValueError(f"size of {self.hook} is {self.size}; a site has at least one unit")
-        if isinstance(self.positions, int):
-            object.__setattr__(self, "positions", (self.positions,))
-        elif isinstance(self.positions, list):
-            object.__setattr__(self, "positions", tuple(self.positions))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Site) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        where = self.positions
-        where = (*where.flatten().tolist(), "each") if isinstance(where, Tensor) else where
-        where = (where.start, where.stop, where.step, "slice") if isinstance(where, slice) else where
-        return (self.kind, self.layer, self.hook, self.size, where)
-
-    @property
-    def suffix(self) -> str:
-        """How the positions print behind a unit's name: nothing, ``@4``, ``@1,3``, ``@0:4`` or ``@each``."""
-        where = self.positions
-        if where is None:
-            return ""
-        if isinstance(where, Tensor):
-            return "@each"
-        if isinstance(where, slice):
-            return f"@{'' if where.start is None else where.start}:{'' if where.stop is None else where.stop}"
-        return "@" + ",".join(str(position) for position in where)  # type: ignore[union-attr]
-
-    def name(self, index: int) -> str:
-        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``."""
-        letter = _LETTER[self.kind]
-        return f"L{self.layer}{letter}{'' if self.kind in _WHOLE else index}{self.suffix}"
-
-    def read(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:
-        """The units' values in the hook point's activation (a view where possible).
-
-        Raises:
-            ValueError: the activation's shape does not hold ``size`` units.
-        """
-        wanted = {"head": "[batch, pos, units, width]", "neuron": "[batch, pos, units] or [batch, units]"}
-        if self.kind == "head" and activation.ndim == 4 and activation.shape[2] == self.size:
-            return activation
-        if self.kind == "neuron" and activation.ndim in (2, 3) and activation.shape[-1] == self.size:
-            return activation.unsqueeze(-1) if activation.ndim == 3 else activation[:, None, :, None]
-        if self.kind in _WHOLE and activation.ndim == 3 and self.size == 1:
-            return activation.unsqueeze(2)
-        raise ValueError(
-            f"{self.hook} yields {tuple(activation.shape)}; a site of {self.size} {self.kind} units needs "
-            f"{wanted.get(self.kind, '[batch, pos, d_model]')}. Are the units those of this model?"
-        )
-
-    def position_mask(self, batch: int, pos: int) -> Bool[Tensor, "#batch pos"] | None:
-        """Which positions are meant, or ``None`` for all of them.
-
-        Raises:
-            ValueError: a position outside the input, or not one position per example.
-        """
-        where = self.positions
-        if where is None:
-            return None
-        if isinstance(where, slice):
-            mask = torch.zeros(1, pos, dtype=torch.bool)
-            mask[:, where] = True
-            return mask
-        index = where if isinstance(where, Tensor) else torch.tensor([where])
-        if isinstance(where, Tensor):
-            if where.shape[:1] != (batch,):
-                raise ValueError(
-                    f"positions of {self.hook} name {tuple(where.shape)} places for a batch of {batch}: "
-                    "give one index per example"
-                )
-            index = where.reshape(batch, -1)
-        if bool(((index < -pos) | (index >= pos)).any()):
-            raise ValueError(f"positions {self.suffix[1:]} of {self.hook} lie outside an input of length {pos}")
-        return torch.zeros(index.shape[0], pos, dtype=torch.bool).scatter_(1, index.cpu() % pos, True)
-
-    def for_examples(self, index: Int[Tensor, "batch"]) -> Site:
-        """The same site with per-example positions taken for the examples ``index``."""
-        return replace(self, positions=self.positions[index]) if isinstance(self.positions, Tensor) else self
 
 
 @dataclass(frozen=True)
@@ -182,6 +81,14 @@ class Units:
         if len(set(self.sites)) != len(self.sites):
             twice = next(site for site in self.sites if self.sites.count(site) > 1)
             raise ValueError(f"sites holds {twice.hook}{twice.suffix} twice; each unit may stand once")
+        named: dict[str, Site] = {}
+        for site in self.sites:
+            other = named.setdefault(site.name(0), site)
+            if other is not site:
+                raise ValueError(
+                    f"sites {other.hook} and {site.hook} both have a unit {site.name(0)}: give them different layers"
+                    + (", or join their bases" if site.basis is not None else "")
+                )
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -220,7 +127,7 @@ class Units:
         match = _NAME.match(name)
         if match is None:
             raise KeyError(f"{name!r} is no unit name; names look like {self.names[0]} or {self.names[-1]}")
-        layer, kind = int(match[1]), _KIND[match[2]]
+        layer, kind = int(match[1] or 0), _KIND[match[2]]
         same = [site for site in self.sites if (site.layer, site.kind) == (layer, kind)]
         has = f"layer {layer} has {sum(site.size for site in same)} of kind {kind}"
         raise KeyError(f"unknown unit {name!r}: {has} among these {self!r}")
@@ -347,3 +254,51 @@ def residuals(model: Any) -> Units:
     """The whole residual stream after each block: ``blocks.{l}.hook_resid_post``, a ``d_model`` vector per position.
     For interchange, where it is the ceiling of what a layer's units can carry; it cannot be folded. No model pass."""
     return _sites(model, "residual", "", "hook_resid_post", None)
+
+
+def directions(model: Any, hook: str, basis: Any) -> Units:
+    """Directions of an activation as units: value a coordinate per position, removed by a constant coordinate.
+
+    Args:
+        hook: a hook point with activations ``[batch, pos, width]``, such as ``blocks.3.hook_resid_post``.
+        basis: ``[width, r]``, a direction in each column: a matrix of the user's own, :func:`basis.pca`, what TransformerLens's ``mean_difference_basis`` or ``probe_basis`` return, a ``fit_das``
+            result, or (transposed) the decoder of a sparse autoencoder. Columns may overlap.
+
+    Raises:
+        ValueError: a hook point that the model lacks, or a basis that is no matrix of finite numbers.
+    """
+    if hook not in model.hook_dict:
+        raise ValueError(f"the model has no hook point {hook!r}: this architecture does not compute it")
+    match = re.search(r"blocks\.(\d+)\.", hook)
+    columns = _matrix(basis)
+    layer = int(match[1]) if match else 0
+    return Units((Site(kind="direction", layer=layer, hook=hook, size=columns.shape[1], basis=columns),))
+
+
+def stream_directions(model: Any, basis: Any) -> Units:
+    """Directions in *every* write to the residual stream (the embedding's, each attention's, each MLP's): value one
+    coordinate for each write; removed by constant coordinates, which weight orthogonalisation does in the weights.
+
+    Raises:
+        ValueError: a model without residual stream, or a basis that is no matrix of finite numbers.
+    """
+    columns = _matrix(basis)
+    writes = [name for name in ("blocks.0.hook_resid_pre",) if name in model.hook_dict]
+    for layer, _ in _blocks(model):
+        names = (f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out")
+        writes += [name for name in names if name in model.hook_dict]
+    if not writes or writes[0] != "blocks.0.hook_resid_pre":
+        raise ValueError(f"{type(model).__name__} has no hook point blocks.0.hook_resid_pre: no stream to write to")
+    site = Site(kind="stream", layer=0, hook=writes[0], size=columns.shape[1], basis=columns, also=tuple(writes[1:]))
+    return Units((site,))
+
+
+def _matrix(basis: Any) -> Float[Tensor, "width r"]:
+    """The columns of a matrix, of a learnt subspace or of the result that holds one."""
+    found = getattr(basis, "subspace", basis)
+    found = getattr(found, "basis", found)
+    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+        raise ValueError(f"basis is {type(basis).__name__}; it must be a floating-point matrix [width, directions]")
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("basis holds NaN or infinite entries")
+    return found.detach().clone()

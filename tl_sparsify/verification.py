@@ -12,8 +12,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +37,7 @@ from tl_sparsify.intervene import (
     intervened,
     run_values,
 )
-from tl_sparsify.units import Model, Unit, heads, neurons, residuals, select
+from tl_sparsify.units import Model, Site, Unit, heads, neurons, residuals, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,15 +168,22 @@ class _Subject:
     own_names: Mapping[str, str] | None = None
 
     def own(self, chosen: Iterable[Unit]) -> list[Unit]:
-        """The chosen units that this model still has, under its own names."""
+        """The chosen units that this model still has, under its own names; what no reduction removes is there."""
         if self.removal is not None:
-            return [unit for unit in chosen if _bare(unit) in self.removal.circuit]
+            gone = set((~self.removal.circuit).names)
+            return [unit for unit in chosen if gone.isdisjoint((unit.name, _bare(unit)))]
         if self.own_names is None:
             return list(chosen)
         families = {"head": heads, "neuron": neurons}
-        kept = [unit for unit in chosen if _bare(unit) in self.own_names]
-        units = {kind: families[kind](self.model) for kind in {unit.site.kind for unit in kept}}
-        return [units[unit.site.kind][self.own_names[_bare(unit)]].at(unit.site.positions) for unit in kept]
+        kept = [unit for unit in chosen if unit.site.kind not in families or _bare(unit) in self.own_names]
+        units = {kind: families[kind](self.model) for kind in {unit.site.kind for unit in kept} & set(families)}
+        own: list[Unit] = []
+        for unit in kept:
+            if unit.site.kind in units:
+                here = units[unit.site.kind][self.own_names[_bare(unit)]]
+                unit = Unit(replace(unit.site, size=here.site.size), here.index)
+            own.append(unit)
+        return own
 
 
 def _bare(unit: Unit) -> str:
@@ -204,7 +211,7 @@ def verify(
 
     Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
     same sites at the same positions, outside the alignment), ``whole residual stream`` (the best layer's, at the
-    alignment's positions: the ceiling), and the alignment on a model with ``random weights``.
+    alignment's positions: the ceiling; for models with blocks), and the alignment on a model with ``random weights``.
 
     Forward passes over the pairs: two for each model, and for each variable two for the alignment, two for each draw
     and two for each layer.
@@ -268,20 +275,25 @@ def _tested(
 
     chosen = list(alignment.units[variable])
     own = subject.own(chosen)
-    aligned = row("aligned units", [swapped(own)], len(own), len(chosen) - len(own))
-    rows = [aligned, row("do nothing", [plain == expected], 0)]
+    aligned = row("aligned units", [swapped(own)], float(len(own)), len(chosen) - len(own))
+    rows = [aligned, row("do nothing", [plain == expected], 0.0)]
     if subject.name == "random weights":
         return rows
     sets = [subject.own(_random_units(chosen, seed, draw)) for draw in range(draws)]
     if sets:
         rows.append(row("random units", [swapped(units) for units in sets], sum(map(len, sets)) / draws))
-    places = {unit.site.suffix: unit.site.positions for unit in chosen}.values()
-    ceilings = [
-        row("whole residual stream", [swapped([Unit(site, 0).at(where) for where in places])], 1)
-        for site in residuals(subject.model).sites
-    ]
-    rows.append(max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy))
+    ceilings: list[Row] = []
+    for site in _streams(subject.model):
+        places = dict.fromkeys(Unit(site, 0).at(unit.site.positions) for unit in chosen)
+        ceilings.append(row("whole residual stream", [swapped(list(places))], 1.0))
+    if ceilings:
+        rows.append(max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy))
     return rows
+
+
+def _streams(model: Any) -> tuple[Site, ...]:
+    """The residual stream after each layer; none for a model without blocks."""
+    return residuals(model).sites if hasattr(model, "blocks") else ()
 
 
 def _labels(examples: Examples) -> Int[Tensor, "n"]:
@@ -302,15 +314,16 @@ def _answers(
     over the data; two with units."""
     answers: list[Tensor] = []
     model = subject.model
-    removed = () if subject.removal is None else (ablate(subject.removal),)
-    with torch.no_grad(), intervened(model, *removed) if removed else nullcontext():
+    with torch.no_grad():
         for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
             swap: tuple[Intervention, ...] = ()
             if units and source is not None:
                 sites, mask = select(units)
                 sites = sites.for_examples(index)
-                swap = (interchange(Circuit(sites, mask), run_values(model, source[index], sites)),)
-            with intervened(model, *swap):
+                with intervened(model, *removed):
+                    swap = (interchange(Circuit(sites, mask), run_values(model, source[index], sites)),)
+            with intervened(model, *swap, *removed):
                 best = answer_logits(model, batch).argmax(1).cpu()
             answers.append(best if batch.choices is None else batch.choices[best])
     return torch.cat(answers)

@@ -1,0 +1,230 @@
+"""A site: one hook point cut into units of one kind, and how their values are read there and written back.
+
+Heads are slices of the activation, neurons its entries, a whole layer is one unit. Directions are coordinates: with
+the columns of ``basis`` as directions ``B``, a unit's value is its entry of ``v = pinv(B) x`` and a change is written
+as ``x + B (v' - v)``. For orthonormal columns these are the projections; columns may overlap, and then the values are
+least-squares coordinates, which say how much of ``x`` each direction has beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Positions = None | int | slice | Sequence[int] | Tensor
+"""Where a unit is meant: everywhere (``None``), at one or several positions, or at one position per example."""
+
+LETTER = {
+    "head": "H",
+    "neuron": "N",
+    "mlp": "MLP",
+    "attention": "ATTN",
+    "residual": "RESID",
+    "direction": "D",
+    "stream": "S",
+}
+WHOLE = ("mlp", "attention", "residual")
+BASED = ("direction", "stream")
+_PLACES = {"hook_resid_pre": "PRE", "hook_resid_mid": "MID", "hook_resid_post": "POST"}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One hook point cut into ``size`` units of one ``kind``, at all or at the named ``positions``.
+
+    Attributes:
+        kind: ``head``, ``neuron``, ``mlp``, ``attention``, ``residual``, ``direction`` or ``stream``.
+        layer: for names and maps; any numbering of the user's own.
+        hook: the hook point's name.
+        size: the number of units.
+        positions: where the units are meant; ``None``: everywhere.
+        basis: ``[width, size]``, the directions as columns (kinds ``direction`` and ``stream`` only).
+        also: further hook points at which the same units are read and written (kind ``stream``: every write to the
+            residual stream); a unit's value then has one entry for each hook point.
+    """
+
+    kind: str
+    layer: int
+    hook: str
+    size: int
+    positions: Positions = None
+    basis: Float[Tensor, "width size"] | None = None
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in LETTER:
+            raise ValueError(f"kind is {self.kind!r}; the known kinds are {', '.join(LETTER)}")
+        if self.size < 1:
+            raise ValueError(f"size of {self.hook} is {self.size}; a site has at least one unit")
+        if isinstance(self.positions, int):
+            object.__setattr__(self, "positions", (self.positions,))
+        elif isinstance(self.positions, list):
+            object.__setattr__(self, "positions", tuple(self.positions))
+        if (self.basis is not None) != (self.kind in BASED):
+            raise ValueError(f"{self.kind} units of {self.hook} {'need a' if self.kind in BASED else 'have no'} basis")
+        if self.basis is not None and self.basis.shape[-1] != self.size:
+            raise ValueError(
+                f"basis of {self.hook} has shape {tuple(self.basis.shape)}; it must be [width, {self.size}], "
+                "a column for each direction"
+            )
+        if self.also and self.kind != "stream":
+            raise ValueError(f"{self.kind} units of {self.hook} have one hook point; only stream directions have more")
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Site)
+            and self._key == other._key
+            and (self.basis is other.basis or bool(torch.equal(self._columns, other._columns)))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        where = self.positions
+        where = (*where.flatten().tolist(), "each") if isinstance(where, Tensor) else where
+        where = (where.start, where.stop, where.step, "slice") if isinstance(where, slice) else where
+        shape = None if self.basis is None else tuple(self.basis.shape)
+        return (self.kind, self.layer, self.hook, self.size, where, shape, self.also)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Every hook point of the site."""
+        return (self.hook, *self.also)
+
+    @property
+    def suffix(self) -> str:
+        """How the positions print behind a unit's name: nothing, ``@4``, ``@1,3``, ``@0:4`` or ``@each``."""
+        where = self.positions
+        if where is None:
+            return ""
+        if isinstance(where, Tensor):
+            return "@each"
+        if isinstance(where, slice):
+            return f"@{'' if where.start is None else where.start}:{'' if where.stop is None else where.stop}"
+        return "@" + ",".join(str(position) for position in where)  # type: ignore[union-attr]
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the index in a unit's name: ``L1H``, ``L0N``, ``L2POST``, ``S``."""
+        if self.kind == "stream":
+            return "S"
+        place = _PLACES.get(self.hook.rsplit(".", 1)[-1]) if self.kind == "direction" else None
+        return f"L{self.layer}{place or LETTER[self.kind]}"
+
+    def name(self, index: int) -> str:
+        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``, ``L2POST0``, ``S0``."""
+        return f"{self.prefix}{'' if self.kind in WHOLE else index}{self.suffix}"
+
+    @property
+    def _columns(self) -> Float[Tensor, "width size"]:
+        if self.basis is None:
+            raise ValueError(f"{self.kind} units of {self.hook} have no basis")
+        return self.basis
+
+    @cached_property
+    def _dual(self) -> Float[Tensor, "width size"]:
+        """``pinv(basis)`` transposed: what reads the coordinates. For orthonormal columns the basis itself."""
+        columns = self._columns.detach().double()
+        gram = columns.T @ columns
+        if torch.allclose(gram, torch.eye(self.size, dtype=gram.dtype, device=gram.device), atol=1e-6):
+            return self._columns
+        return torch.linalg.pinv(columns).T.to(self._columns)
+
+    def read(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:
+        """The units' values in the hook point's activation (a view where possible).
+
+        Raises:
+            ValueError: the activation's shape does not hold ``size`` units.
+        """
+        if self.kind in BASED:
+            return self._coordinates(activation, self._dual)
+        if self.kind == "head" and activation.ndim == 4 and activation.shape[2] == self.size:
+            return activation
+        if self.kind == "neuron" and activation.ndim in (2, 3) and activation.shape[-1] == self.size:
+            return activation.unsqueeze(-1) if activation.ndim == 3 else activation[:, None, :, None]
+        if self.kind in WHOLE and activation.ndim == 3 and self.size == 1:
+            return activation.unsqueeze(2)
+        raise self._mismatch(activation)
+
+    def pull(self, gradient: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:
+        """The gradient with respect to the units' values, from the gradient with respect to the activation."""
+        return self._coordinates(gradient, self._columns) if self.kind in BASED else self.read(gradient)
+
+    def write(
+        self,
+        activation: Float[Tensor, "..."],
+        old: Float[Tensor, "batch pos units width"],
+        new: Float[Tensor, "batch pos units width"],
+    ) -> Float[Tensor, "..."]:
+        """The activation with the units' values changed from ``old`` (as read there) to ``new``."""
+        if self.kind in BASED:
+            moved = ((new - old)[..., 0] @ self._columns.to(new).T).to(activation)
+            return activation + (moved if activation.ndim == 3 else moved[:, 0])
+        return new.reshape(activation.shape)
+
+    def entries(self, value: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
+        """A value's part for each hook point: all of it for one, an entry for each of several.
+
+        Raises:
+            ValueError: a value of another width.
+        """
+        if not self.also:
+            return (value,)
+        if value.shape[-1] != len(self.hooks):
+            raise ValueError(f"values of {self.prefix} units have width {value.shape[-1]}, not {len(self.hooks)}")
+        return value.split(1, dim=-1)
+
+    def _coordinates(
+        self, activation: Float[Tensor, "..."], reader: Float[Tensor, "width size"]
+    ) -> Float[Tensor, "batch pos units one"]:
+        if activation.ndim not in (2, 3) or activation.shape[-1] != len(reader):
+            raise self._mismatch(activation)
+        if activation.dtype in (torch.float16, torch.bfloat16):
+            activation = activation.float()  # a coordinate is a difference of many products
+        coordinates = activation @ reader.to(activation)
+        return (coordinates if activation.ndim == 3 else coordinates[:, None])[..., None]
+
+    def _mismatch(self, activation: Float[Tensor, "..."]) -> ValueError:
+        wanted = {"head": "[batch, pos, units, width]", "neuron": "[batch, pos, units] or [batch, units]"}
+        whole = "[batch, pos, d_model]" if self.basis is None else f"[batch, pos, {len(self.basis)}]"
+        return ValueError(
+            f"{self.hook} yields {tuple(activation.shape)}; a site of {self.size} {self.kind} units needs "
+            f"{wanted.get(self.kind, whole)}. Are the units those of this model?"
+        )
+
+    def position_mask(self, batch: int, pos: int) -> Bool[Tensor, "#batch pos"] | None:
+        """Which positions are meant, or ``None`` for all of them.
+
+        Raises:
+            ValueError: a position outside the input, or not one position per example.
+        """
+        where = self.positions
+        if where is None:
+            return None
+        if isinstance(where, slice):
+            mask = torch.zeros(1, pos, dtype=torch.bool)
+            mask[:, where] = True
+            return mask
+        index = where if isinstance(where, Tensor) else torch.tensor([where])
+        if isinstance(where, Tensor):
+            if where.shape[:1] != (batch,):
+                raise ValueError(
+                    f"positions of {self.hook} name {tuple(where.shape)} places for a batch of {batch}: "
+                    "give one index per example"
+                )
+            index = where.reshape(batch, -1)
+        if bool(((index < -pos) | (index >= pos)).any()):
+            raise ValueError(f"positions {self.suffix[1:]} of {self.hook} lie outside an input of length {pos}")
+        return torch.zeros(index.shape[0], pos, dtype=torch.bool).scatter_(1, index.cpu() % pos, True)
+
+    def for_examples(self, index: Int[Tensor, "batch"]) -> Site:
+        """The same site with per-example positions taken for the examples ``index``."""
+        return replace(self, positions=self.positions[index]) if isinstance(self.positions, Tensor) else self
