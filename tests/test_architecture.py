@@ -17,7 +17,7 @@ ORDER = """
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"plot", "report", "cli"}
-FOLDING = {"folding", "_folded", "_narrow", "_skeleton"}  # one idea, its private parts in files of their own
+FOLDING = {"folding", "export", "_folded", "_narrow", "_skeleton", "_writes"}  # one idea, its private parts in files of their own
 INTERNALS = FOLDING | {"verification", "baselines"}
 LONGEST = 400
 

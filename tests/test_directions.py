@@ -134,7 +134,7 @@ def test_the_risk_of_a_direction_is_that_of_a_model_with_a_hook(family: int):
     def hook(x: Tensor, hook: Any, column: int) -> Tensor:
         return x + (values.tensors[0][gone, column] - x @ reader[gone].T) @ columns[:, gone].T
 
-    added = [(name, lambda x, hook, c=c, f=hook: f(x, hook, c)) for c, name in enumerate(site.hooks)]
+    added = [(name, lambda x, hook, c=c, f=hook: f(x, hook, c)) for c, name in enumerate(site.hook_names)]
     with model.hooks(fwd_hooks=added):
         changed = answer_logits(model, batch)
     p, q = original.log_softmax(1), changed.log_softmax(1)

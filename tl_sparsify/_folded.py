@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from tl_sparsify._files import read_tensors, write_tensors
 from tl_sparsify._narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify._skeleton import assign, build, describe, numbers
+from tl_sparsify._writes import describe_points, make_points
 
 
 class FoldedBridge(TransformerBridge):
@@ -63,8 +64,9 @@ def finish(folded: FoldedBridge) -> None:
     fused = {id(p) for attention in attentions for part in _split(attention) for p in part.parameters()}
     folded._n_params_total = sum(p.numel() for p in folded.parameters() if id(p) not in fused)
     for part in folded.original_model.modules():
-        if hasattr(part, "_register_aliases"):
-            part._register_aliases()  # b_out, W_E and so on are references to the parameters
+        register: Any = getattr(part, "_register_aliases", None)
+        if register is not None:
+            register()  # b_out, W_E and so on are references to the parameters
     _own(folded)
     folded.eval()
 
@@ -77,7 +79,7 @@ def _own(folded: FoldedBridge) -> None:
             block.attn.config._bind_bridge(folded)
     template: Any = (folded.adapter.component_mapping or {}).get("blocks")  # what the blocks were once copied from
     for part in [template, *folded.blocks]:
-        attention = getattr(part, "submodules", {}).get("attn")
+        attention: Any = getattr(part, "submodules", {}).get("attn")
         split: Any = getattr(attention, "split_qkv_matrix", None)
         owner = getattr(split, "__self__", None)
         if isinstance(owner, type(folded.adapter)):  # a method of the original's adapter, which holds the original
@@ -145,6 +147,7 @@ def load_folded(path: str | Path) -> FoldedBridge:
     folded.__class__ = FoldedBridge
     for block, layer in zip(folded.blocks, header["layers"], strict=True):
         _resize(block, layer)
+    make_points(folded, header["points"])
     parameters = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     assign(folded, parameters, set(header["frozen"]))
     folded.units = {
@@ -168,6 +171,7 @@ def _contents(model: FoldedBridge, folder: Path) -> tuple[dict[str, Any], dict[s
     header = {
         "model": describe(model),
         "layers": [_sizes(block) for block in model.blocks],
+        "points": describe_points(model),
         "frozen": [name for name, p in parameters.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
         "tokenizer": {file.relative_to(folder).as_posix(): _sha256(file) for file in tokenizer},
     }

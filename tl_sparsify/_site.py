@@ -95,7 +95,7 @@ class Site:
         return (self.kind, self.layer, self.hook, self.size, where, shape, self.also)
 
     @property
-    def hooks(self) -> tuple[str, ...]:
+    def hook_names(self) -> tuple[str, ...]:
         """Every hook point of the site."""
         return (self.hook, *self.also)
 
@@ -178,8 +178,8 @@ class Site:
         """
         if not self.also:
             return (value,)
-        if value.shape[-1] != len(self.hooks):
-            raise ValueError(f"values of {self.prefix} units have width {value.shape[-1]}, not {len(self.hooks)}")
+        if value.shape[-1] != len(self.hook_names):
+            raise ValueError(f"values of {self.prefix} units have width {value.shape[-1]}, not {len(self.hook_names)}")
         return value.split(1, dim=-1)
 
     def _coordinates(

@@ -10,6 +10,7 @@ the embeddings), elsewhere it stays, as a few numbers at the hook point of ``x``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,25 @@ def put_step(point: Any, step: Step, like: Tensor) -> None:
         point._parameters[name] = nn.Parameter(number, requires_grad=like.requires_grad)
 
 
+def describe_points(bridge: Any) -> dict[str, int | None]:
+    """The hook points that compute something, by name: the rank of a step, ``None`` for a constant."""
+    points = {id(point): point for point in bridge.hook_dict.values()}.values()
+    steps = {point.name: point.basis.shape[1] for point in points if isinstance(point, StepPoint)}
+    return steps | {point.name: None for point in points if isinstance(point, FixedPoint)}
+
+
+def make_points(bridge: Any, description: Mapping[str, int | None]) -> None:
+    """Hook points of the kinds that :func:`describe_points` named, their numbers yet to be set. In place."""
+    like = next(bridge.blocks[0].parameters())
+    width = bridge.cfg.d_model
+    for name, rank in description.items():
+        if rank is None:
+            put_fixed(bridge.hook_dict[name], torch.zeros(width), like)
+        else:
+            columns, numbers = torch.zeros(width, rank).double(), torch.zeros(rank).double()
+            put_step(bridge.hook_dict[name], Step(columns, columns, numbers), like)
+
+
 def fix_layer(bridge: Any, point: Any, value: Float[Tensor, "d_model"]) -> None:
     """Make the whole attention or MLP whose output has the hook point ``point`` write a constant. In place."""
     none = torch.zeros(0, dtype=torch.long)
@@ -116,36 +136,38 @@ def fix_layer(bridge: Any, point: Any, value: Float[Tensor, "d_model"]) -> None:
             module = block._modules.get(part)
             if module is None or point not in (module.hook_out, _output(block._modules.get(norm))):
                 continue
-            projection = _projection(module)
             narrow(module, none)
+            linear = _projection(module).original_component
             if point is module.hook_out:
-                _set_bias(module, value.to(projection.weight))
+                set_linear(linear, linear.weight.detach(), value.to(linear.weight))
             else:  # a norm stands in between, and no bias can make it write a constant
-                put_fixed(point, value, projection.weight)
+                put_fixed(point, value, linear.weight)
+
+
+def writers(bridge: Any, point: Any) -> list[Any]:
+    """The bridges of the weights that write the activation at a hook point: a projection, the embeddings, or none."""
+    if point is bridge.blocks[0].hook_in and not isinstance(point, StepPoint):
+        return [bridge._modules[name] for name in ("embed", "pos_embed") if name in bridge._modules]
+    parts = [block._modules.get(part) for block in bridge.blocks for part in ("attn", "mlp")]
+    return [_projection(part) for part in parts if part is not None and part.hook_out is point]
 
 
 def step_writer(bridge: Any, point: Any, step: Step) -> None:
     """Make a step of the activation at a hook point, in the weights that write it where there are some. In place."""
-    first = bridge.blocks[0]
-    if point is first.hook_in and not isinstance(point, StepPoint):
-        _step_embeddings(bridge, step)
-        return
-    for block in bridge.blocks:
-        for module in (block._modules.get("attn"), block._modules.get("mlp")):
-            if module is not None and point is module.hook_out:
-                linear = _projection(module)
-                weight = step.linear(linear.weight if transposed(linear) else linear.weight.T)
-                set_linear(linear, weight if transposed(linear) else weight.T.contiguous(), None)
-                _set_bias(module, step.affine(linear.bias, linear.weight))
-                return
-    put_step(point, step, next(first.parameters()))
+    modules = [part.original_component for part in writers(bridge, point)]
+    if not modules:
+        put_step(point, step, next(bridge.blocks[0].parameters()))
+    elif isinstance(modules[0], nn.Embedding):
+        _step_embeddings(bridge, modules, step)
+    else:
+        linear = modules[0]
+        bias = step.affine(linear.bias, linear.weight)
+        rows = step.linear(linear.weight if transposed(linear) else linear.weight.T)
+        set_linear(linear, rows if transposed(linear) else rows.T.contiguous(), bias)
 
 
-def _step_embeddings(bridge: Any, step: Step) -> None:
-    """Every row of the embedding of tokens gets the step, every row of that of positions its linear part; without
-    positions the constant goes into the tokens. A tied unembedding keeps its weights."""
-    tokens, positions = bridge.embed.original_component, bridge._modules.get("pos_embed")
-    tables = [tokens] if positions is None else [tokens, positions.original_component]
+def _step_embeddings(bridge: Any, tables: list[Any], step: Step) -> None:
+    """Make a step of the sum of one row of each table. A tied unembedding keeps its weights."""
     for table in tables:
         weight = table.weight
         new = torch.cat([step.linear(rows) for rows in weight.detach().split(_ROWS)])
@@ -153,20 +175,15 @@ def _step_embeddings(bridge: Any, step: Step) -> None:
             scale = float(getattr(table, "embed_scale", 1.0))  # Gemma's embedding is multiplied by it
             new = (new.double() + step.constant.to(new.device) / scale).to(new)
         table.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
-    config = getattr(bridge.original_model, "config", None)
+    config: Any = getattr(bridge.original_model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 
 
-def _projection(module: Any) -> Any:
-    """The linear map that an attention or MLP bridge writes with."""
-    return module._modules["o" if "o" in module._modules else "out"].original_component
+def _projection(part: Any) -> Any:
+    """The bridge of the linear map that an attention or MLP bridge writes with."""
+    return part._modules["o" if "o" in part._modules else "out"]
 
 
 def _output(norm: Any) -> Any:
     return None if norm is None else norm.hook_out
-
-
-def _set_bias(module: Any, bias: Float[Tensor, "d_model"]) -> None:
-    linear = _projection(module)
-    set_linear(linear, linear.weight.detach(), bias)

@@ -26,7 +26,7 @@ def pca(
     """
     check_model(model)
     whole = Units((Site(kind="residual", layer=0, hook=hook, size=1),))
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    count, total, square, dtype = 0, torch.zeros(()), torch.zeros(()), torch.float32
     with torch.no_grad():
         for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             with recorded(model, whole) as recording:
@@ -37,10 +37,10 @@ def pca(
             valid = valid if valid.shape == found.shape[:2] else torch.ones(found.shape[:2], dtype=torch.bool)
             rows = found[valid.to(found.device)].double()
             total, square = rows.sum(0) + total.to(rows), rows.T @ rows + square.to(rows)
-            count += len(rows)
+            count, dtype = count + len(rows), found.dtype
     if not 0 < rank <= len(total):
         raise ValueError(f"rank is {rank}; {hook} has {len(total)} directions")
     mean = total / count
     vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean)).eigenvectors.flip(1)[:, :rank]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * largest.sign()).to(found.dtype if found.dtype == torch.float64 else torch.float32)
+    return (vectors * largest.sign()).to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from tl_sparsify._folded import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify._narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
 from tl_sparsify._skeleton import HUGGING_FACE, NATIVE
-from tl_sparsify._writes import Step, fix_layer, step_writer
+from tl_sparsify._writes import Step, fix_layer, step_writer, writers
 from tl_sparsify.circuit import Mixing, Reduction, check_fingerprint
 from tl_sparsify.intervene import check_model
 from tl_sparsify.units import Site
@@ -74,7 +74,7 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
     _check_model(model)
     check_fingerprint(model, reduction)
     cuts, changes = _plan(model, reduction)
-    _check_weights(model, cuts)
+    _check_weights(model, cuts, changes)
 
     replaced = {id(p): p for cut in cuts for module in _projections(model, cut).values() for p in module.parameters()}
     folded = copy.deepcopy(model, replaced | _left_behind(model))  # does not copy what is replaced below
@@ -146,7 +146,7 @@ def _plan(model: TransformerBridge, reduction: Reduction) -> tuple[list[_Cut], l
             whole.append(_Cut(kind, site.layer, torch.zeros(size, dtype=torch.bool), None))
             changes.append(_Change(site.hook, constants[0]))
         else:
-            entries = zip(site.hooks, site.entries(constants), strict=True)
+            entries = zip(site.hook_names, site.entries(constants), strict=True)
             changes += [_Change(hook, _step(site, keep, entry, mixing)) for hook, entry in entries]
     cuts |= {(cut.kind, cut.layer): cut for cut in whole}
     return list(cuts.values()), changes
@@ -167,7 +167,7 @@ def _step(site: Site, keep: Bool[Tensor, "units"], values: Float[Tensor, "units 
 def _check_site(
     model: TransformerBridge, hooks: Mapping[str, Any], site: Site, constants: Float[Tensor, "units width"]
 ) -> None:
-    for hook in site.hooks:
+    for hook in site.hook_names:
         if hook not in hooks:
             raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
     if site.kind not in _HOOKS:
@@ -175,14 +175,14 @@ def _check_site(
     if site.positions is not None:
         raise ValueError(f"units at positions {site.suffix[1:]} of {site.hook} do not fold: weights act everywhere")
     based = site.basis is not None
-    for hook in site.hooks:
+    for hook in site.hook_names:
         layers = range(len(model.blocks)) if based else [site.layer]
         names = [f"blocks.{layer}.{place}" for layer in layers for place in _HOOKS[site.kind]]
         if not any(hooks.get(name) is hooks[hook] for name in names):
             places = ", ".join(_HOOKS[site.kind]) if based else names[0]
             raise ValueError(f"{site.kind} units of {hook} do not fold; those of {places} do")
     if based:
-        size, width = site.size, len(site.hooks)
+        size, width = site.size, len(site.hook_names)
         if len(site.basis) != model.cfg.d_model:  # type: ignore[arg-type]
             raise ValueError(f"basis of {site.hook} has {len(site.basis)} rows, the model's stream {model.cfg.d_model}")  # type: ignore[arg-type]
     elif site.kind in _PARTS:
@@ -214,19 +214,23 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"model has hooks, first at {hooked[0]}, which would not fold: call model.reset_hooks()")
 
 
-def _check_weights(model: TransformerBridge, cuts: list[_Cut]) -> None:
-    """Refuse what would not fold exactly in the layers that lose units."""
+def _check_weights(model: TransformerBridge, cuts: list[_Cut], changes: list[_Change]) -> None:
+    """Refuse what would not fold exactly in the layers that lose units, or whose writes change."""
     for cut in cuts:
-        where = f"blocks.{cut.layer}.{'attn' if cut.kind == 'head' else 'mlp'}"
         activation = (getattr(model.cfg, "act_fn", None) or "").lower()
-        if cut.kind == "neuron" and activation in _MIXING:
-            raise ValueError(f"neurons of {where} do not fold: the activation {activation} mixes neurons")
-        for name, bridge in _projections(model, cut).items():
-            module = bridge.original_component
-            if type(module) not in (nn.Linear, Conv1D) or not module.weight.is_floating_point():
-                raise ValueError(f"{where}.{name} is a {type(module).__name__}, which does not fold (quantised?)")
-            if module.weight.is_meta:
-                raise ValueError(f"{where}.{name} is offloaded and has no weights here: load the model without")
+        if cut.kind == "neuron" and cut.constants is not None and activation in _MIXING:
+            raise ValueError(
+                f"neurons of blocks.{cut.layer}.mlp do not fold: the activation {activation} mixes neurons"
+            )
+    projections = [part for cut in cuts for part in _projections(model, cut).values()]
+    for part in projections + [part for change in changes for part in writers(model, model.hook_dict[change.hook])]:
+        module = part.original_component
+        if not isinstance(module, nn.Embedding) and type(module) not in (nn.Linear, Conv1D):
+            raise ValueError(f"{part.name} is a {type(module).__name__}, which does not fold (quantised?)")
+        if not module.weight.is_floating_point():
+            raise ValueError(f"{part.name} has weights of {module.weight.dtype}, which do not fold (quantised?)")
+        if module.weight.is_meta:
+            raise ValueError(f"{part.name} is offloaded and has no weights here: load the model without")
 
 
 def _projections(model: TransformerBridge, cut: _Cut) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         )
         for site, keep, value, mixing in parts:
             if keep.requires_grad or bool((keep != 1).any()):
-                for hook, entry in zip(site.hooks, site.entries(value), strict=True):
+                for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
                     hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing)))
     with model.hooks(fwd_hooks=hooks):
         yield
@@ -129,15 +129,15 @@ class Recording:
     @property
     def hooks(self) -> tuple[str, ...]:
         """The hook points, each once, in order of the units."""
-        return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hooks))
+        return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hook_names))
 
     def read(self) -> tuple[Float[Tensor, "batch pos some width"], ...]:
         """The units' values, per site."""
-        return tuple(_joined([site.read(self.activations[h]) for h in site.hooks]) for site in self.units.sites)
+        return tuple(_joined([site.read(self.activations[h]) for h in site.hook_names]) for site in self.units.sites)
 
     def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
         """The gradients with respect to the units' values, per site, from those with respect to the activations."""
-        return tuple(_joined([site.pull(gradients[h]) for h in site.hooks]) for site in self.units.sites)
+        return tuple(_joined([site.pull(gradients[h]) for h in site.hook_names]) for site in self.units.sites)
 
 
 @contextmanager

@@ -261,8 +261,9 @@ def directions(model: Any, hook: str, basis: Any) -> Units:
 
     Args:
         hook: a hook point with activations ``[batch, pos, width]``, such as ``blocks.3.hook_resid_post``.
-        basis: ``[width, r]``, a direction in each column: a matrix of the user's own, :func:`basis.pca`, what TransformerLens's ``mean_difference_basis`` or ``probe_basis`` return, a ``fit_das``
-            result, or (transposed) the decoder of a sparse autoencoder. Columns may overlap.
+        basis: ``[width, r]``, a direction in each column: a matrix of the user's own, :func:`basis.pca`, what
+            TransformerLens's ``mean_difference_basis``, ``probe_basis`` or ``fit_das`` return, or (transposed) the
+            decoder of a sparse autoencoder. Columns may overlap.
 
     Raises:
         ValueError: a hook point that the model lacks, or a basis that is no matrix of finite numbers.
