@@ -1,4 +1,4 @@
-"""What holds for every test: no window, no network, two threads.
+"""What holds for every test: no window, no network, one thread.
 
 Nothing of tl_sparsify is imported here: shapes are checked only in what is imported after pytest has started.
 """
@@ -14,6 +14,6 @@ import torch
 from hypothesis import settings
 
 matplotlib.use("Agg")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: threads that wait for each other on a busy machine take far longer
 settings.register_profile("tl_sparsify", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tl_sparsify")

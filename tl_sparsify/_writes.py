@@ -111,9 +111,11 @@ def put_step(point: Any, step: Step, like: Tensor) -> None:
 
 def describe_points(bridge: Any) -> dict[str, int | None]:
     """The hook points that compute something, by name: the rank of a step, ``None`` for a constant."""
-    points = {id(point): point for point in bridge.hook_dict.values()}.values()
-    steps = {point.name: point.basis.shape[1] for point in points if isinstance(point, StepPoint)}
-    return steps | {point.name: None for point in points if isinstance(point, FixedPoint)}
+    description: dict[str, int | None] = {}
+    for point in bridge.hook_dict.values():
+        if isinstance(point, StepPoint | FixedPoint):
+            description[str(point.name)] = point.basis.shape[1] if isinstance(point, StepPoint) else None
+    return description
 
 
 def make_points(bridge: Any, description: Mapping[str, int | None]) -> None:

@@ -1,12 +1,16 @@
 """Constants: what a removed unit is replaced by.
 
-``mean`` and ``zero`` give a value for every unit; ``refit`` takes a reduction and fits the values of all its removed
-units together in the ablated model. All of them are constants over examples and positions, so they fold.
+``mean``, ``zero``, ``curvature`` and ``newton`` give a value for every unit, each unit on its own. ``neighbours`` and
+``refit`` take a reduction: the one makes its removed units affine in kept units of their hook point, the other fits all
+its replacements together in the ablated model. None of them varies by example or position, so they fold.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,10 +18,12 @@ from torch import Tensor
 
 from tl_sparsify import _random
 from tl_sparsify._progress import progress as bar
-from tl_sparsify.circuit import Circuit, Reduction, Values, check_fingerprint, fingerprint
+from tl_sparsify.affine import neighbours
+from tl_sparsify.circuit import Circuit, Mixing, Reduction, Values, check_fingerprint, fingerprint
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
     ablate,
+    answer_index,
     answer_logits,
     batch_size_for,
     check_model,
@@ -25,11 +31,14 @@ from tl_sparsify.intervene import (
     intervened,
     output,
     recorded,
-    valid_positions,
+    unit_positions,
 )
-from tl_sparsify.measure import Metric, divergence, risk
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric, divergence, drawn_interventions, risk
 from tl_sparsify.moments import Moments
+from tl_sparsify.probes import output_probes, pulled
 from tl_sparsify.units import Model, Units
+
+__all__ = ["curvature", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
 
 
 def unit_moments(
@@ -47,15 +56,11 @@ def unit_moments(
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             with recorded(model, units) as recording:
                 output(model, batch)
-            valid = valid_positions(model, batch)
             parts: list[Moments] = []
             for site, v in zip(units.for_examples(index).sites, recording.read(), strict=True):
                 if not bool(torch.isfinite(v).all()):
                     raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
-                wanted = valid if valid.shape == v.shape[:2] else torch.ones(v.shape[:2], dtype=torch.bool)
-                where = site.position_mask(*v.shape[:2])
-                wanted = wanted if where is None else wanted & where
-                parts.append(Moments.of(v[wanted.to(v.device)]))
+                parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
             totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
     return tuple(totals or ())
 
@@ -91,19 +96,21 @@ def refit(
     steps: int = 300,
     learning_rate: float = 0.05,
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     batch_size: int | None = 512,
     seed: int = 0,
     progress: bool = True,
 ) -> Reduction:
-    """Fit the constants of all removed units together, on the divergence from the original output, in the ablated
-    model.
+    """Fit the replacements of all removed units together, on the divergence from the original output, in the ablated
+    model: their constants and, where there are any, the weights of their affine maps.
 
     Adam on the values in units of each one's standard deviation over ``train`` (so that rescaling a neuron and its
-    reader changes nothing), with a cosine schedule; the values that do best on ``validation`` are returned, never
-    worse there than the values given. The kept units' entries and ``baseline`` stay what they were.
+    reader changes nothing), with a cosine schedule; what does best on ``validation`` is returned, never worse there
+    than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
+    ``interventions``, drawn anew in every step.
 
     About ``steps * batch_size`` examples of two forward and one backward pass, one forward pass over ``train`` and
-    22 over ``validation``.
+    22 over ``validation``; two forward passes more for each ``interchange`` in the distribution.
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, fewer than one step.
@@ -116,19 +123,29 @@ def refit(
     if not bool(removed.any()):
         return replace(reduction, kind="refit", reference=reduction.baseline)
     start = reduction.values.tensors
-    spread = [m.variance.mean(-1, keepdim=True).sqrt() for m in unit_moments(model, train, reduction.units)]
+    deviations = _deviations(model, train, reduction.units)
     scales = [
         (s * gone[:, None].to(s)).to(v)
-        for s, gone, v in zip(spread, reduction.units.split(removed), start, strict=True)
+        for s, gone, v in zip(deviations, reduction.units.split(removed), start, strict=True)
     ]
+    mixing = reduction.mixing or (None,) * len(start)
+    slopes = [None if part is None else _slope_scale(part, s[:, 0]) for part, s in zip(mixing, deviations, strict=True)]
     theta = [torch.zeros_like(v).requires_grad_() for v in start]
+    theta += [torch.zeros_like(part.weights).requires_grad_() for part in mixing if part is not None]
 
     def at(parameters: list[Float[Tensor, "..."]]) -> Reduction:
-        moved = tuple(v + s.to(v) * t for v, s, t in zip(start, scales, parameters, strict=True))
-        return replace(reduction, values=Values(reduction.units, moved), kind="refit", reference=reduction.baseline)
+        moved = tuple(v + s.to(v) * t for v, s, t in zip(start, scales, parameters, strict=False))
+        rest = iter(parameters[len(start) :])
+        mixed = tuple(
+            None if part is None or scale is None else replace(part, weights=part.weights + scale * next(rest))
+            for part, scale in zip(mixing, slopes, strict=True)
+        )
+        kept_affine = None if reduction.mixing is None else mixed
+        values, kind = Values(reduction.units, moved), "refit" if reduction.mixing is None else "refitted neighbours"
+        return replace(reduction, values=values, kind=kind, reference=reduction.baseline, mixing=kept_affine)
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
-        return risk(model, at(parameters), validation, metric=metric).mean
+        return risk(model, at(parameters), validation, metric=metric, interventions=interventions, seed=seed).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
     size = batch_size_for(model, train, None if batch_size is None else min(batch_size, len(train)))
@@ -139,10 +156,15 @@ def refit(
     with frozen(model):
         for step in bar(range(steps), "refitting constants", progress):
             order = _random.permutation(len(train), seed, 41, step // per_epoch)
-            batch = train[order[(step % per_epoch) * size :][:size].sort().values]
+            index = order[(step % per_epoch) * size :][:size].sort().values
+            batch, here = train[index], at(theta).for_examples(index)
+            same = (interventions, model, reduction, train, index, seed + step)
             with torch.no_grad():
-                original = answer_logits(model, batch)
-            with torch.enable_grad(), intervened(model, ablate(at(theta))):
+                with intervened(model, *drawn_interventions(*same)):
+                    original = answer_logits(model, batch)
+                with intervened(model, ablate(here)):
+                    drawn = drawn_interventions(*same)
+            with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
                 loss = divergence(original, answer_logits(model, batch), batch, metric).mean()
             gradients = torch.autograd.grad(loss, theta, allow_unused=True)
             for parameter, gradient in zip(theta, gradients, strict=True):
@@ -154,3 +176,152 @@ def refit(
                 if found < lowest:
                     best, lowest = [t.detach().clone() for t in theta], found
     return at(best)
+
+
+def _deviations(model: Model, examples: Examples, units: Units) -> list[Float[Tensor, "units one"]]:
+    """Each unit's standard deviation, over its width; 0 where a removed unit never varies."""
+    return [m.variance.mean(-1, keepdim=True).sqrt() for m in unit_moments(model, examples, units)]
+
+
+def _slope_scale(mixing: Mixing, deviation: Float[Tensor, "units"]) -> Float[Tensor, "entries"]:
+    """The natural size of a change in a map's weights: the removed unit's deviation over the kept one's, shared among
+    the removed unit's neighbours."""
+    shared = torch.bincount(mixing.rows, minlength=mixing.size).double().sqrt()[mixing.rows]
+    scale = deviation[mixing.rows] / deviation[mixing.columns].clamp_min(1e-12) / shared.to(deviation)
+    return torch.where(deviation[mixing.columns] > 0, scale, 0.0).to(mixing.weights)
+
+
+def curvature(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    probes: int = 4,
+    temperature: float = 1.0,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Values:
+    """The constant that is best for each unit alone to second order: the curvature-weighted mean
+    ``(E[g g'])^+ E[g g' v]`` over examples and positions (arXiv 2602.24266, closed form). Where the output does not
+    depend on a unit it is the mean.
+
+    Best one by one is not best together: used for many units at once these were measured to be worse than means.
+
+    Two forward and ``probes`` backward passes over the data.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations.
+    """
+    square: list[Tensor] = []
+    weighted: list[Tensor] = []
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+        g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
+        v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
+        outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
+        inner = [torch.einsum("suw,su->uw", a, (a * b).sum(-1)) for a, b in zip(g, v, strict=True)]
+        square = outer if not square else [a + b for a, b in zip(square, outer, strict=True)]
+        weighted = inner if not weighted else [a + b for a, b in zip(weighted, inner, strict=True)]
+    means = mean(model, examples, units, batch_size=batch_size)
+    found: list[Tensor] = []
+    for a, b, m in zip(square, weighted, means.tensors, strict=True):
+        width = a.shape[-1]
+        ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-300
+        damped = a + torch.diag_embed(ridge.expand(-1, width))
+        found.append(torch.linalg.solve(damped, b + ridge * m.double()).to(m))
+    return Values(units, tuple(found))
+
+
+def newton(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    damping: float = 1e-3,
+    clip: bool = True,
+    probes: int = 4,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Values:
+    """The published Newton constant, against the labels: ``c = (sum h v - sum g) / (sum h + damping)`` for each
+    entry of each unit, with ``g`` the gradient and ``h`` the (Gauss-Newton) diagonal of the Hessian of the
+    cross-entropy (arXiv 2602.24266 v1, closed-form replacement). ``damping`` is relative to the unit's largest ``h``,
+    and pulls to the mean; ``clip`` keeps the constant in the range of the data.
+
+    In a well-trained model ``h`` vanishes faster than the gradients average out. Undamped and unclipped
+    (``damping=0, clip=False``) these constants destroy the model; a warning says how many left the data's range. Use
+    :func:`refit`.
+
+    Three forward and ``probes + 1`` backward passes over the data.
+
+    Raises:
+        ValueError: a negative ``damping``, a model in training mode, NaN or infinite activations.
+    """
+    if damping < 0:
+        raise ValueError(f"damping is {damping}; it must not be negative")
+    totals: list[list[Tensor]] = []
+    settings = {"probes": probes, "temperature": 1.0, "metric": None, "seed": seed, "labels": True}
+    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+        for site, value in enumerate(values):
+            v = value.double()
+            h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
+            low, high = v.flatten(0, 1).amin(0), v.flatten(0, 1).amax(0)
+            new = [
+                (h * v).sum((0, 1)),
+                gradients[-1][site].double().sum((0, 1)),
+                h.sum((0, 1)),
+                h.amax((0, 1)),
+                low,
+                high,
+            ]
+            if site == len(totals):
+                totals.append(new)
+                continue
+            old = totals[site]
+            joined = [a + b for a, b in zip(old[:3], new[:3], strict=True)]
+            totals[site] = [*joined, torch.maximum(old[3], new[3]), old[4].minimum(new[4]), old[5].maximum(new[5])]
+    means = mean(model, examples, units, batch_size=batch_size)
+    found: list[Tensor] = []
+    outside = 0
+    for (hv, g, h, top, low, high), m in zip(totals, means.tensors, strict=True):
+        extra = damping * len(examples) * top.amax(-1, keepdim=True)
+        bottom = h + extra
+        c = torch.where(bottom > 0, (hv - g + extra * m.double()) / bottom.clamp_min(1e-300), m.double())
+        outside += int(((c < low) | (c > high)).any(-1).sum())
+        found.append((c.clamp(low, high) if clip else c).to(m))
+    if outside:
+        done = "clipped to it" if clip else "and were left there: expect the model to be destroyed"
+        warnings.warn(
+            f"Newton constants of {outside} of {len(units)} units left the data's range, {done}", stacklevel=2
+        )
+    return Values(units, tuple(found))
+
+
+def _gradients(
+    model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
+) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]]:
+    """For each batch the units' values per site, and for each probe (with ``labels`` at last for the cross-entropy) the
+    gradients per site; zero at positions where a unit is not meant."""
+    check_model(model)
+    labels = settings.pop("labels", False)
+    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        here = units.for_examples(index)
+        with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
+            logits = answer_logits(model, batch)
+            vectors = output_probes(logits.detach(), batch, index, **settings)
+            if labels:
+                vectors = [*vectors, _cross_entropy_slope(logits.detach(), batch)]
+            masks = [site.position_mask(*v.shape[:2]) for site, v in zip(here.sites, recording.read(), strict=True)]
+            found = [
+                tuple(
+                    g if mask is None else g * mask.to(g)[..., None, None] for g, mask in zip(part, masks, strict=True)
+                )
+                for part in pulled(recording, logits, vectors)
+            ]
+        yield tuple(v.detach() for v in recording.read()), found
+
+
+def _cross_entropy_slope(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows choices"]:
+    right = answer_index(batch).to(logits.device)[:, None]
+    return logits.softmax(1).scatter_add(1, right, -torch.ones_like(logits[:, :1]))

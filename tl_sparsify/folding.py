@@ -125,14 +125,10 @@ def _plan(model: TransformerBridge, reduction: Reduction) -> tuple[list[_Cut], l
     masks = reduction.units.split(reduction.circuit.mask)
     mixings = reduction.mixing or (None,) * len(masks)
     whole: list[_Cut] = []
-    seen: set[int] = set()
     parts = zip(reduction.units.sites, masks, reduction.values.tensors, mixings, strict=True)
     for site, keep, constants, mixing in parts:
         _check_site(model, hooks, site, constants)
         keep = keep.cpu()
-        if site.kind in _PARTS and id(hooks[site.hook]) in seen:
-            raise ValueError(f"units hold {site.hook} twice; each head and neuron may stand once")
-        seen.add(id(hooks[site.hook]))
         if bool(keep.all()):
             continue
         if not bool(torch.isfinite(constants[~keep.to(constants.device)]).all()):

@@ -298,3 +298,13 @@ def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
     first = valid & (valid.long().cumsum(1) == 1)
     without = valid & ~(first & (batch.tokens.cpu() == bos))
     return without if bool(without.any()) else valid
+
+
+def unit_positions(
+    model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]
+) -> Bool[Tensor, "batch pos"]:
+    """Positions that hold input and at which the site is meant."""
+    valid = valid_positions(model, batch)
+    wanted = valid if valid.shape == v.shape[:2] else torch.ones(v.shape[:2], dtype=torch.bool)
+    where = site.position_mask(*v.shape[:2])
+    return (wanted if where is None else wanted & where).to(v.device)

@@ -107,8 +107,8 @@ def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "ro
     columns: list[Float[Tensor, "rows choices"]] = []
     for j in range(p.shape[1] - 1):
         before, after = rest[:, j].clamp_min(1e-30), rest[:, j + 1]
-        diagonal = (p[:, j] * after / before).clamp_min(0).sqrt()
-        below = -p[:, j + 1 :] * (p[:, j] / (before * after.clamp_min(1e-30))).clamp_min(0).sqrt()[:, None]
+        diagonal = (p[:, j] / before * after).clamp_min(0).sqrt()
+        below = -(p[:, j + 1 :] / after.clamp_min(1e-30)[:, None]) * diagonal[:, None]  # no product of two small numbers
         columns.append(torch.cat([p.new_zeros(len(p), j), diagonal[:, None], below], 1))
     return columns
 
@@ -124,6 +124,22 @@ def metric_probe(
         z = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(metric(z, batch).sum(), z)
     return [(scale * sign).to(logits)[:, None] * gradient]
+
+
+def output_probes(
+    logits: Float[Tensor, "rows choices"],
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    *,
+    probes: int,
+    temperature: float,
+    metric: Metric | None,
+    seed: int,
+) -> list[Float[Tensor, "rows choices"]]:
+    """The probes of the divergence: Fisher probes for KL, the one exact probe for a scalar metric."""
+    if metric is not None:
+        return metric_probe(logits, batch, index, metric=metric, seed=seed)
+    return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed)
 
 
 def samples(
@@ -173,11 +189,8 @@ def samples(
                 with intervened(model, *removed), recorded(model, units, gradients=True) as recording:
                     changed = answer_logits(model, batch)
             here = changed.detach()
-            if metric is None:
-                settings = {"probes": probes, "temperature": temperature, "seed": seed}
-                vectors = fisher_probes(here, batch, index, **settings)
-            else:
-                vectors = metric_probe(here, batch, index, metric=metric, seed=seed)
+            settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+            vectors = output_probes(here, batch, index, **settings)
             slope = None if z is None else _slope(z, here, batch, metric, temperature)
             vectors = vectors if slope is None else [*vectors, slope]
             effects = _effects(own, recording, here_removal, changed, vectors)
@@ -217,21 +230,31 @@ def _effects(
         step = c.to(v) - v
         where = site.position_mask(v.shape[0], v.shape[1])
         steps.append(step if where is None else step * where.to(step)[..., None, None])
+    rows: list[Tensor] = []
+    for gradients in pulled(recording, logits, vectors):
+        parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(gradients, steps, strict=True)]
+        rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
+    return torch.stack(rows)
+
+
+def pulled(
+    recording: Recording, logits: Float[Tensor, "rows choices"], vectors: list[Float[Tensor, "rows choices"]]
+) -> Iterator[tuple[Float[Tensor, "batch pos some width"], ...]]:
+    """For each vector on the logits its gradient with respect to the recorded units' values, per site. One backward
+    pass each."""
     activations = recording.activations
     hooks = list(activations)
-    rows: list[Tensor] = []
     for number, xi in enumerate(vectors):
         last = number == len(vectors) - 1
         gradients = torch.autograd.grad(
             (xi * logits).sum(), [activations[hook] for hook in hooks], retain_graph=not last, allow_unused=True
         )
-        by_hook = {
-            hook: torch.zeros_like(activations[hook]) if gradient is None else gradient
-            for hook, gradient in zip(hooks, gradients, strict=True)
-        }
-        parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(recording.pull(by_hook), steps, strict=True)]
-        rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
-    return torch.stack(rows)
+        yield recording.pull(
+            {
+                hook: torch.zeros_like(activations[hook]) if gradient is None else gradient
+                for hook, gradient in zip(hooks, gradients, strict=True)
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,8 @@ def load_task(name: str | Path) -> Task:
         if not (path / part).is_file():
             raise ValueError(f"task folder {path} has no {part}")
     module = _module(path / "task.py")
-    made = module.task() if hasattr(module, "task") else None
+    function = getattr(module, "task", None)
+    made = function() if callable(function) else None
     if not isinstance(made, Task):
         raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
     return made
@@ -88,5 +90,6 @@ def _module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the module of their class
     spec.loader.exec_module(module)
     return module
