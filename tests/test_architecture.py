@@ -12,7 +12,7 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE
 # A module imports only from those before it. Private helpers (_files, ...) stand before all of these and
 # import nothing of the package but each other. cli uses the package as anyone does: after __init__.
 ORDER = """
-    units causal examples moments circuit intervene basis measure probes affine constants score search folding export verification
+    units causal examples moments circuit intervene basis measure probes affine constants score search compensating polish folding export verification
     evaluation task baselines benchmark plot report __init__ cli __main__
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}

@@ -128,8 +128,8 @@ def test_the_data_are_a_function_of_the_seed(name: str):
 @every_task
 def test_making_data_leaves_the_random_state_alone(name: str):
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
-    load_task(name).examples(5)
-    load_task(name).pairs(16, 5)
+    loaded(name).examples(5)
+    loaded(name).pairs(16, 5)
     assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
 
@@ -317,6 +317,7 @@ def test_the_alignment_carries_its_variables_and_random_units_do_not(name: str):
             assert evidence.accuracy(variable, intervention=control) < 0.6
 
 
+@pytest.mark.slow
 def test_the_card_of_hierarchical_equality_has_the_alignments_accuracies():
     task = loaded("hierarchical_equality")
     evidence = verify(model_of(task.name), task.causal_model, task.alignment, task.pairs(2048, 0), draws=0)

@@ -19,12 +19,14 @@ physical fold                                        0 or 1, put into the weight
 from tl_sparsify import baselines, basis, constants, plot, score
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
+from tl_sparsify.compensating import compensating
 from tl_sparsify.evaluation import Evaluation, evaluate
 from tl_sparsify.examples import Examples
 from tl_sparsify.folding import fold, load_folded, save_folded
 from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, recorded, run_values
 from tl_sparsify.measure import InterventionDistribution, risk
 from tl_sparsify.moments import Estimate, Moments
+from tl_sparsify.polish import polish
 from tl_sparsify.score import Scores
 from tl_sparsify.search import Path, sparsify
 from tl_sparsify.task import Task, list_tasks, load_task
@@ -68,6 +70,7 @@ __all__ = [
     "attentions",
     "baselines",
     "basis",
+    "compensating",
     "constants",
     "directions",
     "evaluate",
@@ -82,6 +85,7 @@ __all__ = [
     "mlps",
     "neurons",
     "plot",
+    "polish",
     "recorded",
     "residuals",
     "risk",

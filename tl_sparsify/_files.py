@@ -21,9 +21,9 @@ from torch import Tensor
 _KEY = "tl_sparsify"  # one metadata key only: the order of several is not deterministic in safetensors
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of ``tensors``, in order of name."""
-    total = hashlib.sha256()
+def digest(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over kind and header, and names, dtypes, shapes and bytes of ``tensors``, in order of name."""
+    total = hashlib.sha256(json.dumps([kind, header], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -49,8 +49,10 @@ def write_text(path: Path, content: str) -> None:
 
 def write_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a ``kind`` of object: its json ``header`` and its ``tensors``, with version and checksum."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    description = {"kind": kind, "version": 1, "sha256": digest(tensors), "header": dict(header)}
+    # clones, because one tensor may stand under two names, which the format does not hold
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = json.loads(json.dumps(dict(header)))  # as it will be read: keys are strings, tuples lists
+    description = {"kind": kind, "version": 1, "sha256": digest(kind, header, tensors), "header": header}
     write_bytes(path, save(tensors, metadata={_KEY: json.dumps(description, sort_keys=True)}))
 
 
@@ -81,6 +83,6 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"{path} holds a {found}, not a {kind}")
     if version != 1:
         raise ValueError(f"{path} has format version {version}; this tl_sparsify reads version 1: update it")
-    if digest(tensors) != checksum:
+    if digest(kind, header, tensors) != checksum:
         raise ValueError(f"{path} is damaged: its checksum does not match its content. Save it again.")
     return header, tensors

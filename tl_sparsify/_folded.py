@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers import AutoTokenizer
 
+from tl_sparsify._directory import directory
 from tl_sparsify._files import read_tensors, write_tensors
 from tl_sparsify._narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify._skeleton import assign, build, describe, numbers
@@ -107,25 +106,10 @@ def save_folded(model: Any, path: str | Path) -> None:
         raise ValueError(f"save_folded saves what fold returns, not a {type(model).__name__}")
     if model.compatibility_mode:
         raise ValueError("a folded model in compatibility mode cannot be saved: fold one without, and save that")
-    if path.exists() and not (path / _FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there and is no folded model: choose another name, or remove it yourself")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        beside.mkdir()
+    with directory(path, _FILE, "folded model") as folder:
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(str(beside / "tokenizer"))
-        write_tensors(beside / _FILE, "folded model", *_contents(model, beside))
-        if path.exists():
-            path.replace(old)
-        beside.replace(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            model.tokenizer.save_pretrained(str(folder / "tokenizer"))
+        write_tensors(folder / _FILE, "folded model", *_contents(model, folder))
 
 
 def load_folded(path: str | Path) -> FoldedBridge:

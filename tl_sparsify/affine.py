@@ -18,6 +18,9 @@ from tl_sparsify.intervene import batch_size_for, check_model, intervened, outpu
 from tl_sparsify.measure import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.units import Model
 
+MIXABLE = ("neuron", "direction")
+"""Kinds of units that can be affine in others: those of width 1."""
+
 
 def neighbours(
     model: Model,
@@ -54,7 +57,7 @@ def neighbours(
         raise ValueError(f"ridge is {ridge}; it must be positive")
     kept = reduction.units.split(reduction.circuit.mask)
     affine = [
-        site.kind in ("neuron", "direction") and bool(mask.any()) and not bool(mask.all())
+        site.kind in MIXABLE and bool(mask.any()) and not bool(mask.all())
         for site, mask in zip(reduction.units.sites, kept, strict=True)
     ]
     gathered = _covariances(model, reduction, train, affine, interventions, batch_size, seed)

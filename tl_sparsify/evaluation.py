@@ -113,7 +113,7 @@ def evaluate(
 
     here = measured(reduction)
     swapped = measured(reduction, InterventionDistribution.interchange(probability))
-    baseline = replace(reduction, values=reduction.baseline)
+    baseline = replace(reduction, values=reduction.baseline, mixing=None)
     empty = measured(baseline.with_circuit(Circuit.empty(reduction.units)))
     complement = measured(baseline.with_circuit(~reduction.circuit))
     m0, m1 = float(empty.mean[4]), float(empty.mean[5])

@@ -29,7 +29,7 @@ class Examples:
         choices: the answer vocabulary; ``None``: every token.
 
     Raises:
-        ValueError: shapes that do not belong together, no label at all, a label outside ``choices``.
+        ValueError: shapes that do not belong together, no label at all, a negative id, a label outside ``choices``.
     """
 
     tokens: Shaped[Tensor, "n *rest"]
@@ -57,6 +57,9 @@ class Examples:
                 f"labels has no answer for {len(unlabelled)} of {n} examples (first: {int(unlabelled[0])}); "
                 "each example needs a label other than -100"
             )
+        for name, ids in [("labels", self.labels[self.labels != NO_LABEL]), ("choices", self.choices)]:
+            if ids is not None and bool((ids < 0).any()):
+                raise ValueError(f"{name} holds {int(ids.min())}; token ids are not negative")
         for name, like in [
             ("attention_mask", self.tokens),
             ("counterfactual_tokens", self.tokens),
@@ -66,6 +69,8 @@ class Examples:
             if value is not None and value.shape != like.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(like.shape)}")
         if self.choices is not None:
+            if len(self.choices.unique()) != len(self.choices):
+                raise ValueError(f"choices holds an id twice: {self.choices.tolist()}")
             known = torch.isin(self.labels, self.choices) | (self.labels == NO_LABEL)
             if not bool(known.all()):
                 raise ValueError(f"labels holds {int(self.labels[~known][0])}, which is not among choices")

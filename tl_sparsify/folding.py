@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from tl_sparsify._export import export_hf
 from tl_sparsify._folded import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify._narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
 from tl_sparsify._skeleton import HUGGING_FACE, NATIVE
@@ -34,7 +35,7 @@ from tl_sparsify.circuit import Mixing, Reduction, check_fingerprint
 from tl_sparsify.intervene import check_model
 from tl_sparsify.units import Site
 
-__all__ = ["ARCHITECTURES", "FoldedBridge", "fold", "load_folded", "save_folded"]
+__all__ = ["ARCHITECTURES", "FoldedBridge", "export_hf", "fold", "load_folded", "save_folded"]
 
 ARCHITECTURES = (NATIVE, *HUGGING_FACE)
 """The architectures whose folding is tested (``model.cfg.architecture``)."""

@@ -62,7 +62,8 @@ class Moments:
     @property
     def stderr(self) -> Float[Tensor, "..."]:
         """The standard error of the mean: sample deviation over the root of ``count``; infinite for one sample."""
-        return (self.spread / (self.count - 1).clamp_min(0) / self.count).sqrt()
+        several = (self.spread / (self.count - 1).clamp_min(1) / self.count.clamp_min(1)).sqrt()
+        return torch.where(self.count > 1, several, float("inf"))
 
     def all_reduce(self) -> Moments:
         """The moments over all processes of ``torch.distributed``'s default group (itself where there is none)."""

@@ -108,7 +108,8 @@ def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "ro
     for j in range(p.shape[1] - 1):
         before, after = rest[:, j].clamp_min(1e-30), rest[:, j + 1]
         diagonal = (p[:, j] / before * after).clamp_min(0).sqrt()
-        below = -(p[:, j + 1 :] / after.clamp_min(1e-30)[:, None]) * diagonal[:, None]  # no product of two small numbers
+        # in this order no two small numbers are multiplied
+        below = -(p[:, j + 1 :] / after.clamp_min(1e-30)[:, None]) * diagonal[:, None]
         columns.append(torch.cat([p.new_zeros(len(p), j), diagonal[:, None], below], 1))
     return columns
 
@@ -152,11 +153,13 @@ def samples(
     temperature: float = 1.0,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
+    restorable: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Iterator[Samples]:
     """The samples of every batch, for the removal of each unit to ``removal.values``, linearised in the model with
     ``current``'s units already removed (``None``: the original model), both models under the same ``interventions``.
+    Units that are already removed have no effect; with ``restorable``, minus that of taking them back.
 
     One forward and ``probes`` backward passes over the data (fewer probes where fewer are exact); with ``current``
     one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
@@ -194,7 +197,7 @@ def samples(
             slope = None if z is None else _slope(z, here, batch, metric, temperature)
             vectors = vectors if slope is None else [*vectors, slope]
             effects = _effects(own, recording, here_removal, changed, vectors)
-            if current is not None:
+            if current is not None and not restorable:
                 effects *= current.circuit.mask.to(effects)
         linear = torch.zeros_like(effects[0]) if slope is None else effects[-1]
         offset = effects.new_zeros(len(batch)) if z is None else _divergence(z, here, batch, metric, temperature)

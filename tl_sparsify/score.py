@@ -73,14 +73,14 @@ class Scores:
         return f"Scores({self.name}, {self.measured_in}: {len(self.units):,} units, largest {best})"
 
 
-def kept_count(n: int, fraction: float) -> int:
-    """How many of ``n`` units a fraction keeps: at least one.
+def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
+    """How many of ``n`` units a fraction keeps: at least one. ``name`` is what the caller calls it.
 
     Raises:
         ValueError: a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; it must lie in (0, 1]")
+        raise ValueError(f"{name} is {fraction}; it must lie in (0, 1]")
     return max(1, round(fraction * n))
 
 

@@ -7,7 +7,9 @@ Selecting happens on the training split, choosing a size on validation, reportin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,7 +20,7 @@ from tl_sparsify._progress import progress as bar
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.constants import mean, refit
 from tl_sparsify.examples import Examples
-from tl_sparsify.measure import Metric, risk
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric, risk
 from tl_sparsify.moments import Estimate
 from tl_sparsify.probes import Linearisation, joint_moments, linearise, samples
 from tl_sparsify.score import kept_count
@@ -53,11 +55,15 @@ class Path:
         units: all units.
         order: unit indices in order of removal; the last is kept longest.
         rounds: from the largest circuit to the smallest.
+        costs: what each unit costs (its parameters, say) in a search by cost; ``None``: 1 each.
+        values: constants for circuits between rounds; those of the rounds where not given.
     """
 
     units: Units
     order: Int[Tensor, "units"]
     rounds: tuple[Round, ...]
+    costs: Float[Tensor, "units"] | None = None
+    values: Values | None = None
 
     def at(self, fraction: float) -> Reduction:
         """The reduction that keeps ``fraction`` of the units (at least one).
@@ -65,11 +71,29 @@ class Path:
         Raises:
             ValueError: a fraction outside (0, 1].
         """
-        count = kept_count(len(self.units), fraction)
+        return self._keeping(kept_count(len(self.units), fraction))
+
+    def within_budget(self, budget: float) -> Reduction:
+        """The largest circuit whose units together cost at most ``budget`` (``costs``; 1 each where not given).
+
+        Raises:
+            ValueError: a budget that not even the last unit is within.
+        """
+        costs = torch.ones(len(self.units)) if self.costs is None else self.costs
+        kept = costs[self.order].double().flip(0).cumsum(0)  # the cost of the last, of the last two, ...
+        count = int((kept <= budget).sum())
+        if count == 0:
+            raise ValueError(f"budget is {budget}; the smallest circuit of the path costs {float(kept[0]):g}")
+        return self._keeping(count)
+
+    def _keeping(self, count: int) -> Reduction:
         mask = torch.zeros(len(self.units), dtype=torch.bool)
         mask[self.order[len(self.units) - count :]] = True
         larger = [r for r in self.rounds if len(r.reduction.circuit) >= count]
-        return (larger[-1] if larger else self.rounds[0]).reduction.with_circuit(Circuit(self.units, mask))
+        reduction = (larger[-1] if larger else self.rounds[0]).reduction
+        if self.values is not None:
+            reduction = replace(reduction, values=self.values, kind="mean", reference=None, mixing=None)
+        return reduction.with_circuit(Circuit(self.units, mask))
 
     def within(self, model: Model, validation: Examples, nats: float) -> Reduction:
         """The smallest round whose measured risk on ``validation`` is at most ``nats``; one risk for each round
@@ -112,10 +136,17 @@ class Path:
 
 
 def greedy(
-    linearisation: Linearisation, candidates: Bool[Tensor, "units"], count: int, *, pool: int = _POOL
-) -> Int[Tensor, "count"]:
+    linearisation: Linearisation,
+    candidates: Bool[Tensor, "units"],
+    count: int | float,
+    *,
+    costs: Float[Tensor, "units"] | None = None,
+    pool: int = _POOL,
+) -> Int[Tensor, "some"]:
     """Remove ``count`` of the candidates one at a time, each time the unit whose removal leaves the least joint risk
     ``1/2 |b + sum a|^2``; returns them in order. No model pass.
+
+    With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved.
 
     Up to ``pool`` candidates this is exact. Beyond, the ``pool`` cheapest are gathered, a quarter of them is picked
     one at a time with their interactions exact, and the pool is gathered anew.
@@ -126,38 +157,49 @@ def greedy(
     residual = matrix.new_zeros(len(matrix))
     alone = matrix.square().sum(0) / 2 + linearisation.linear
     alive = candidates.to(matrix.device).clone()
+    worth = None if costs is None else costs.to(matrix)
     picked: list[Tensor] = []
-    left = count
-    while left > 0:
-        cost = torch.where(alive, alone + residual @ matrix, float("inf"))
-        here = cost.argsort(stable=True)[: min(pool, int(alive.sum()))].sort().values
-        quota = min(left, len(here) if len(here) < pool else max(1, pool // 4))
-        chosen = here[_greedy_exact(matrix[:, here], cost[here], quota)]
+    left = float(count)
+    while left > 0 and bool(alive.any()):
+        rise = alone + residual @ matrix
+        rank = torch.where(alive, rise if worth is None else _by_cost(rise, worth), float("inf"))
+        here = rank.argsort(stable=True)[: min(pool, int(alive.sum()))].sort().values
+        quota = len(here) if len(here) < pool else max(1, pool // 4)
+        some = None if worth is None else worth[here]
+        chosen = here[_greedy_exact(matrix[:, here], rise[here], some, quota, left)]
         alive[chosen] = False
         residual = residual + matrix[:, chosen].sum(1)
         picked.append(chosen.cpu())
-        left -= quota
+        left -= len(chosen) if worth is None else float(worth[chosen].double().sum())
     return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
 
-def _greedy_exact(matrix: Float[Tensor, "rows some"], cost: Float[Tensor, "some"], quota: int) -> Int[Tensor, "quota"]:
-    """One at a time; ``cost`` of a unit grows by its interaction with every unit picked."""
+def _by_cost(rise: Float[Tensor, "some"], costs: Float[Tensor, "some"]) -> Float[Tensor, "some"]:
+    """What removing a unit raises the risk by, for each unit of cost that it saves; a fall counts for as much more."""
+    return torch.where(rise > 0, rise / costs, rise * costs)
+
+
+def _greedy_exact(
+    matrix: Float[Tensor, "rows some"],
+    rise: Float[Tensor, "some"],
+    costs: Float[Tensor, "some"] | None,
+    quota: int,
+    target: float,
+) -> Int[Tensor, "picked"]:
+    """One at a time, up to ``quota`` units or ``target`` in cost; the ``rise`` of a unit changes by its interaction
+    with every unit picked."""
     interactions = matrix.T @ matrix
-    cost = cost.clone()
-    picks = torch.empty(quota, dtype=torch.long, device=cost.device)
-    for i in range(quota):
-        pick = cost.argmin()
+    rise = rise.clone()
+    picks = torch.empty(quota, dtype=torch.long, device=rise.device)
+    saved, i = 0.0, 0
+    while i < quota and saved < target:
+        pick = (rise if costs is None else _by_cost(rise, costs)).argmin()
         picks[i] = pick
-        cost += interactions[pick]
-        cost[pick] = float("inf")
-    return picks
-
-
-def schedule(n: int, smallest: float, rounds: int) -> list[int]:
-    """Numbers of units kept after each round: geometric from ``n`` down to ``smallest * n``, without repeats."""
-    last = kept_count(n, smallest)
-    sizes = [round(n * (last / n) ** (i / rounds)) for i in range(1, rounds + 1)]
-    return [size for i, size in enumerate(sizes) if size < (n, *sizes)[i]]
+        rise += interactions[pick]
+        rise[pick] = float("inf")
+        saved += 1.0 if costs is None else float(costs[pick])
+        i += 1
+    return picks[:i]
 
 
 def sparsify(
@@ -167,13 +209,17 @@ def sparsify(
     *,
     rounds: int = 20,
     smallest: float = 0.01,
+    sizes: Sequence[float] | None = None,
     probes: int = 4,
     temperature: float = 3.0,
     values: Values | None = None,
     held_out: Examples | None = None,
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     refit_steps: int = 0,
     pinned: Circuit | None = None,
+    costs: Float[Tensor, "units"] | None = None,
+    start: Reduction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -182,56 +228,100 @@ def sparsify(
 
     Args:
         rounds: a geometric schedule of this many rounds, from all units down to ``smallest`` of them.
+        sizes: a schedule of your own instead: the fraction kept after each round, falling.
         probes, temperature: see :func:`probes.fisher_probes`; the temperature is for selecting only.
         values: what removed units are set to; their means over ``train`` where not given.
         held_out: where predicted and measured risk are taken; ``train`` where not given.
         metric: half its squared error instead of the KL divergence.
+        interventions: what both models are under, in the search and where risk is measured.
         refit_steps: refit the constants by this many steps after each round (needs ``held_out`` to stop early).
         pinned: units that are never removed.
+        costs: what each unit costs (:func:`units.parameters`); the schedule's fractions are then of the total cost,
+            and ``path.within_budget`` gives a circuit for a budget.
+        start: go on from this reduction (of another path, say) instead of the whole model.
 
     Returns:
         The path; the same one, bit for bit, for the same arguments on the same machine.
 
     Cost in passes over the data: per round two forward and ``probes`` backward on ``train``, and four forward and
-    ``probes`` backward on ``held_out``; one forward for the means.
+    ``probes`` backward on ``held_out``; one forward for the means. Each ``interchange`` takes two forward more a pass.
 
     Raises:
-        ValueError: a model in training mode, ``rounds`` below one, ``smallest`` outside (0, 1], pinned units that
-            are more than ``smallest`` leaves.
+        ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1], pinned
+            units that are more than the smallest size leaves, costs that are not positive.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one is needed")
     if refit_steps and held_out is None:
         raise ValueError("refit_steps needs held_out examples, on which the refit stops early")
-    sizes = schedule(len(units), smallest, rounds)
-    if pinned is not None and len(pinned) > (sizes[-1] if sizes else len(units)):
-        raise ValueError(f"pinned holds {len(pinned)} units, smallest={smallest} leaves {sizes[-1]}: pin fewer")
-    values = mean(model, train, units, batch_size=batch_size) if values is None else values
-    current = Reduction(Circuit.full(units), values, fingerprint=fingerprint(model))
+    if start is not None and start.units != units:
+        raise ValueError(f"start is a reduction over {start.units!r}, not over {units!r}")
+    if pinned is not None and pinned.units != units:
+        raise ValueError(f"pinned is a circuit over {pinned.units!r}, not over {units!r}")
+    if costs is not None and (costs.shape != (len(units),) or not bool((costs > 0).all())):
+        raise ValueError(f"costs must hold a positive number for each of the {len(units)} units")
+    weight = torch.ones(len(units), dtype=torch.float64) if costs is None else costs.double().cpu()
+    first = Circuit.full(units) if start is None else start.circuit
+    whole = float(weight.sum())
+    least = smallest if costs is not None else kept_count(len(units), smallest, "smallest") / len(units)
+    fractions = _fractions(rounds, least, sizes, float(weight[first.mask].sum()) / whole)
+    targets = [kept_count(len(units), f) if costs is None else f * whole for f in fractions]
+    held = 0.0 if pinned is None else float(weight[pinned.mask].sum())
+    if pinned is not None and targets and held > targets[-1]:
+        raise ValueError(f"pinned units come to {held:g}, the smallest size leaves {targets[-1]:g}: pin fewer")
+    if start is None:
+        values = mean(model, train, units, batch_size=batch_size) if values is None else values
+        current = Reduction(first, values, fingerprint=fingerprint(model))
+    else:
+        current = start if values is None else replace(start, values=values)
     free = torch.ones(len(units), dtype=torch.bool) if pinned is None else ~pinned.mask
-    shared = {"probes": probes, "metric": metric, "batch_size": batch_size}
+    shared: dict[str, Any] = {
+        "probes": probes,
+        "metric": metric,
+        "interventions": interventions,
+        "batch_size": batch_size,
+    }
     judged = train if held_out is None else held_out
-    order: list[Tensor] = []
+    order: list[Tensor] = [(~first.mask).nonzero().flatten()]
     found: list[Round] = []
     sketch: Linearisation | None = None
-    for number, size in enumerate(bar(sizes, "removing units", progress)):
-        before = current if number else None
+    for number, target in enumerate(bar(targets, "removing units", progress)):
+        excess = float(weight[current.circuit.mask].sum()) - target
+        if excess <= 0:
+            continue
+        before = current if len(current.circuit) < len(units) else None
         batches = samples(model, train, current, current=before, temperature=temperature, seed=seed + number, **shared)
         sketch = linearise(batches, len(train), seed=seed + number)
-        picks = greedy(sketch, current.circuit.mask & free, len(current.circuit) - size)
+        picks = greedy(sketch, current.circuit.mask & free, excess, costs=costs)
         removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
         predicted, alone = _predictions(model, judged, current, before, removed, seed + number, shared)
         current = current.with_circuit(current.circuit - Circuit(units, removed))
         if refit_steps:
-            current = refit(model, current, train, judged, steps=refit_steps, metric=metric, seed=seed, progress=False)
-        measured = risk(model, current, judged, metric=metric, batch_size=batch_size)
+            settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
+            current = refit(model, current, train, judged, progress=False, **settings)
+        measured = risk(
+            model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
+        )
         order.append(picks)
         found.append(Round(current, predicted, measured, (predicted.mean - alone) / max(predicted.mean, 1e-12)))
     if sketch is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
-    rest = greedy(_after(sketch, order[-1]), current.circuit.mask & free, int((current.circuit.mask & free).sum()))
+    alive = current.circuit.mask & free
+    rest = greedy(_after(sketch, order[-1]), alive, float("inf"), costs=costs)
     order += [rest, (current.circuit.mask & ~free).nonzero().flatten()]
-    return Path(units, torch.cat(order), tuple(found))
+    return Path(units, torch.cat(order), tuple(found), costs)
+
+
+def _fractions(rounds: int, smallest: float, sizes: Sequence[float] | None, start: float) -> list[float]:
+    """The fractions kept after each round."""
+    kept_count(1, smallest, "smallest")
+    if sizes is None:
+        return [start * (smallest / start) ** (i / rounds) for i in range(1, rounds + 1)]
+    for size in sizes:
+        kept_count(1, size, "sizes")
+    if not sizes or list(sizes) != sorted(sizes, reverse=True):
+        raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
+    return list(sizes)
 
 
 def _after(linearisation: Linearisation, picks: Int[Tensor, "some"]) -> Linearisation:
@@ -258,4 +348,5 @@ def _predictions(
             yield part
 
     total = joint_moments(watched(), removed)
-    return Estimate.of(total, "nats"), alone / len(examples)
+    unit = "nats" if shared["metric"] is None else "squared units"
+    return Estimate.of(total, unit), alone / len(examples)

@@ -294,6 +294,26 @@ def stream_directions(model: Any, basis: Any) -> Units:
     return Units((site,))
 
 
+def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
+    """How many parameters each head, neuron or whole layer has in the weights: its share of its layer's attention or
+    MLP, without the output bias. For a search by cost. No model pass.
+
+    Raises:
+        ValueError: units that are no part of the weights, such as directions.
+    """
+    parts = {"head": "attn", "attention": "attn", "neuron": "mlp", "mlp": "mlp"}
+    found: list[Tensor] = []
+    for site in units.sites:
+        if site.kind not in parts:
+            raise ValueError(f"{site.kind} units of {site.hook} are no part of the weights: they have no parameters")
+        part = getattr(dict(_blocks(model))[site.layer], parts[site.kind])
+        bias = getattr(part, "b_O" if parts[site.kind] == "attn" else "b_out", None)
+        total = sum(parameter.numel() for parameter in part.parameters())
+        total -= 0 if bias is None else bias.numel()
+        found.append(torch.full((site.size,), total / site.size))
+    return torch.cat(found)
+
+
 def _matrix(basis: Any) -> Float[Tensor, "width r"]:
     """The columns of a matrix, of a learnt subspace or of the result that holds one."""
     found = getattr(basis, "subspace", basis)
