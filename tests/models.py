@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -167,6 +168,17 @@ class NoCasts(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
         return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the tests' shape checks, as for a user, who gets the library's own errors."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @contextmanager

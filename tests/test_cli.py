@@ -141,7 +141,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ou
     out = tmp_path_factory.mktemp("done") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "refit", partial(constants.refit, steps=20))
-        return out, command("run", tiny, "--keep", "0.25", "--rounds", "3", "--out", out)
+        return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--out", out)
 
 
 QUICK = ("--keep", "1.0", "--rounds", "1")  # nothing is removed, so there are no constants to refit
@@ -177,7 +177,7 @@ def test_the_path_has_predicted_and_measured_risk_for_every_round(done: tuple[Pa
     frame = pd.read_csv(done[0] / "path.csv")
     wanted = ["kept", "fraction", "predicted", "predicted_stderr", "measured", "measured_stderr"]
     assert list(frame.columns)[: len(wanted)] == wanted
-    assert len(frame) == 3 and frame.kept.is_monotonic_decreasing and frame.kept.iloc[-1] == 1
+    assert len(frame) == 2 and frame.kept.is_monotonic_decreasing and frame.kept.iloc[-1] == 1
     assert (frame.fraction == frame.kept / UNITS).all()
     assert bool(frame[wanted].notna().all(axis=None)) and bool((frame.measured >= 0).all())
 
@@ -236,7 +236,7 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte_over_older_ones(
 ):
     before = files_in(done[0])
     monkeypatch.setattr(constants, "refit", partial(constants.refit, steps=20))
-    outcome = command("run", tiny, "--keep", "0.25", "--rounds", "3", "--seed", "0", "--quiet", "--out", done[0])
+    outcome = command("run", tiny, "--keep", "0.25", "--rounds", "2", "--seed", "0", "--quiet", "--out", done[0])
     assert outcome == Outcome(0, "", "")
     after = files_in(done[0])
     assert tuple(after) == FILES and [name for name in FILES if after[name] != before[name]] == []

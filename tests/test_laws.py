@@ -38,7 +38,7 @@ from tl_sparsify.circuit import Circuit, Reduction
 from tl_sparsify.examples import Examples
 from tl_sparsify.folding import fold
 from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, run_values
-from tl_sparsify.measure import InterventionDistribution, Metric, risk, source_batch
+from tl_sparsify.measure import InterventionDistribution, risk, source_batch
 from tl_sparsify.moments import Moments
 from tl_sparsify.probes import joint_moments, linearise, samples
 from tl_sparsify.search import sparsify
@@ -380,7 +380,11 @@ def test_law_9_an_example_that_is_its_own_partner_has_its_plain_risk():
 
 def test_law_10_unknown_units_are_refused_by_name():
     units = units_of(bridge())
-    for name, says in [("L7H0", "layer 7 has 0"), ("L1H2", "layer 1 has 2 of kind head"), ("third head", "no unit name")]:
+    for name, says in [
+        ("L7H0", "layer 7 has 0"),
+        ("L1H2", "layer 1 has 2 of kind head"),
+        ("third head", "no unit name"),
+    ]:
         for look_up in (lambda name: units[name], lambda name: Circuit.of(units, [name]), units.index):
             with pytest.raises(KeyError, match=f"{name}.*{says}"):
                 look_up(name)
@@ -409,7 +413,9 @@ def test_law_11_search_finds_exclusive_or(rounds: int):
     assert score.variance(model, data, model.units).top(0.25) != known
 
 
-@pytest.mark.parametrize("kept", [("L0H1", "L0N3", "L1H0", "L1N2"), ("L1H1",), ("L0N0", "L0N4", "L1N0", "L1N1", "L1N3")])
+@pytest.mark.parametrize(
+    "kept", [("L0H1", "L0N3", "L1H0", "L1N2"), ("L1H1",), ("L0N0", "L0N4", "L1N0", "L1N1", "L1N3")]
+)
 def test_law_11_search_finds_planted_units(kept: tuple[str, ...]):
     model, data = planted(kept), examples(24)
     units = units_of(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import (
     EXCLUSIVE_OR,
@@ -222,7 +222,7 @@ def test_pinned_units_stay():
 
 def test_a_refit_in_the_rounds_lowers_the_risk():
     held_out = examples(12, 3, choices=CHOICES)
-    plain, refitted = found(held_out=held_out), found(held_out=held_out, refit_steps=10)
+    plain, refitted = found(held_out=held_out), found(held_out=held_out, refit_steps=5)
     assert refitted.rounds[0].measured.mean < plain.rounds[0].measured.mean
     assert all(step.reduction.kind == "refit" for step in refitted.rounds)
     assert refitted.rounds[-1].reduction.baseline == plain.rounds[-1].reduction.values
@@ -243,15 +243,21 @@ def test_a_search_by_a_metric_is_measured_in_its_units():
     assert last.measured.unit == last.predicted.unit == "squared units"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_same_seed_gives_the_same_bytes(tmp_path: FilePath, temperature: float):
+def test_the_same_seed_gives_the_same_bytes(tmp_path: FilePath):
     model, data = bridge(), examples(10, answers=2)  # eleven answers and four probes: sampled
     contents = []
     for number, seed in enumerate([5, 5, 6]):
         path = sparsify(
-            model, data, units_of(model), held_out=data, refit_steps=2, rounds=3, smallest=0.2,
-            temperature=temperature, seed=seed, progress=False,
-        )  # fmt: skip
+            model,
+            data,
+            units_of(model),
+            held_out=data,
+            refit_steps=1,
+            rounds=3,
+            smallest=0.2,
+            seed=seed,
+            progress=False,
+        )
         path.at(0.3).save(tmp_path / str(number))
         contents.append((tmp_path / str(number)).read_bytes())
     assert contents[0] == contents[1] != contents[2]
@@ -291,12 +297,11 @@ def test_the_model_leaves_as_it_came_in():
         sparsify(model, data, units, metric=broken, held_out=data, refit_steps=2, rounds=3, progress=False)
 
 
-@settings(max_examples=5)
-@given(SEEDS)
-def test_the_reductions_of_a_path_belong_to_its_model(seed: int):
-    data = examples(3, seed)
-    path = sparsify(bridge(), data, units_of(bridge()), rounds=2, seed=seed, progress=False)
+def test_the_reductions_of_a_path_belong_to_its_model():
+    path, data = usual(), examples(3)
     assert all(step.reduction.fingerprint == fingerprint(bridge()) for step in path.rounds)
     other = fresh(seed=2)
-    with pytest.raises(ValueError, match=f"made for the model {fingerprint(bridge())}, this one is {fingerprint(other)}"):
+    with pytest.raises(
+        ValueError, match=f"made for the model {fingerprint(bridge())}, this one is {fingerprint(other)}"
+    ):
         path.within(other, data, 1.0)

@@ -463,8 +463,11 @@ def test_pairs_that_do_not_belong_together_are_refused():
         changed_pairs(source=lambda pairs: pairs.source[:5])
     with pytest.raises(ValueError, match=r"source_inputs\['b'\] has 3 values for 8 pairs"):
         changed_pairs(source_inputs=lambda pairs: pairs.source_inputs | {"b": np.zeros(3)})
+    several = torch.zeros(8, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="base has examples with several labels"):
-        changed_pairs(base=lambda pairs: Examples(pairs.base.tokens, torch.zeros(8, 4, dtype=torch.long)))
+        changed_pairs(base=lambda pairs: Examples(pairs.base.tokens, several))
+    with pytest.raises(ValueError, match="source has examples with several labels"):
+        changed_pairs(source=lambda pairs: Examples(pairs.source.tokens, several))
 
 
 VOCABULARY, POSITIONS = 6, 4

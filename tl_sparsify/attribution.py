@@ -127,37 +127,25 @@ def exact(
     """
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     rows = max(1, _TOKENS // examples.labels.shape[1]) if batch_size is None else batch_size
-    parts: list[Moments] = []
     batches = list(examples.batches(min(rows, len(examples))))
-    groups = [
-        (number, first)
-        for number, (index, _) in enumerate(batches)
-        for first in range(0, len(units), _fit(rows, index))
-    ]
-    effects: list[Float[Tensor, "batch some"]] = []
-    original, values_here = torch.zeros(0), replacement(batches[0][0][:1])
-    with torch.no_grad():
-        for number, first in bar(groups, "removing units one by one", progress):
-            index, batch = batches[number]
-            if first == 0:
-                original, values_here = answer_logits(model, batch), replacement(index)
-            last = min(first + _fit(rows, index), len(units))
-            copies = index.repeat(last - first)
-            with intervened(model, _each_alone(units, values_here, copies, first, last)):
-                removed = answer_logits(model, examples[copies])
-            drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
-            effects.append(drop.double().view(last - first, len(index)).T)
-            if last == len(units):
-                parts.append(Moments.of(torch.cat(effects, 1)))
-                effects = []
+    parts: list[Moments] = []
+    for number, (index, batch) in enumerate(batches):
+        together = max(1, rows // len(index))
+        firsts = range(0, len(units), together)
+        effects: list[Float[Tensor, "batch some"]] = []
+        with torch.no_grad():
+            original, values_here = answer_logits(model, batch), replacement(index)
+            for first in bar(firsts, f"removing units one by one, batch {number + 1} of {len(batches)}", progress):
+                last = min(first + together, len(units))
+                copies = index.repeat(last - first)
+                with intervened(model, _each_alone(units, values_here, copies, first, last)):
+                    removed = answer_logits(model, examples[copies])
+                drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
+                effects.append(drop.double().view(last - first, len(index)).T)
+        parts.append(Moments.of(torch.cat(effects, 1)))
     total = Moments.merge(parts)
     measured_in = "nats" if metric is None else "units of the metric"
     return Scores(units, total.mean, total.stderr, "exact", measured_in, len(units) + 1 + passes, 0)
-
-
-def _fit(rows: int, index: Int[Tensor, "batch"]) -> int:
-    """How many copies of a batch fit in a pass."""
-    return max(1, rows // len(index))
 
 
 def _drop(

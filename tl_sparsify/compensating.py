@@ -55,8 +55,8 @@ class _Bank:
     """
 
     alone: Float[Tensor, "units"] | None
-    readers: Float[Tensor, "units units"]
-    precision: Float[Tensor, "units units"]
+    readers: Float[Tensor, "units some"]
+    precision: Float[Tensor, "units some"]
     alive: Bool[Tensor, "units"]
 
     def costs(self) -> Float[Tensor, "units"]:
@@ -225,5 +225,5 @@ def _precision(
     scale = covariance.diagonal().clamp_min(1e-24).sqrt()
     correlation = covariance / scale / scale[:, None]
     correlation = torch.where(kept & kept[:, None], correlation, 0.0)
-    correlation.diagonal().copy_(torch.where(kept, 1 + ridge, 1.0))
+    correlation.diagonal().copy_(1 + ridge * kept.double())
     return torch.linalg.inv(correlation) / scale / scale[:, None]

@@ -297,7 +297,7 @@ def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
         return valid
     first = valid & (valid.long().cumsum(1) == 1)
     without = valid & ~(first & (batch.tokens.cpu() == bos))
-    return without if bool(without.any()) else valid
+    return torch.where(without.any(1, keepdim=True), without, valid)  # an example that is nothing else keeps it
 
 
 def unit_positions(

@@ -1,87 +1,53 @@
 """Scores: one number for every unit that says how much is lost by removing it alone.
 
 Every scorer is a function ``(model, examples, units, *, seed, ...) -> Scores``; larger means needed more. A one-unit
-score cannot see redundancy or cancellation: :func:`tl_sparsify.sparsify` selects jointly.
+score cannot see redundancy or cancellation: :func:`additivity` says how much that matters, and
+:func:`tl_sparsify.sparsify` selects jointly.
+
+==================  =====================================================  ====================================
+score               what it is                                             forward + backward passes
+==================  =====================================================  ====================================
+``risk``            divergence to second order                             2 + ``probes``
+``variance``        of the unit's value                                    2 + 0
+``scaled_variance`` of what the unit writes                                2 + 0
+``gradient``        a metric's drop to first order, signed                 2 + 1
+``integrated``      the same along the line to every unit removed          1 + ``steps``, ``steps``
+``exact``           divergence, or a metric's drop, by removing the unit   2 + number of units, 0
+==================  =====================================================  ====================================
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from typing import Any
 
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparsify.circuit import Circuit, Reduction, Values
+from tl_sparsify.attribution import exact, gradient, integrated
+from tl_sparsify.circuit import Circuit, Reduction, Values, check_fingerprint
 from tl_sparsify.constants import mean, unit_moments
 from tl_sparsify.examples import Examples
+from tl_sparsify.intervene import batch_size_for, output, recorded, unit_positions
 from tl_sparsify.measure import Metric
-from tl_sparsify.moments import Moments
+from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.probes import samples
-from tl_sparsify.units import Model, Units
+from tl_sparsify.scores import Scores, kept_count
+from tl_sparsify.units import Model, Site, Units
 
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """A score for every unit.
-
-    Attributes:
-        units: the units.
-        scores: larger = needed more, in ``measured_in``.
-        stderr: the standard error over examples (NaN where the method has none).
-        name: the method.
-        measured_in: ``nats``, ``squared units``, ...
-        forward_passes: over the data.
-        backward_passes: over the data.
-    """
-
-    units: Units
-    scores: Float[Tensor, "units"]
-    stderr: Float[Tensor, "units"]
-    name: str
-    measured_in: str
-    forward_passes: int
-    backward_passes: int
-
-    @property
-    def order(self) -> Int[Tensor, "units"]:
-        """Unit indices from the least to the most needed (ties in flat order)."""
-        return self.scores.argsort(stable=True)
-
-    def top(self, fraction: float) -> Circuit:
-        """The circuit of the best ``fraction`` of the units."""
-        mask = torch.zeros(len(self.units), dtype=torch.bool)
-        mask[self.order[len(self.units) - kept_count(len(self.units), fraction) :].cpu()] = True
-        return Circuit(self.units, mask)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a unit: ``unit, kind, layer, index, score, stderr``."""
-        return pd.DataFrame(
-            {
-                "unit": self.units.names,
-                "kind": self.units.kinds,
-                "layer": self.units.layers.numpy(),
-                "index": [i for site in self.units.sites for i in range(site.size)],
-                "score": self.scores.cpu().double().numpy(),
-                "stderr": self.stderr.cpu().double().numpy(),
-            }
-        )
-
-    def __repr__(self) -> str:
-        best = self.units[int(self.order[-1])].name
-        return f"Scores({self.name}, {self.measured_in}: {len(self.units):,} units, largest {best})"
-
-
-def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
-    """How many of ``n`` units a fraction keeps: at least one. ``name`` is what the caller calls it.
-
-    Raises:
-        ValueError: a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} is {fraction}; it must lie in (0, 1]")
-    return max(1, round(fraction * n))
+__all__ = [
+    "Scores",
+    "additivity",
+    "exact",
+    "gradient",
+    "integrated",
+    "kept_count",
+    "risk",
+    "scaled_variance",
+    "variance",
+]
 
 
 def risk(
@@ -122,7 +88,161 @@ def risk(
 
 def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None) -> Scores:
     """The variance of each unit's value over examples and positions, summed over its width (activation units
-    squared): risk if curvature were the same everywhere, which rescaling a unit fools. One forward pass."""
-    moments = unit_moments(model, examples, units, batch_size=batch_size)
-    scores = torch.cat([part.variance.sum(-1) for part in moments])
-    return Scores(units, scores, torch.full_like(scores, float("nan")), "variance", "activation variance", 1, 0)
+    squared): risk if curvature were the same everywhere, which rescaling a unit fools.
+
+    Two forward passes: the means, and the deviations with their standard error over examples.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations.
+    """
+    same = tuple(torch.ones(site.size, dtype=torch.float64) for site in units.sites)
+    scores, stderr = _spread(model, examples, units, same, batch_size)
+    return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
+
+
+def scaled_variance(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    readers: Mapping[str, Float[Tensor, "..."]] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """The variance of what each unit writes, ``trace(D' Cov(v) D)`` with ``D`` the map that reads the unit; for a
+    scalar unit ``Var(v) |D|^2`` (arXiv 2602.24266, the rule for a last hidden layer; squared units of what is
+    written). The cheapest score that rescaling a unit and its reader cannot fool; where the write then matters, it
+    does not see.
+
+    ``D`` is the head's block of ``W_O``, the neuron's row of ``W_out``, the identity for whole layers, and for
+    directions their columns in the activation (1 for orthonormal ones).
+
+    Args:
+        readers: for other models, or to say otherwise: hook name to ``[units, width, out]`` or, for units of one
+            number, ``[units, out]``.
+
+    Two forward passes: the means, and the deviations with their standard error over examples.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations, units whose reader is not known, readers
+            of another shape or of a hook point that has no units here.
+    """
+    readers = readers or {}
+    hooks = {site.hook for site in units.sites}
+    for hook in readers:
+        if hook not in hooks:
+            raise ValueError(f"readers names {hook!r}; the units lie at {', '.join(sorted(hooks))}")
+    found = tuple(_reader(model, site, readers.get(site.hook)) for site in units.sites)
+    scores, stderr = _spread(model, examples, units, found, batch_size)
+    return Scores(units, scores, stderr, "scaled variance", "written variance", 2, 0)
+
+
+def additivity(
+    model: Model,
+    examples: Examples,
+    reduction: Reduction,
+    *,
+    probes: int = 4,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Estimate:
+    """How far scores of single units add up for the removed units: ``(R_joint - sum_u R_u) / R_joint``, both to
+    second order at the original model, at temperature 1.
+
+    0: the sum of the single risks is the joint risk. Towards 1: units that each look harmless are not harmless
+    together (backups). Below 0: removals cancel. Far from 0 no one-unit score can be trusted, and rounds are needed
+    (:func:`tl_sparsify.sparsify`). The standard error is that of a ratio of means over examples.
+
+    One forward and ``probes`` backward passes over the data.
+
+    Raises:
+        ValueError: a model in training mode, a reduction of another model, with affine replacements or of no unit.
+    """
+    check_fingerprint(model, reduction)
+    if reduction.mixing is not None:
+        raise ValueError("reduction has affine replacements: additivity is that of units set to constants")
+    removed = ~reduction.circuit.mask
+    if not bool(removed.any()):
+        raise ValueError(f"reduction removes none of {reduction.units!r}: there is nothing to add up")
+    parts: list[Float[Tensor, "two batch"]] = []
+    for part in samples(model, examples, reduction, probes=probes, metric=metric, seed=seed, batch_size=batch_size):
+        effects = part.effects[..., removed.to(part.effects.device)].double()
+        parts.append(torch.stack([effects.sum(2).square().sum(0), effects.square().sum((0, 2))]) / 2)
+    joint, alone = torch.cat(parts, 1)
+    if not bool(alone.any()):
+        return Estimate(0.0, 0.0, len(examples))  # nothing reads these units
+    ratio = alone.mean() / joint.mean()
+    scatter = Moments.of((alone - ratio * joint) / joint.mean())
+    return Estimate(float(1 - ratio), float(scatter.stderr), len(examples))
+
+
+def _spread(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    readers: tuple[Float[Tensor, "..."], ...],
+    batch_size: int | None,
+) -> tuple[Float[Tensor, "units"], Float[Tensor, "units"]]:
+    """The variance over examples and positions of every unit as its reader (:func:`_reader`) sees it, and its standard
+    error: of a ratio, since examples may differ in how many positions they have."""
+    means = [part.mean for part in unit_moments(model, examples, units, batch_size=batch_size)]
+    sums = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            here = units.for_examples(index)
+            with recorded(model, here) as recording:
+                output(model, batch)
+            q: list[Float[Tensor, "batch some"]] = []
+            n: list[Float[Tensor, "batch some"]] = []
+            for site, v, m, reader in zip(here.sites, recording.read(), means, readers, strict=True):
+                where = unit_positions(model, batch, site, v).double()
+                q.append(torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m))).to(sums))
+                n.append(where.sum(1, keepdim=True).expand(-1, site.size).to(sums))
+            total, count = torch.cat(q, 1), torch.cat(n, 1)
+            products = (total, count, total * total, total * count, count * count)
+            sums = sums + torch.stack([product.sum(0) for product in products])
+    q1, n1, qq, qn, nn = sums
+    n1 = n1.clamp_min(1)
+    scores = q1 / n1
+    scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / len(examples))
+    return scores, scatter.sqrt() / n1
+
+
+def _seen(
+    site: Site, deviation: Float[Tensor, "batch pos some width"], reader: Float[Tensor, "..."]
+) -> Float[Tensor, "batch pos some"]:
+    """The squared length of each unit's deviation after its reader."""
+    if reader.ndim == 1:
+        return deviation.square().sum(-1) * reader
+    if reader.shape[2] != deviation.shape[-1]:
+        raise ValueError(
+            f"readers of {site.hook} take units of width {reader.shape[2]}, there they have width "
+            f"{deviation.shape[-1]}: give [{site.size}, {deviation.shape[-1]}, out]"
+        )
+    return torch.einsum("bpuw,urw->bpur", deviation, reader).square().sum(-1)
+
+
+def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float[Tensor, "..."]:
+    """What a site's units are read by, as far as lengths go: a factor ``[units]`` on their squares, or the triangular
+    factor ``[units, rows, width]`` of the map, which keeps lengths and has at most ``width`` rows."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_post)", site.hook)
+    if given is None and site.kind in ("head", "neuron") and match is not None and hasattr(model, "blocks"):
+        block = model.blocks[int(match[1])]
+        given = block.attn.W_O if site.kind == "head" else block.mlp.W_out
+    if given is not None:
+        if given.ndim not in (2, 3) or len(given) != site.size:
+            raise ValueError(
+                f"readers of {site.hook} have shape {tuple(given.shape)}; it must be [{site.size}, width, out] "
+                f"or [{site.size}, out]"
+            )
+        wide = given.detach().double()
+        return torch.linalg.qr((wide if wide.ndim == 3 else wide[:, None]).mT, mode="r").R
+    if site.basis is not None:
+        return site.basis.detach().double().square().sum(0)
+    if site.kind in ("mlp", "attention", "residual"):
+        return torch.ones(site.size, dtype=torch.float64)
+    raise ValueError(
+        f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "
+        f"give readers={{{site.hook!r}: weights [{site.size}, width, out] or [{site.size}, out]}}"
+    )

@@ -60,8 +60,8 @@ class Scores:
         """
         if self.units != other.units:
             raise ValueError(f"other scores {other.units!r}, these score {self.units!r}: ranks need the same units")
-        mine, theirs = (torch.from_numpy(scores.to_frame().score.rank().to_numpy()) for scores in (self, other))
-        mine, theirs = mine - mine.mean(), theirs - theirs.mean()
+        ranks = [pd.Series(scores.scores.tolist()).rank().tolist() for scores in (self, other)]
+        mine, theirs = (rank - rank.mean() for rank in torch.tensor(ranks, dtype=torch.float64))
         return float(mine @ theirs / (mine.norm() * theirs.norm()))
 
     def to_frame(self) -> pd.DataFrame:

@@ -64,8 +64,9 @@ class Pairs:
             for name, values in getattr(self, side).items():
                 if len(values) != n:
                     raise ValueError(f"{side}[{name!r}] has {len(values)} values for {n} pairs")
-        if bool(((self.base.labels != NO_LABEL).sum(1) != 1).any()):
-            raise ValueError("base has examples with several labels; verify reads one answer for each pair")
+        for side, examples in (("base", self.base), ("source", self.source)):
+            if bool(((examples.labels != NO_LABEL).sum(1) != 1).any()):
+                raise ValueError(f"{side} has examples with several labels; verify reads one answer for each input")
 
     def __len__(self) -> int:
         return len(self.base)

@@ -1,0 +1,169 @@
+"""Affine replacements: removed units as linear maps of kept ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import bridge, examples, fresh, inputs, linear, random_mask, unchanged, units_of
+
+from tl_sparsify import constants
+from tl_sparsify.circuit import Circuit, Mixing, Reduction
+from tl_sparsify.evaluation import evaluate
+from tl_sparsify.intervene import ablate, answer_logits, intervened, output, recorded
+from tl_sparsify.measure import InterventionDistribution, risk
+from tl_sparsify.units import heads, neurons
+
+
+def with_mean(model: Any, batch: Any, mask: Any = None, seed: int = 0) -> Reduction:
+    units = units_of(model)
+    kept = random_mask(units, seed, 0.6) if mask is None else mask
+    return constants.reduced(model, Circuit(units, kept), constants.mean(model, batch, units))
+
+
+@pytest.mark.parametrize("nearest", [2, None])
+def test_the_maps_are_those_of_a_ridge_regression(nearest: int | None):
+    model, batch = bridge(), examples(n=40)
+    reduction = with_mean(model, batch)
+    fitted = constants.neighbours(model, reduction, batch, nearest=nearest, ridge=1e-3, batch_size=7)
+    with recorded(model, reduction.units) as recording:
+        output(model, batch)
+    values = recording.read()
+    assert fitted.mixing is not None
+    for site, v, kept, c, mixing in zip(
+        reduction.units.sites,
+        values,
+        reduction.units.split(reduction.circuit.mask),
+        fitted.values.tensors,
+        fitted.mixing,
+        strict=True,
+    ):
+        if site.kind == "head":
+            assert mixing is None
+            continue
+        assert mixing is not None
+        rows = v.reshape(-1, site.size)
+        centred = (rows - rows.mean(0)) / rows.std(0, correction=0).clamp_min(1e-12)
+        dense = mixing.matrix(rows).to_dense()
+        for unit in (~kept).nonzero().flatten().tolist():
+            correlation = (centred[:, kept].T @ centred[:, unit] / len(rows)).abs()
+            best = correlation.argsort(descending=True)[: nearest or int(kept.sum())]
+            columns = kept.nonzero().flatten()[best]
+            a = centred[:, columns]
+            target = centred[:, unit]
+            solved = torch.linalg.solve(a.T @ a / len(rows) + 1e-3 * torch.eye(len(columns)), a.T @ target / len(rows))
+            scale = rows.std(0, correction=0)
+            expected = torch.zeros(site.size, dtype=torch.float64)
+            expected[columns] = solved * scale[unit] / scale[columns].clamp_min(1e-12)
+            assert torch.allclose(dense[unit], expected, atol=1e-8)
+            assert c[unit, 0].item() == pytest.approx((rows[:, unit] - rows @ expected).mean().item(), abs=1e-9)
+
+
+def test_ablating_sets_removed_units_to_their_map_of_the_kept_ones():
+    model, batch = bridge(), examples()
+    fitted = constants.neighbours(model, with_mean(model, batch), batch, nearest=None)
+    with intervened(model, ablate(fitted)), recorded(model, fitted.units) as recording:
+        output(model, batch)
+    assert fitted.mixing is not None
+    for v, kept, c, mixing in zip(
+        recording.read(),
+        fitted.units.split(fitted.circuit.mask),
+        fitted.values.tensors,
+        fitted.mixing,
+        strict=True,
+    ):
+        if mixing is not None:
+            expected = c[:, 0] + v[..., 0] @ mixing.matrix(v).to_dense().T
+            assert torch.allclose(v[..., ~kept, 0], expected[..., ~kept], atol=1e-10)
+
+
+def test_a_duplicate_is_removed_at_no_loss():
+    model, batch = fresh(), examples(n=30)
+    with torch.no_grad():
+        weights = model.blocks[0].mlp
+        getattr(weights, "in").original_component.weight[3] = getattr(weights, "in").original_component.weight[1]
+        getattr(weights, "in").original_component.bias[3] = getattr(weights, "in").original_component.bias[1]
+    units = neurons(model)
+    reduction = constants.reduced(model, ~Circuit.of(units, ["L0N3"]), constants.mean(model, batch, units))
+    fitted = constants.neighbours(model, reduction, batch, nearest=1, ridge=1e-9)
+    assert risk(model, reduction, batch).mean > 1e-4
+    assert risk(model, fitted, batch).mean < 1e-12
+
+
+def test_under_interchange_the_map_sees_partly_interchanged_neighbours():
+    model, batch = linear(units=6, features=3), inputs(n=200, features=3)
+    units = model.units
+    reduction = constants.reduced(model, ~Circuit.of(units, ["L0N0", "L0N1"]), constants.mean(model, batch, units))
+    shuffled = InterventionDistribution.interchange(0.5)
+    clean = constants.neighbours(model, reduction, batch, nearest=None)
+    robust = constants.neighbours(model, reduction, batch, nearest=None, interventions=shuffled)
+    assert risk(model, clean, batch).mean < risk(model, robust, batch).mean
+    # only the kept units are interchanged: removed ones keep the base's value in the original
+    swapped = {"interventions": shuffled, "seed": 3}
+    assert risk(model, robust, batch, **swapped).mean < risk(model, clean, batch, **swapped).mean
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=10)
+def test_the_fit_is_no_worse_in_squares_than_the_mean(seed: int):
+    model, batch = bridge(), examples(n=20, seed=seed)
+    reduction = with_mean(model, batch, seed=seed)
+    fitted = constants.neighbours(model, reduction, batch, nearest=None, ridge=1e-6)
+    with recorded(model, reduction.units) as recording:
+        output(model, batch)
+    for v, kept, c, m, mixing in zip(
+        recording.read(),
+        reduction.units.split(reduction.circuit.mask),
+        fitted.values.tensors,
+        reduction.values.tensors,
+        fitted.mixing or (None,) * 4,
+        strict=True,
+    ):
+        if mixing is None:
+            continue
+        affine = c[:, 0] + v[..., 0] @ mixing.matrix(v).to_dense().T
+        error = (affine - v[..., 0])[..., ~kept].square().mean((0, 1))
+        assert bool((error <= (m[:, 0] - v[..., 0])[..., ~kept].square().mean((0, 1)) + 1e-12).all())
+
+
+def test_it_is_saved_and_measured_like_any_other(tmp_path: Path):
+    model, batch = bridge(), examples(n=20)
+    reduction = with_mean(model, batch)
+    with unchanged(model):
+        fitted = constants.neighbours(model, reduction, batch, nearest=2)
+        refitted = constants.refit(model, fitted, batch, batch, steps=20, progress=False)
+    for each in (fitted, refitted):
+        each.save(tmp_path / "affine.reduction")
+        assert Reduction.load(tmp_path / "affine.reduction") == each
+    assert risk(model, refitted, batch).mean <= risk(model, fitted, batch).mean
+    assert refitted.mixing != fitted.mixing
+    found = evaluate(model, fitted, batch)
+    with torch.no_grad():
+        original = answer_logits(model, batch)
+        with intervened(model, ablate(fitted)):
+            reduced = answer_logits(model, batch)
+    agreement = (original.argmax(1) == reduced.argmax(1)).double().mean()
+    assert found.agreement == pytest.approx(agreement.item())
+
+
+def test_bad_maps_are_refused():
+    model, batch = bridge(), examples()
+    fitted = constants.neighbours(model, with_mean(model, batch), batch)
+    with pytest.raises(ValueError, match="fitted for its own circuit"):
+        fitted.with_circuit(Circuit.full(fitted.units))
+    with pytest.raises(ValueError, match="nearest is 0"):
+        constants.neighbours(model, with_mean(model, batch), batch, nearest=0)
+    with pytest.raises(ValueError, match=r"ridge is 0\.0"):
+        constants.neighbours(model, with_mean(model, batch), batch, ridge=0.0)
+    units = neurons(model)
+    wrong = Mixing(5, torch.tensor([0]), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
+    reduction = constants.reduced(model, Circuit.full(units), constants.mean(model, batch, units))
+    with pytest.raises(ValueError, match="kept"):
+        Reduction(reduction.circuit, reduction.values, mixing=(wrong, None))
+    only = heads(model)
+    unaffected = constants.reduced(model, Circuit.empty(only), constants.mean(model, batch, only))
+    assert constants.neighbours(model, unaffected, batch).mixing is None
