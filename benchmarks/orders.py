@@ -1,8 +1,9 @@
 """Which order of removing units, and which constants: the tables of the README.
 
 For each seed (of the data split, the probes and the random order) every method orders the units of the task's model
-on the training split; the circuits that it keeps are judged on the test split, with mean constants and with the same
-refit (train, early-stopped on validation). Writes ``benchmarks/results/orders.csv`` and two Markdown tables.
+on the training split; the circuits that it keeps are judged on the test split, with mean constants (or affine maps,
+where the method has them) and with the same refit (train, early-stopped on validation). Writes
+``benchmarks/results/orders.csv`` and two Markdown tables.
 
     python benchmarks/orders.py [--task hierarchical_equality] [--seeds 3]
 """
@@ -21,6 +22,7 @@ from tl_sparsify._files import write_text
 from tl_sparsify.circuit import Reduction
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
+ROUNDS = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)  # of the compensating search
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -33,12 +35,18 @@ def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> di
 
     path = tls.sparsify(model, train, units, held_out=validation, seed=seed, progress=False)
     inside = tls.sparsify(model, train, units, held_out=validation, seed=seed, refit_steps=20, progress=False)
+    affine = tls.compensating(model, train, units, sizes=ROUNDS, held_out=validation, seed=seed, progress=False)
+    fitted = {size: step.reduction for size, step in zip(ROUNDS, affine.rounds, strict=True)}
     return {
         "random": by(tls.baselines.random(model, train, units, seed=seed)),
         "activation variance": by(tls.score.variance(model, train, units)),
         "single-unit risk, one shot": by(tls.score.risk(model, train, units, temperature=3.0, seed=seed)),
         "joint risk, 20 rounds": path.at,
         "joint risk, 20 rounds, refitted inside": inside.at,
+        "joint risk, 20 rounds, affine in kept neurons": lambda size: tls.constants.neighbours(
+            model, path.at(size), train, nearest=None
+        ),
+        "compensating, 8 rounds, affine in kept neurons": fitted.__getitem__,
     }
 
 
@@ -67,7 +75,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
 def markdown(frame: pd.DataFrame, constants: str) -> str:
     """One row a method: mean risk over the seeds, its range, and mean accuracy in brackets."""
     chosen = frame[frame.constants == constants]
-    lines = [f"| order, {constants} constants | " + " | ".join(f"{size:.0%} kept" for size in SIZES) + " |"]
+    lines = [f"| order, {constants} replacements | " + " | ".join(f"{size:.0%} kept" for size in SIZES) + " |"]
     lines.append("|---" * (len(SIZES) + 1) + "|")
     for method in dict.fromkeys(chosen.method):
         cells: list[str] = []

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from models import examples, seeded
+from torch import Tensor
+
+from tl_sparsify.examples import Examples
+from tl_sparsify.units import Units, attentions, directions, heads, mlps, neurons, residuals, stream_directions
+
 N = 6
 HOOK = "blocks.0.hook_resid_post"
 
@@ -39,5 +50,3 @@ KINDS: dict[str, Callable[[Any], Units]] = {
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-10) -> bool:
     return bool((found - expected).abs().max() <= relative * expected.abs().max())
-
-

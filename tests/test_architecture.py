@@ -12,12 +12,13 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE
 # A module imports only from those before it. Private helpers (_files, ...) stand before all of these and
 # import nothing of the package but each other. cli uses the package as anyone does: after __init__.
 ORDER = """
-    units causal examples moments circuit intervene basis measure probes affine constants score search compensating polish folding export verification
-    evaluation task baselines benchmark plot report __init__ cli __main__
+    units causal examples moments circuit intervene basis measure probes affine constants scores attribution score
+    curvature search compensating polish folding export verification evaluation task baselines benchmark plot report
+    __init__ cli __main__
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"plot", "report", "cli"}
-FOLDING = {"folding", "export", "_folded", "_narrow", "_skeleton", "_writes"}  # one idea, its private parts in files of their own
+FOLDING = {"folding", "_export", "_folded", "_narrow", "_skeleton", "_writes"}  # one idea in several private files
 INTERNALS = FOLDING | {"verification", "baselines"}
 LONGEST = 400
 

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import re
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
-from tl_sparsify.folding import FoldedBridge, fold, load_folded, save_folded
+from tl_sparsify.folding import FoldedBridge, fold, save_folded
 from tl_sparsify.intervene import ablate, intervened
 from tl_sparsify.units import Site, Units, heads, neurons
 
@@ -400,112 +392,3 @@ def test_models_that_do_not_fold_are_refused():
     unknown.cfg.architecture = "OPTForCausalLM"
     with pytest.raises(ValueError, match="models of architecture OPTForCausalLM do not fold; these do: Transf"):
         fold(unknown, reduction)
-
-
-def word_tokenizer(path: FilePath) -> Any:
-    words = {word: i for i, word in enumerate(["<s>", "</s>", *"abcdefghijklmno"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
-    return AutoTokenizer.from_pretrained(str(path))
-
-
-LOAD = """
-import sys, torch
-from safetensors.torch import save_file
-from tl_sparsify.folding import load_folded
-torch.set_num_threads(2)
-tokens = torch.tensor(eval(sys.argv[1]))
-for path in sys.argv[2:]:
-    save_file({"logits": load_folded(path)(tokens).detach()}, path + "/logits")
-"""
-
-
-@pytest.mark.slow
-def test_loaded_in_a_new_process_the_logits_are_identical(tmp_path: FilePath):
-    expected = {}
-    for number, (variant, dtype) in enumerate([(v, d) for v in VARIANTS for d in (torch.float32, torch.bfloat16)]):
-        model = fresh(variant).to(dtype)
-        folded = fold(model, reduction_of(model, mask(units_of(model), ["some", "one", "none", "some"], number)))
-        save_folded(folded, tmp_path / str(number))
-        expected[str(tmp_path / str(number))] = folded(tokens())
-    arguments = [sys.executable, "-c", LOAD, repr(tokens().tolist()), *expected]
-    subprocess.run(arguments, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, cwd=tmp_path)
-    for path, logits in expected.items():
-        assert torch.equal(load_file(path + "/logits")["logits"], logits)
-
-
-def test_load_returns_what_was_saved(tmp_path: FilePath):
-    model = fresh("gated, RMS, rotary, grouped")
-    model.blocks[0].attn.requires_grad_(False)
-    folded = fold(model, reduction_of(model, mask(units_of(model), ["some", "one"], 4)))
-    state = torch.get_rng_state()
-    save_folded(folded, tmp_path / "model")
-    loaded = load_folded(tmp_path / "model")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(loaded(tokens()), folded(tokens())) and fingerprint(loaded) == fingerprint(folded)
-    assert loaded.units == folded.units and loaded.tokenizer is None and not loaded.training
-    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (loaded, folded)]
-    assert flags[0] == flags[1] and set(flags[0].values()) == {True, False}
-    units = units_of(loaded)
-    reduction = reduction_of(loaded, mask(units, ["one"], 0))
-    assert distance(folded, reduction, fold(loaded, reduction), tokens()) <= 1e-9
-    save_folded(fold(loaded, reduction), tmp_path / "model")  # over the older one
-    assert load_folded(tmp_path / "model").units == fold(loaded, reduction).units
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_the_tokenizer_is_saved_too(tmp_path: FilePath):
-    config = TransformerBridgeConfig(
-        d_model=8, d_head=4, n_heads=2, n_layers=1, n_ctx=8, d_vocab=17, d_mlp=6, act_fn="gelu"
-    )
-    model: Any = TransformerBridge.boot_native(config, tokenizer=word_tokenizer(tmp_path / "words")).eval()
-    save_folded(fold(model, reduction_of(model, ["L0H1"])), tmp_path / "model")
-    loaded: Any = load_folded(tmp_path / "model")
-    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
-    assert loaded.to_tokens("c").tolist() == model.to_tokens("c").tolist()
-    file = tmp_path / "model" / "tokenizer" / "tokenizer.json"
-    file.write_text(file.read_text().replace("c", "x"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged or missing"):
-        load_folded(tmp_path / "model")
-
-
-def test_damaged_files_are_refused(tmp_path: FilePath):
-    folded = fold(native(), reduction_of(native(), ["L0H1", "L1N2"]))
-    save_folded(folded, tmp_path / "model")
-    file = tmp_path / "model" / "folded.safetensors"
-    content = file.read_bytes()
-    with pytest.raises(FileNotFoundError, match="no folded model file at"):
-        load_folded(tmp_path / "other")
-    for damaged, message in (
-        (content[:-100], "damaged or truncated"),
-        (content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "checksum does not match"),
-        (content.replace(b'"version\\": 1', b'"version\\": 2'), "format version 2"),
-    ):
-        assert damaged != content
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=message):
-            load_folded(tmp_path / "model")
-    reduction_of(native(), ["L0H1"]).save(file)
-    with pytest.raises(ValueError, match="holds a reduction, not a folded model"):
-        load_folded(tmp_path / "model")
-
-
-def test_nothing_half_written_and_nothing_of_others_overwritten(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch):
-    folded = fold(native(), reduction_of(native(), ["L0H1", "L1N2"]))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(FileExistsError, match="is there and is no folded model"):
-        save_folded(folded, tmp_path / "mine")
-    with pytest.raises(ValueError, match="save_folded saves what fold returns, not a TransformerBridge"):
-        save_folded(native(), tmp_path / "model")
-    save_folded(folded, tmp_path / "model")
-
-    def full(*arguments: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tl_sparsify._files.save", full)
-    for name in ("model", "new"):
-        with pytest.raises(OSError, match="No space left on device"):
-            save_folded(fold(native(), reduction_of(native(), ["L0H1"])), tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
-    assert load_folded(tmp_path / "model").units == folded.units

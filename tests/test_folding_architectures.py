@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from safetensors.torch import load_file
 from test_folding import (
-    LOAD,
     PATTERNS,
     SEEDS,
     NoCasts,
@@ -33,6 +32,7 @@ from test_folding import (
     tokens,
     units_of,
 )
+from test_folding_files import LOAD
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import DynamicCache
@@ -65,11 +65,11 @@ UNEVEN = ["some", "one", "none", "some"]  # by site: here 3 sites of heads, then
 FIRST_EMPTY = ["none", "some", "some", "one"]
 
 
-def fresh(name: str, dtype: torch.dtype = torch.float64) -> Any:
+def fresh(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """A bridge with random weights, large enough that attention is far from uniform."""
-    architecture, options = CONFIGS[name]
+    architecture, settings = CONFIGS[name]
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**options)
+    config = model_class.config_class(**settings | options)
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251
@@ -89,6 +89,10 @@ def test_every_architecture_is_here():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=8)
+@example(patterns=["all"], seed=0)
+@example(patterns=["none"], seed=0)
+@example(patterns=["one"], seed=0)
+@example(patterns=["one", "none", "one", "one", "one", "none"], seed=0)
 @given(patterns=PATTERNS, seed=SEEDS)
 def test_folded_is_ablated_in_float64(name: str, patterns: list[str], seed: int):
     model = bridge(name)
@@ -98,11 +102,35 @@ def test_folded_is_ablated_in_float64(name: str, patterns: list[str], seed: int)
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=4)
+@example(patterns=["none"], seed=0)
+@example(patterns=["one"], seed=0)
 @given(patterns=PATTERNS, seed=SEEDS)
 def test_folded_is_ablated_in_float32(name: str, patterns: list[str], seed: int):
     model = bridge(name, torch.float32)
     reduction = reduction_of(model, mask(units_of(model), patterns, seed), seed)
     assert distance(model, reduction, fold(model, reduction), tokens(seed)) <= 1e-4
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("GPT-2", {"reorder_and_upcast_attn": True, "tie_word_embeddings": False}),
+    ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    ("Mistral", {"num_key_value_heads": 1}),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("Qwen3", {"attention_bias": True}),
+    ("Gemma 2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7}),
+    ("Gemma 3", {"attention_bias": True, "head_dim": 8}),
+]
+
+
+@pytest.mark.parametrize("name,options", OPTIONS, ids=[f"{name} {', '.join(options)}" for name, options in OPTIONS])
+def test_options_of_architectures(name: str, options: dict[str, Any], tmp_path: Path):
+    model = fresh(name, **options)
+    reduction = reduction_of(model, mask(units_of(model), UNEVEN, 3))
+    folded = fold(model, reduction)
+    assert distance(model, reduction, folded, tokens()) <= 1e-9
+    save_folded(folded, tmp_path / "model")
+    assert torch.equal(load_folded(tmp_path / "model")(tokens()), folded(tokens()))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -254,7 +282,7 @@ def test_loaded_in_a_new_process_the_logits_are_identical(tmp_path: Path):
             loaded = load_folded(path)
             assert loaded.units == folded.units and fingerprint(loaded) == fingerprint(folded)
             assert torch.equal(loaded(tokens()), expected[str(path)])
-    arguments = [sys.executable, "-c", LOAD, repr(tokens().tolist()), *expected]
+    arguments = [sys.executable, "-c", LOAD, repr(tokens().tolist()), str(torch.get_num_threads()), *expected]
     subprocess.run(arguments, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, cwd=tmp_path)
     for path, logits in expected.items():
         assert torch.equal(load_file(path + "/logits")["logits"], logits)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_folding import PATTERNS, SEEDS, NoCasts, mask, native, reduction_of, tokens, units_of, word_tokenizer
+from test_folding import PATTERNS, SEEDS, NoCasts, mask, native, reduction_of, tokens, units_of
 from test_folding_architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh
+from test_folding_files import full_disk, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from tl_sparsify.circuit import Circuit, Reduction, Values
@@ -88,6 +90,7 @@ def test_projected_embeddings_are_not_tied(tmp_path: Path):
 
 LOAD = """
 import sys, torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 import tl_sparsify
@@ -120,7 +123,7 @@ def test_the_tokenizer_is_exported_too(tmp_path: Path):
     assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == model.tokenizer.get_vocab()
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_exported_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="export_hf exports what fold returns, not a TransformerBridge"):
         export_hf(bridge("Llama"), tmp_path / "model")
     for other, architecture in ((native(), "TransformerLensNative"), (bridge("Pythia"), "GPTNeoXForCausalLM")):
@@ -145,12 +148,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     export_hf(folded, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
 
-    def full(*arguments: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tl_sparsify._export.write_text", full)
     for name in ("model", "new"):
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(SafetensorError, match="File too large"), full_disk():
             export_hf(fold(model, reduction_of(model, ["L1H1"])), tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before

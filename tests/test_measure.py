@@ -166,10 +166,11 @@ def test_interchange_with_nothing_chosen_is_plain_risk():
 def test_models_without_positions_have_a_risk():
     model, data = linear(), inputs()
     reduction = reduction_of(model, units=model.units, mask=random_mask(model.units))
-    hidden = data.tokens @ model.w_in
+    hidden = data.tokens @ model.w_in.detach()
     gone = ~reduction.circuit.mask
     hidden[:, gone] = reduction.values.tensors[0][gone, 0]
-    expected = kl(model(data.tokens), hidden @ model.w_out).mean()
+    with torch.no_grad():
+        expected = kl(model(data.tokens), hidden @ model.w_out).mean()
     assert risk(model, reduction, data).mean == pytest.approx(float(expected), rel=1e-12)
 
 

@@ -1,5 +1,4 @@
-"""Variances, gradients, integrated gradients and exact effects, against slow references with hooks of the test's own:
-for every kind of unit, in float64."""
+"""Variances, additivity and scores as values, and what holds for all scores; for every kind of unit, in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import EACH, KINDS, N, basis, close, data, padded
 from models import (
     TwoLayers,
     bridge,
@@ -25,26 +25,17 @@ from models import (
     units_of,
 )
 from torch import Tensor
-from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Mixing, Reduction, Values
+from tl_sparsify.circuit import Circuit, Mixing, Reduction
 from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import ablate, answer_logits, intervened, run_values
-from tl_sparsify.measure import correct, log_odds, log_probability, risk
+from tl_sparsify.intervene import answer_logits, run_values
+from tl_sparsify.measure import log_odds
 from tl_sparsify.score import Scores
 from tl_sparsify.search import sparsify
-from tl_sparsify.units import (
-    Site,
-    Units,
-    attentions,
-    directions,
-    heads,
-    mlps,
-    neurons,
-    residuals,
-    stream_directions,
-)
+from tl_sparsify.units import Site, Units, heads, neurons, stream_directions
+
+ALL = pytest.mark.parametrize("kind", KINDS)
 
 # Variances
 
@@ -190,13 +181,14 @@ def test_additivity_is_that_of_explicit_jacobians():
     reduction = reduction_of(model)
     removed = ~reduction.circuit.mask
     change = jacobian(model, batch, reduction)[..., removed]
-    curvature = torch.einsum("ncu,ncd,ndw->nuw", change, fisher(answer_logits(model, batch)), change) / 2
+    curvature = torch.einsum("ncu,ncd,ndw->nuw", change, fisher(answer_logits(model, batch)), change).detach() / 2
     joint, alone = curvature.sum((1, 2)), curvature.diagonal(dim1=1, dim2=2).sum(1)
     found = score.additivity(model, batch, reduction, probes=2)
-    assert found.mean == pytest.approx(float((joint.mean() - alone.mean()) / joint.mean()), rel=1e-9)
-    leave_one_out = torch.stack([1 - (alone.sum() - a) / (joint.sum() - j) for a, j in zip(alone, joint, strict=True)])
-    jackknife = ((N - 1) / N * (leave_one_out - leave_one_out.mean()).square().sum()).sqrt()
-    assert found.stderr == pytest.approx(float(jackknife), rel=0.5) and found.n == N
+    ratio = alone.mean() / joint.mean()
+    assert found.mean == pytest.approx(float(1 - ratio), rel=1e-9)
+    slope = torch.stack([ratio, -torch.ones_like(ratio)]) / joint.mean()  # of 1 - alone / joint
+    expected = (slope @ torch.cov(torch.stack([joint, alone])) @ slope / N).sqrt()
+    assert found.stderr == pytest.approx(float(expected), rel=1e-9) and found.n == N
 
 
 def test_additivity_is_what_a_search_says_of_its_first_round():

@@ -23,6 +23,7 @@ from models import (
     reduction_of,
     seeded,
     unchanged,
+    unchecked,
     units_of,
 )
 
@@ -156,6 +157,11 @@ def test_the_best_of_all_circuits_is_found():
     assert path.rounds[-1].reduction.circuit.names == best
 
 
+def test_one_expansion_orders_all_units_wherever_its_round_ends():
+    orders = [found(sizes=[size]).order.tolist() for size in (0.7, 0.4, 0.01)]
+    assert orders[0] == orders[1] == orders[2]
+
+
 # Paths
 
 
@@ -261,6 +267,63 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: FilePath):
         path.at(0.3).save(tmp_path / str(number))
         contents.append((tmp_path / str(number)).read_bytes())
     assert contents[0] == contents[1] != contents[2]
+
+
+# Schedules, costs and beginnings of one's own
+
+
+def test_sizes_of_ones_own_are_the_rounds():
+    path = found(sizes=[0.9, 0.5, 0.25])
+    assert [len(step.reduction.circuit) for step in path.rounds] == [13, 7, 4]
+    for sizes in ([0.5, 0.9], []):
+        with pytest.raises(ValueError, match=r"sizes is \["):
+            found(sizes=sizes)
+    with pytest.raises(ValueError, match=r"sizes is 1\.5; it must lie"):
+        found(sizes=[1.5, 0.5])
+
+
+@given(SEEDS)
+def test_greedy_by_cost_takes_the_least_rise_for_what_is_saved(seed: int):
+    sketch = made_up(4, 7, seed)
+    sketch = Linearisation(sketch.offset, sketch.linear.abs() * 9, sketch.matrix, False)
+    costs = torch.rand(7, generator=seeded(seed + 1), dtype=torch.float64) + 0.1
+    picks = greedy(sketch, torch.ones(7, dtype=torch.bool), float(costs.sum()) / 2, costs=costs).tolist()
+    assert costs[picks].sum() >= costs.sum() / 2 > costs[picks[:-1]].sum()
+    gone = torch.zeros(7, dtype=torch.bool)
+    for pick in picks:
+        rise = torch.tensor([sketch.predicted(gone | (torch.arange(7) == unit)) for unit in range(7)])
+        rise -= sketch.predicted(gone)
+        rank = torch.where(rise > 0, rise / costs, rise * costs).masked_fill(gone, float("inf"))
+        assert pick == int(rank.argmin())
+        gone[pick] = True
+
+
+def test_a_budget_is_kept():
+    costs = torch.tensor([9.0] * 4 + [1.0] * 10)  # heads are larger than neurons
+    path = found(costs=costs)
+    for step in path.rounds:
+        assert path.within_budget(float(costs[step.reduction.circuit.mask].sum())) == step.reduction
+    for budget in (46.0, 20.5, 9.0):
+        kept = path.within_budget(budget).circuit
+        assert costs[kept.mask].sum() <= budget
+        following = path.order[len(path.units) - len(kept) - 1]
+        assert len(kept) == len(path.units) or costs[kept.mask].sum() + costs[following] > budget
+    with pytest.raises(ValueError, match=r"budget is 0\.5; the smallest circuit of the path costs"):
+        path.within_budget(0.5)
+    assert len(usual().within_budget(5.0).circuit) == 5
+    with unchecked(), pytest.raises(ValueError, match="costs must hold a positive number for each of the 14 units"):
+        found(costs=torch.ones(3))
+
+
+def test_a_search_goes_on_where_another_ended():
+    first = found(sizes=[0.8, 0.6])
+    on = found(sizes=[0.8, 0.6, 0.4], start=first.rounds[0].reduction)
+    assert [len(step.reduction.circuit) for step in on.rounds] == [8, 6]
+    assert all(step.reduction.circuit <= first.rounds[0].reduction.circuit for step in on.rounds)
+    assert sorted(on.order.tolist()) == list(range(14))
+    assert on.at(0.8).circuit == first.rounds[0].reduction.circuit
+    with pytest.raises(ValueError, match="start is a reduction over"):
+        found(start=reduction_of(bridge(), units=units_of(bridge()).at(1)))
 
 
 # What is refused, and what is left behind

@@ -13,7 +13,7 @@ from models import bridge, examples, linear, reduction_of, units_of
 
 from tl_sparsify.folding import fold
 from tl_sparsify.intervene import recorded
-from tl_sparsify.units import Model, Site, Unit, Units, attentions, heads, mlps, neurons, residuals, select
+from tl_sparsify.units import Model, Site, Unit, Units, attentions, heads, mlps, neurons, parameters, residuals, select
 
 POST = "blocks.1.mlp.hook_post"
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)
@@ -152,6 +152,17 @@ def test_per_example_positions_are_taken_for_examples():
     assert taken == heads(bridge()).at(torch.tensor([[2], [3]]))
     assert taken.sites[0].position_mask(2, 4).tolist() == [[False, False, True, False], [False, False, False, True]]
     assert heads(bridge()).for_examples(torch.tensor([0])) == heads(bridge())
+
+
+def test_parameters_are_the_weights_that_leave_with_a_unit():
+    model = bridge()
+    found = parameters(model, units_of(model))
+    small: Any = fold(model, reduction_of(model, torch.arange(14) != 1))
+    assert model.n_params_total - small.n_params_total == found[1] == 4 * (4 * 8) + 3 * 4
+    small = fold(model, reduction_of(model, torch.arange(14) != 7))
+    assert model.n_params_total - small.n_params_total == found[7] == 2 * 8 + 1
+    with pytest.raises(ValueError, match=r"residual units of .* have no parameters"):
+        parameters(model, residuals(model))
 
 
 # What is refused

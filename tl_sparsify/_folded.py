@@ -25,7 +25,8 @@ class FoldedBridge(TransformerBridge):
     numbers are those of its weights.
 
     Attributes:
-        units: original unit name of each head and neuron, by its name here (``{"L1H0": "L1H3", ...}``).
+        units: original unit name of each head and neuron, by its name here (``{"L1H0": "L1H3", ...}``). Whole layers
+            and directions keep their names.
     """
 
     units: dict[str, str]
@@ -90,7 +91,7 @@ def _split(attention: Any) -> list[nn.Module]:
     return [attention.q, attention.k, attention.v] if "qkv" in attention._modules else []
 
 
-_FILE = "folded.safetensors"
+FOLDED = "folded.safetensors"
 
 
 def save_folded(model: Any, path: str | Path) -> None:
@@ -106,10 +107,10 @@ def save_folded(model: Any, path: str | Path) -> None:
         raise ValueError(f"save_folded saves what fold returns, not a {type(model).__name__}")
     if model.compatibility_mode:
         raise ValueError("a folded model in compatibility mode cannot be saved: fold one without, and save that")
-    with directory(path, _FILE, "folded model") as folder:
+    with directory(path, FOLDED, "folded model") as folder:
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        write_tensors(folder / _FILE, "folded model", *_contents(model, folder))
+        write_tensors(folder / FOLDED, "folded model", *_contents(model, folder))
 
 
 def load_folded(path: str | Path) -> FoldedBridge:
@@ -120,7 +121,7 @@ def load_folded(path: str | Path) -> FoldedBridge:
         ValueError: the files are damaged, or were written by a newer version.
     """
     path = Path(path)
-    header, tensors = read_tensors(path / _FILE, "folded model")
+    header, tensors = read_tensors(path / FOLDED, "folded model")
     for name, checksum in header["tokenizer"].items():
         if not (path / name).is_file() or _sha256(path / name) != checksum:
             raise ValueError(f"{path / name} is damaged or missing. Save the model again.")

@@ -27,6 +27,11 @@ def transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def inputs_of(module: Any) -> int:
+    """How many inputs a linear map has, also where its weight is packed (quantised) or not here."""
+    return module.nx if transposed(module) else module.in_features
+
+
 def set_linear(module: Any, weight: Float[Tensor, "a b"], bias: Float[Tensor, "outputs"] | None) -> None:
     """Give a linear map new parameters of any size, in its own layout; gradients are wanted as they were."""
     wanted = module.weight.requires_grad
@@ -76,19 +81,18 @@ def columns(heads: Int[Tensor, "heads"], d_head: int) -> Int[Tensor, "columns"]:
 
 
 def n_neurons(mlp: Any) -> int:
-    """How many neurons an MLP bridge has, from its weights."""
-    return mlp.W_out.shape[0]
+    """How many neurons an MLP bridge has."""
+    return inputs_of(mlp.out.original_component)
 
 
 def kv_index(attention: Any) -> Int[Tensor, "heads"]:
-    """Which key/value head each query head reads, ``[heads]``, from the weights."""
+    """Which key/value head each query head reads, ``[heads]``."""
     for owner in (attention.original_component, attention.k.original_component):
         if "kv_index" in owner._buffers:  # uneven groups
             return owner._buffers["kv_index"].cpu()
     d_head = attention.config.d_head
-    output = attention.o.original_component
-    heads = output.weight.shape[0 if transposed(output) else 1] // d_head
-    kv_heads = attention.k.original_component.weight.shape[0] // d_head
+    heads = inputs_of(attention.o.original_component) // d_head
+    kv_heads = attention.k.original_component.out_features // d_head
     return torch.arange(heads) // max(heads // max(kv_heads, 1), 1)
 
 

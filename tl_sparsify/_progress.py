@@ -1,9 +1,10 @@
-"""Progress bars: on standard error, only where somebody looks at it, and off on request."""
+"""Progress: bars and spinners on standard error, only where somebody looks at it, and off on request."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,3 +19,13 @@ def progress(items: Sequence[T], description: str, show: bool) -> Iterator[T]:
         yield from items
         return
     yield from track(items, description=description, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def step(description: str, show: bool) -> Iterator[None]:
+    """A spinner while one step of unknown length runs."""
+    if not (show and sys.stderr.isatty()):
+        yield
+        return
+    with Console(stderr=True).status(description):
+        yield

@@ -120,14 +120,19 @@ def describe_points(bridge: Any) -> dict[str, int | None]:
 
 def make_points(bridge: Any, description: Mapping[str, int | None]) -> None:
     """Hook points of the kinds that :func:`describe_points` named, their numbers yet to be set. In place."""
-    like = next(bridge.blocks[0].parameters())
     width = bridge.cfg.d_model
     for name, rank in description.items():
+        point = bridge.hook_dict[name]
         if rank is None:
-            put_fixed(bridge.hook_dict[name], torch.zeros(width), like)
+            put_fixed(point, torch.zeros(width), _near(bridge, point))
         else:
             columns, numbers = torch.zeros(width, rank).double(), torch.zeros(rank).double()
-            put_step(bridge.hook_dict[name], Step(columns, columns, numbers), like)
+            put_step(point, Step(columns, columns, numbers), _near(bridge, point))
+
+
+def _near(bridge: Any, point: Any) -> Tensor:
+    """A parameter of the block that a hook point is in: its device and precision."""
+    return next(bridge.blocks[int(point.name.split(".")[1])].parameters())
 
 
 def fix_layer(bridge: Any, point: Any, value: Float[Tensor, "d_model"]) -> None:
@@ -158,7 +163,7 @@ def step_writer(bridge: Any, point: Any, step: Step) -> None:
     """Make a step of the activation at a hook point, in the weights that write it where there are some. In place."""
     modules = [part.original_component for part in writers(bridge, point)]
     if not modules:
-        put_step(point, step, next(bridge.blocks[0].parameters()))
+        put_step(point, step, _near(bridge, point))
     elif isinstance(modules[0], nn.Embedding):
         _step_embeddings(bridge, modules, step)
     else:

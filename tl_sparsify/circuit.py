@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,23 @@ class Mixing:
         with torch.sparse.check_sparse_tensor_invariants(False):
             return torch.sparse_coo_tensor(index, self.weights, (self.size,) * 2).to(like.device, like.dtype)
 
+    @cached_property
+    def _block(self) -> tuple[Int[Tensor, "removed"], Int[Tensor, "kept"]] | None:
+        """The removed and the kept units where every removed one is mapped from the same kept ones, in order."""
+        removed = self.rows.unique_consecutive()
+        width = len(self.rows) // max(1, len(removed))
+        if width * len(removed) != len(self.rows) or not len(self.rows):
+            return None
+        rows, columns = self.rows.view(len(removed), width), self.columns.view(len(removed), width)
+        same = torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+        return (removed, columns[0]) if same else None
+
     def of(self, v: Float[Tensor, "batch pos units one"]) -> Float[Tensor, "batch pos units one"]:
         """What every unit gains, for values ``v``."""
+        if self._block is not None:
+            removed, kept = (part.to(v.device) for part in self._block)
+            gained = v[:, :, kept, 0] @ self.weights.to(v).view(len(removed), len(kept)).T
+            return torch.zeros_like(v).index_copy(2, removed, gained[..., None])
         flat = v.reshape(-1, self.size).T
         return torch.sparse.mm(self.matrix(v), flat).T.reshape(v.shape)
 

@@ -6,9 +6,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import pandas as pd
 import torch
 import typer
@@ -16,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_sparsify import constants, plot, score
+from tl_sparsify._directory import check_free
 from tl_sparsify._files import write_text
+from tl_sparsify._folded import FOLDED
+from tl_sparsify._progress import step
 from tl_sparsify.circuit import Reduction
 from tl_sparsify.evaluation import evaluate
 from tl_sparsify.examples import Examples
@@ -28,6 +30,8 @@ from tl_sparsify.units import heads, neurons
 from tl_sparsify.verification import Evidence, verify
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's, or the copy of it that newer typers bring
 
 
 @app.callback()
@@ -60,12 +64,13 @@ def run(
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)
     where, model = _device(device), loaded.model()
-    model = model if device_of(model) == where else model.to(where)
+    model = model if device_of(model) == where else model.to(where, print_details=False)
     train, validation, test = loaded.examples(seed)
     units = heads(model) + neurons(model)
     console.print(f"[bold]{loaded.name}[/]: {loaded.description}\n{units!r}, {train!r} to search")
 
-    scores = score.risk(model, train, units, temperature=3.0, seed=seed)
+    with step("scoring units", not quiet):
+        scores = score.risk(model, train, units, temperature=3.0, seed=seed)
     _write_csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), folder / "scores.csv")
 
     path = sparsify(
@@ -86,7 +91,8 @@ def run(
     reduction.save(folder / "circuit.reduction")
     small = fold(model, reduction)
     save_folded(small, folder / "folded")
-    found = evaluate(model, reduction, test, seed=seed)
+    with step("evaluating the circuit", not quiet):
+        found = evaluate(model, reduction, test, seed=seed)
     _write_csv(pd.DataFrame([found.to_dict()]), folder / "evaluation.csv")
     layers = _layers(model, small)
     _write_csv(layers, folder / "fold.csv")
@@ -97,7 +103,9 @@ def run(
         f"folded against ablated: max |logit difference| {_difference(model, reduction, small, test):.1e}\n"
     )
 
-    evidence = verify(model, loaded.causal_model, loaded.alignment, loaded.pairs(512, seed), reduced=small, seed=seed)
+    with step("verifying the algorithm", not quiet):
+        pairs = loaded.pairs(512, seed)
+        evidence = verify(model, loaded.causal_model, loaded.alignment, pairs, reduced=small, seed=seed)
     _write_csv(evidence.to_frame(), folder / "evidence.csv")
     for part in _evidence(evidence):
         console.print(part)
@@ -115,14 +123,18 @@ def _writable(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--out {folder} is not writable: {error.strerror}") from error
+    try:
+        check_free(folder / "folded", FOLDED, "folded model")
+    except FileExistsError as error:
+        raise ValueError(f"--out: {error}") from error
     return folder
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -204,16 +216,21 @@ def main() -> None:
     """The entry point: status 0 when every step was done, 2 for a wrong argument (one sentence, no traceback)."""
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
+        status = app(standalone_mode=False)
+    except _USAGE_ERROR as error:
         _fail(error.format_message())
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error))
-    except (click.Abort, KeyboardInterrupt):
+    except OSError as error:
+        typer.echo(f"tl-sparsify: {error}; the files written so far are complete", err=True)
+        status = 1
+    except (typer.Abort, KeyboardInterrupt):
+        status = 130
+    if status == 130:
         typer.echo("interrupted; the files written so far are complete", err=True)
-        sys.exit(130)
+    sys.exit(status)
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
     typer.echo(f"tl-sparsify: {sentence}", err=True)
     sys.exit(2)

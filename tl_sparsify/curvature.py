@@ -76,7 +76,7 @@ class Uniformity:
     def variation(self) -> float:
         """The curvature's coefficient of variation (standard deviation over mean): 0 where it is uniform."""
         kappa = self.curvature[self._compared].double()
-        return float(kappa.std(correction=0) / kappa.mean())
+        return float(kappa.std(correction=0) / kappa.mean()) if len(kappa) else float("nan")
 
     @property
     def rank_correlation(self) -> float:

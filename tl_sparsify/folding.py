@@ -5,6 +5,12 @@ into the biases, which are made where the architecture has none:
 
     b_O += sum_h W_O[h]' c[h]        b_out += sum_n c[n] W_out[n]
 
+Neurons that are made of kept ones (affine replacements) go into the output rows of these. A removed attention or MLP
+layer writes its constant. Directions that are removed from every write to the residual stream are projected out of
+the embeddings and of all output projections, and their constants added once. What no weight can do stays as one
+explicit step ``x + B (c - D' x)`` at its hook point: directions of the stream itself, and of what a norm writes
+(Gemma's post-norms).
+
 For every input the folded model computes what the ablated one does, up to the order in which floating-point numbers
 are added. It is a bridge with the same hook points, which carry the kept units only, and ``folded.units`` says which
 original unit each of its own is. Nothing is masked and no zeroed row stays.
