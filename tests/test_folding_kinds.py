@@ -230,3 +230,19 @@ def test_what_does_not_fold_is_refused_by_name():
 
 def whole_values(units: Units, width: int = 24) -> Values:
     return Values(units, tuple(torch.zeros(1, width) for _ in units.sites))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Pythia", "Llama"])
+def test_models_with_processed_weights(name: str, tmp_path: Path):
+    model = fresh(name, torch.float32)
+    model.process_weights(fold_ln=True, center_writing_weights=True, center_unembed=True)
+    model.eval()
+    reduction = uneven(model, 3)
+    folded = fold(model, reduction)
+    assert distance(model, reduction, folded, tokens()) <= 1e-4
+    save_folded(folded, tmp_path / "model")
+    assert torch.equal(load_folded(tmp_path / "model")(tokens()), folded(tokens()))
+    model.enable_compatibility_mode()
+    model.eval()
+    reduction = uneven(model, 4)
+    assert distance(model, reduction, fold(model, reduction), tokens()) <= 1e-4

@@ -29,6 +29,8 @@ from tl_sparsify.task import list_tasks, load_task
 from tl_sparsify.units import heads, neurons
 from tl_sparsify.verification import Evidence, verify
 
+_SIZES = ("heads", "neurons", "parameters")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's, or the copy of it that newer typers bring
@@ -96,7 +98,7 @@ def run(
     _write_csv(pd.DataFrame([found.to_dict()]), folder / "evaluation.csv")
     layers = _layers(model, small)
     _write_csv(layers, folder / "fold.csv")
-    console.print(_table(f"Fold: {reduction.circuit!r}", layers))
+    console.print(_table(f"Fold: {reduction.circuit!r}", _before_and_after(layers)))
     console.print(
         f"on {len(test)} test examples: accuracy {found.accuracy:.3f} (original {found.original_accuracy:.3f}), risk "
         f"{found.risk!r}, faithfulness {found.faithfulness:.3f}, completeness {found.completeness:.3f}\n"
@@ -196,6 +198,14 @@ def _layers(model: Any, small: Any) -> pd.DataFrame:
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
     total |= {"parameters": _parameters(model), "parameters_kept": _parameters(small)}
     return pd.DataFrame([*rows, {"part": "whole model"} | total])
+
+
+def _before_and_after(layers: pd.DataFrame) -> pd.DataFrame:
+    """The sizes of :func:`_layers` as ``4 to 3``."""
+    columns = {name: zip(layers[name], layers[f"{name}_kept"], strict=True) for name in _SIZES}
+    return pd.DataFrame(
+        {"part": layers.part} | {name: [f"{a:,} to {b:,}" for a, b in c] for name, c in columns.items()}
+    )
 
 
 def _parameters(module: torch.nn.Module) -> int:
