@@ -132,7 +132,16 @@ class Recording:
         return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hook_names))
 
     def read(self) -> tuple[Float[Tensor, "batch pos some width"], ...]:
-        """The units' values, per site."""
+        """The units' values, per site.
+
+        Raises:
+            ValueError: a hook point that did not fire.
+        """
+        for hook in self.hooks:
+            if hook not in self.activations:
+                raise ValueError(
+                    f"hook point {hook} did not fire: the model does not compute it, or it is switched off"
+                )
         return tuple(_joined([site.read(self.activations[h]) for h in site.hook_names]) for site in self.units.sites)
 
     def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:

@@ -175,6 +175,9 @@ def samples(
         raise ValueError(f"probes is {probes}; at least one is needed")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
+    for site, value in zip(removal.units.sites, removal.values.tensors, strict=True):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
         here_removal = removal.for_examples(index)
         units = here_removal.units

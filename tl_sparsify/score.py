@@ -111,11 +111,12 @@ def scaled_variance(
 ) -> Scores:
     """The variance of what each unit writes, ``trace(D' Cov(v) D)`` with ``D`` the map that reads the unit; for a
     scalar unit ``Var(v) |D|^2`` (arXiv 2602.24266, the rule for a last hidden layer; squared units of what is
-    written). The cheapest score that rescaling a unit and its reader cannot fool; where the write then matters, it
-    does not see.
+    written). The cheapest score that rescaling a unit and its reader cannot fool. Whether the output depends on what
+    is written it does not see.
 
     ``D`` is the head's block of ``W_O``, the neuron's row of ``W_out``, the identity for whole layers, and for
-    directions their columns in the activation (1 for orthonormal ones).
+    directions their columns in the activation (1 for orthonormal ones). A norm between that and the stream (Gemma's) is
+    not part of it.
 
     Args:
         readers: for other models, or to say otherwise: hook name to ``[units, width, out]`` or, for units of one

@@ -7,7 +7,7 @@ Selecting happens on the training split, choosing a size on validation, reportin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tl_sparsify.constants import mean, refit
 from tl_sparsify.examples import Examples
 from tl_sparsify.measure import NONE, InterventionDistribution, Metric, risk
 from tl_sparsify.moments import Estimate
-from tl_sparsify.probes import Linearisation, joint_moments, linearise, samples
+from tl_sparsify.probes import Linearisation, Samples, joint_moments, linearise, samples
 from tl_sparsify.score import kept_count
 from tl_sparsify.units import Model, Units
 
@@ -37,7 +37,7 @@ class Round:
         reduction: the circuit after the round.
         predicted: its second-order joint risk, linearised before the round's removals (nats, temperature 1).
         measured: its risk (nats), on the same examples.
-        additivity: ``(R_joint - sum of R_u) / R_joint`` of the round's removals by prediction; far from 0, no
+        additivity: ``(R_joint - sum of R_u) / R_joint`` of what the round's removals add by prediction; far from 0, no
             one-unit score can be trusted.
     """
 
@@ -294,7 +294,7 @@ def sparsify(
         sketch = linearise(batches, len(train), seed=seed + number)
         picks = greedy(sketch, current.circuit.mask & free, excess, costs=costs)
         removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
-        predicted, alone = _predictions(model, judged, current, before, removed, seed + number, shared)
+        predicted, additivity = _predictions(model, judged, current, before, removed, seed + number, shared)
         current = current.with_circuit(current.circuit - Circuit(units, removed))
         if refit_steps:
             settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
@@ -303,7 +303,7 @@ def sparsify(
             model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
         )
         order.append(picks)
-        found.append(Round(current, predicted, measured, (predicted.mean - alone) / max(predicted.mean, 1e-12)))
+        found.append(Round(current, predicted, measured, additivity))
     if sketch is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
     alive = current.circuit.mask & free
@@ -336,17 +336,20 @@ def _predictions(
     before: Reduction | None,
     removed: Bool[Tensor, "units"],
     seed: int,
-    shared: dict[str, object],
+    shared: dict[str, Any],
 ) -> tuple[Estimate, float]:
-    """The predicted joint risk of the removals, and the sum of their risks alone."""
-    alone = 0.0
+    """The predicted joint risk after the removals, and how far their own part of it is from a sum over units."""
+    made, alone = 0.0, 0.0
 
-    def watched():  # type: ignore[no-untyped-def]
-        nonlocal alone
-        for part in samples(model, examples, current, current=before, temperature=1.0, seed=seed, **shared):  # type: ignore[arg-type]
-            alone += float(part.effects[..., removed].double().square().sum() / 2)
+    def watched() -> Iterator[Samples]:
+        nonlocal made, alone
+        for part in samples(model, examples, current, current=before, temperature=1.0, seed=seed, **shared):
+            made += float(part.offset.double().sum()) / len(examples)
+            each = part.linear.double() + part.effects.double().square().sum(0) / 2
+            alone += float(each[:, removed.to(each.device)].sum()) / len(examples)
             yield part
 
     total = joint_moments(watched(), removed)
+    joint = float(total.mean) - made
     unit = "nats" if shared["metric"] is None else "squared units"
-    return Estimate.of(total, unit), alone / len(examples)
+    return Estimate.of(total, unit), (joint - alone) / joint if joint else 0.0
