@@ -143,3 +143,20 @@ def test_nothing_half_written_and_nothing_of_others_overwritten(tmp_path: Path):
             save_folded(other, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
     assert load_folded(tmp_path / "model").units == folded.units
+
+
+def test_an_interruption_between_two_renamings_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folded = fold(native(), reduction_of(native(), ["L0H1", "L1N2"]))
+    save_folded(folded, tmp_path / "model")
+    rename = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.is_dir() and self.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_folded(fold(native(), reduction_of(native(), ["L0H1"])), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert load_folded(tmp_path / "model").units == folded.units

@@ -123,6 +123,7 @@ def test_key_value_cache_and_padding(name: str):
 def test_folds_again_and_loads(name: str, tmp_path: Path):
     model = model_of(name)
     folded = fold(model, uneven(model, 5))
+    assert set(units_of(folded).names) == set(folded.units)
     units = Units(tuple(site for site in all_units(folded, 6).sites if site.kind not in ("attention", "mlp")))
     reduction = reduction_of(folded, units, mask(units, UNEVEN, 7), 7)
     again = fold(folded, reduction)

@@ -16,7 +16,7 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, basis, constants, plot, score
+from tl_sparsify import baselines, basis, constants, curvature, plot, score
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.compensating import compensating
@@ -72,6 +72,7 @@ __all__ = [
     "basis",
     "compensating",
     "constants",
+    "curvature",
     "directions",
     "evaluate",
     "fingerprint",
