@@ -1,7 +1,7 @@
 # make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
 # make test    lint, types and every test
 # make bench   how much smaller and faster folded models are
-# make results the tables and figures of README.md, in benchmarks/results and docs (about half an hour)
+# make results the tables and figures of README.md, in benchmarks/results and docs (about an hour)
 #
 # Everything runs in .venv, whatever environment is activated. PYTHON (3.11 or newer) makes it, TORCH_ARGS goes to the
 # installation of torch. On Linux the plain package index serves torch with several GB of GPU libraries; for the CPU
@@ -27,11 +27,15 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) benchmarks/speed.py
+	$(PY) benchmarks/folding_speed.py
 
 results: demo
 	$(PY) benchmarks/demo.py
 	$(PY) benchmarks/orders.py
+	$(PY) benchmarks/prediction.py
+	$(PY) benchmarks/perceptron.py
 	$(PY) benchmarks/speed.py
+	$(PY) benchmarks/folding_speed.py
 	$(PY) benchmarks/readme.py
 
 venv: $(READY)
