@@ -22,7 +22,7 @@ from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.compensating import compensating
 from tl_sparsify.evaluation import Evaluation, evaluate
 from tl_sparsify.examples import Examples
-from tl_sparsify.folding import fold, load_folded, save_folded
+from tl_sparsify.folding import export_hf, fold, load_folded, save_folded
 from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, recorded, run_values
 from tl_sparsify.measure import InterventionDistribution, risk
 from tl_sparsify.moments import Estimate, Moments
@@ -75,6 +75,7 @@ __all__ = [
     "curvature",
     "directions",
     "evaluate",
+    "export_hf",
     "fingerprint",
     "fold",
     "heads",
