@@ -150,7 +150,7 @@ def test_the_model_cannot_be_changed():
         (("a",), {"x": lambda *a: a}, "x", r"'x' must name its parents.*\*a"),
         (("a",), {"x": lambda **a: a}, "x", r"'x' must name its parents.*\*\*a"),
         (("a",), {"x": lambda a, /: a}, "x", "'x' must name its parents.*'a'"),
-        (("a",), {"x": 3}, "x", "'x' has no readable signature"),
+        (("a",), {"x": dict}, "x", "'x' has no readable signature"),
     ],
 )
 def test_construction_refuses(inputs, mechanisms, output, message):
