@@ -23,7 +23,7 @@ def test_there_are_notebooks():
 def test_notebook_runs(path: Path, tmp_path: Path):
     notebook = nbformat.read(shutil.copy(path, tmp_path), as_version=4)
     where = {"metadata": {"path": tmp_path}}
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
