@@ -59,9 +59,10 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
 ) -> None:
     """Score the units of TASK's model, find a path of circuits, refit, fold one, verify it, and write it all down."""
-    score.kept_count(1, keep)  # a wrong --keep or --rounds or folder is said before the work starts
+    if not 0 < keep <= 1:  # what is wrong with the arguments is said before the work starts
+        raise ValueError(f"--keep is {keep}; a fraction of the units must lie in (0, 1]")
     if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; at least one is needed")
+        raise ValueError(f"--rounds is {rounds}; at least one is needed")
     loaded = load_task(task)
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)

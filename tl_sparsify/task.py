@@ -72,7 +72,7 @@ def load_task(name: str | Path) -> Task:
     path = here[0] if here and Path(name).name == str(name) else Path(name)
     if not path.is_dir():
         near = difflib.get_close_matches(str(name), list_tasks(), n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `tl-sparsify tasks`"
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `tl-sparsify tasks`."
         raise ValueError(f"unknown task {str(name)!r}: {hint} The tasks are: {', '.join(list_tasks())}")
     for part in ("task.py", "README.md"):
         if not (path / part).is_file():
