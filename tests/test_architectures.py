@@ -49,8 +49,8 @@ def padded(examples: Examples, side: str, by: int = 3) -> Examples:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_effects_are_the_derivatives_of_the_logits(name: str):
+    model, examples = bridge(name), batch(n=2)  # built before: other tests share it
     with NoCasts():
-        model, examples = bridge(name), batch(n=2)
         units = every_kind(model)
         values = constants.mean(model, examples, units)
         removal = Reduction(Circuit.full(units), values)
@@ -82,8 +82,8 @@ def test_exact_effects_are_measured_risks(name: str):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_has_no_effect(name: str, side: str):
+    model, plain = bridge(name), batch()
     with NoCasts():
-        model, plain = bridge(name), batch()
         units = heads(model) + neurons(model)
         values = constants.mean(model, plain, units)
         other = padded(plain, side)
