@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import bridge, examples, random_mask, unchanged, units_of
 
-from tl_sparsify import constants
+from tl_sparsify import constants, score
 from tl_sparsify.circuit import Circuit, Reduction
 from tl_sparsify.intervene import ablate, answer_logits, intervened
 from tl_sparsify.measure import InterventionDistribution, divergence, drawn_interventions, risk
@@ -114,3 +114,29 @@ def test_bad_distributions_are_refused():
     without = type(batch)(batch.tokens, batch.labels)
     with pytest.raises(ValueError, match="counterfactual_tokens"):
         risk(model, half(model, batch), without, interventions=PAIRED)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_scores_under_interventions_are_those_of_small_and_of_whole_removals(name: str):
+    model, batch = bridge(), examples(n=20)
+    units, settings = units_of(model), {"interventions": EVERY[name], "seed": 3}
+    values = constants.mean(model, batch, units)
+    found = score.risk(model, batch, units, values=values, probes=16, **settings)
+    plain = score.risk(model, batch, units, values=values, probes=16, seed=3)
+    again = score.risk(model, batch, units, values=values, probes=16, batch_size=7, **settings)
+    torch.testing.assert_close(found.scores, again.scores, rtol=1e-9, atol=1e-14)
+    assert not torch.allclose(found.scores, plain.scores, rtol=1e-2)
+    exact = score.exact(model, batch, units, values=values, progress=False, **settings)
+    again = score.exact(model, batch, units, values=values, progress=False, batch_size=7, **settings)
+    torch.testing.assert_close(exact.scores, again.scores, rtol=1e-9, atol=1e-14)
+    whole = constants.reduced(model, Circuit.full(units), values)
+    for unit in (0, 7):  # by hand: the interventions that a circuit with all units draws, and then the removal
+        with torch.no_grad():
+            drawn = drawn_interventions(EVERY[name], model, whole, batch, torch.arange(20), 3)
+            alone = torch.arange(len(units)) != unit
+            with intervened(model, *drawn):
+                original = answer_logits(model, batch)
+            with intervened(model, *drawn, ablate(whole.with_circuit(Circuit(units, alone)))):
+                removed = answer_logits(model, batch)
+        expected = divergence(original, removed, batch).mean().item()
+        assert float(exact.scores[unit]) == pytest.approx(expected, rel=1e-9)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._progress import progress as bar
-from tl_sparsify.circuit import Values
+from tl_sparsify.circuit import Circuit, Reduction, Values
 from tl_sparsify.constants import mean
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
@@ -33,7 +33,16 @@ from tl_sparsify.intervene import (
     intervened,
     run_values,
 )
-from tl_sparsify.measure import InterventionDistribution, Metric, by_example, kl, log_odds, source_batch
+from tl_sparsify.measure import (
+    NONE,
+    InterventionDistribution,
+    Metric,
+    by_example,
+    drawn_interventions,
+    kl,
+    log_odds,
+    source_batch,
+)
 from tl_sparsify.moments import Moments
 from tl_sparsify.scores import Scores
 from tl_sparsify.units import Model, Units
@@ -113,32 +122,43 @@ def exact(
     values: Values | None = None,
     source: Source = "constant",
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Scores:
     """What removing each unit alone does, by doing it (activation patching): the KL divergence from the original
-    output in nats, or with ``metric`` its signed drop.
+    output in nats, or with ``metric`` its signed drop. With ``interventions`` both models are under them, as in
+    :func:`tl_sparsify.score.risk`.
 
     Arguments and errors as in :func:`gradient`. Several units share a forward pass, each with a copy of the batch:
     ``batch_size`` is the number of rows of a pass, copies included (about 16,384 tokens where not given).
 
-    One forward pass over the data for each unit and one for the original; one more for the means or the other run.
+    One forward pass over the data for each unit and one for the original; one more for the means or the other run. With
+    ``interventions`` one more for their means and one for each ``interchange``.
     """
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     rows = max(1, _TOKENS // examples.labels.shape[1]) if batch_size is None else batch_size
     batches = list(examples.batches(min(rows, len(examples))))
+    whole = None
+    if interventions != NONE:
+        whole = Reduction(Circuit.full(units), mean(model, examples, units, batch_size=batch_size))
+        passes += 1 + sum(part.kind == "interchange" for _, part in interventions.components)
     parts: list[Moments] = []
     for number, (index, batch) in enumerate(batches):
         together = max(1, rows // len(index))
         firsts = range(0, len(units), together)
         effects: list[Float[Tensor, "batch some"]] = []
         with torch.no_grad():
-            original, values_here = answer_logits(model, batch), replacement(index)
+            values_here = replacement(index)
+            drawn = () if whole is None else drawn_interventions(interventions, model, whole, examples, index, seed)
+            with intervened(model, *drawn):
+                original = answer_logits(model, batch)
             for first in bar(firsts, f"removing units one by one, batch {number + 1} of {len(batches)}", progress):
                 last = min(first + together, len(units))
                 copies = index.repeat(last - first)
-                with intervened(model, _each_alone(units, values_here, copies, first, last)):
+                again = (_copied(part, copies) for part in drawn)
+                with intervened(model, *again, _each_alone(units, values_here, copies, first, last)):
                     removed = answer_logits(model, examples[copies])
                 drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
                 effects.append(drop.double().view(last - first, len(index)).T)
@@ -167,6 +187,14 @@ def _rows(metric: Metric, logits: Float[Tensor, "rows choices"], batch: Examples
             "it must give one number for each labelled position"
         )
     return found
+
+
+def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
+    """The same interventions for every copy of the batch."""
+    times = len(copies) // len(drawn.keep)
+    here = drawn.units.for_examples(torch.arange(len(drawn.keep)).repeat(times))
+    tiled = tuple(v if v.ndim == 2 else v.repeat(times, 1, 1, 1) for v in drawn.values.tensors)
+    return Intervention(here, drawn.keep.repeat(times, 1), Values(here, tiled))
 
 
 def _each_alone(units: Units, values: Values, copies: Int[Tensor, "rows"], first: int, last: int) -> Intervention:

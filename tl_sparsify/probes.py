@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +32,7 @@ from tl_sparsify import _random
 from tl_sparsify.circuit import Reduction
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
+    Intervention,
     Recording,
     ablate,
     answer_logits,
@@ -179,10 +181,8 @@ def samples(
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-        here_removal = removal.for_examples(index)
-        units = here_removal.units
-        removed = () if current is None else (ablate(current.for_examples(index)),)
         same = (interventions, model, removal, examples, index, seed)
+        removed = () if current is None else (ablate(current.for_examples(index)),)
         with torch.no_grad():
             z = None
             if current is not None:
@@ -190,21 +190,37 @@ def samples(
                     z = answer_logits(model, batch)
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
-        with frozen(model), torch.enable_grad():
-            with intervened(model, *drawn), recorded(model, units) as own:
-                with intervened(model, *removed), recorded(model, units, gradients=True) as recording:
-                    changed = answer_logits(model, batch)
-            here = changed.detach()
-            settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-            vectors = output_probes(here, batch, index, **settings)
-            slope = None if z is None else _slope(z, here, batch, metric, temperature)
-            vectors = vectors if slope is None else [*vectors, slope]
-            effects = _effects(own, recording, here_removal, changed, vectors)
-            if current is not None and not restorable:
-                effects *= current.circuit.mask.to(effects)
-        linear = torch.zeros_like(effects[0]) if slope is None else effects[-1]
-        offset = effects.new_zeros(len(batch)) if z is None else _divergence(z, here, batch, metric, temperature)
-        yield Samples(index, offset, linear, effects if slope is None else effects[:-1])
+        settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+        part = _linearised(model, batch, index, removal.for_examples(index), removed, drawn, z, settings)
+        if current is not None and not restorable:
+            mask = current.circuit.mask.to(part.effects)
+            part = replace(part, linear=part.linear * mask, effects=part.effects * mask)
+        yield part
+
+
+def _linearised(
+    model: Model,
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    removal: Reduction,
+    removed: tuple[Intervention, ...],
+    drawn: tuple[Intervention, ...],
+    z: Float[Tensor, "rows choices"] | None,
+    settings: dict[str, Any],
+) -> Samples:
+    """The samples of one batch; a function of its own, so that no activation outlives it."""
+    with frozen(model), torch.enable_grad():
+        with intervened(model, *drawn), recorded(model, removal.units) as own:
+            with intervened(model, *removed), recorded(model, removal.units, gradients=True) as recording:
+                changed = answer_logits(model, batch)
+        here = changed.detach()
+        vectors = output_probes(here, batch, index, **settings)
+        slope = None if z is None else _slope(z, here, batch, settings["metric"], settings["temperature"])
+        effects = _effects(own, recording, removal, changed, vectors if slope is None else [*vectors, slope])
+    if z is None:
+        return Samples(index, effects.new_zeros(len(batch)), torch.zeros_like(effects[0]), effects)
+    offset = _divergence(z, here, batch, settings["metric"], settings["temperature"])
+    return Samples(index, offset, effects[-1], effects[:-1])
 
 
 def _divergence(z: Tensor, here: Tensor, batch: Examples, metric: Metric | None, t: float) -> Float[Tensor, "batch"]:

@@ -31,7 +31,7 @@ from tl_sparsify.circuit import Circuit, Reduction, Values, check_fingerprint
 from tl_sparsify.constants import mean, unit_moments
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import batch_size_for, output, recorded, unit_positions
-from tl_sparsify.measure import Metric
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric
 from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.probes import samples
 from tl_sparsify.scores import Scores, kept_count
@@ -59,22 +59,25 @@ def risk(
     probes: int = 4,
     temperature: float = 1.0,
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
     """Second-order risk of removing each unit alone, ``1/2 E[a[u]^2]`` (arXiv 2602.24266, second-order expansion,
-    against the original output): nats, or half squared units of ``metric``.
+    against the original output): nats, or half squared units of ``metric``. With ``interventions`` both models are
+    under them (a unit that is itself interchanged is removed from the value that it then has).
 
     One forward and ``probes`` backward passes over the data for all units together (fewer backward passes where
-    fewer probes are exact), and one forward pass for the means where ``values`` are not given. With ``temperature``
-    other than 1 the score is ``temperature**2`` times the risk at that temperature.
+    fewer probes are exact), and one forward pass for the means where ``values`` are not given; one more for each
+    ``interchange`` in the distribution. With ``temperature`` other than 1 the score is ``temperature**2`` times the
+    risk at that temperature.
 
     Raises:
         ValueError: a model in training mode, NaN or infinite activations, wrong ``probes`` or ``temperature``.
     """
     given = values is not None
     values = values if values is not None else mean(model, examples, units, batch_size=batch_size)
-    settings = {"probes": probes, "temperature": temperature, "metric": metric}
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "interventions": interventions}
     removal = Reduction(Circuit.full(units), values)
     parts: list[Moments] = []
     backward = 0
@@ -145,6 +148,7 @@ def additivity(
     *,
     probes: int = 4,
     metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Estimate:
@@ -155,7 +159,8 @@ def additivity(
     together (backups). Below 0: removals cancel. Far from 0 no one-unit score can be trusted, and rounds are needed
     (:func:`tl_sparsify.sparsify`). The standard error is that of a ratio of means over examples.
 
-    One forward and ``probes`` backward passes over the data.
+    One forward and ``probes`` backward passes over the data; one forward pass more for each ``interchange`` in the
+    distribution.
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, with affine replacements or of no unit.
@@ -167,7 +172,8 @@ def additivity(
     if not bool(removed.any()):
         raise ValueError(f"reduction removes none of {reduction.units!r}: there is nothing to add up")
     parts: list[Float[Tensor, "two batch"]] = []
-    for part in samples(model, examples, reduction, probes=probes, metric=metric, seed=seed, batch_size=batch_size):
+    settings = {"probes": probes, "metric": metric, "interventions": interventions}
+    for part in samples(model, examples, reduction, seed=seed, batch_size=batch_size, **settings):
         effects = part.effects[..., removed.to(part.effects.device)].double()
         parts.append(torch.stack([effects.sum(2).square().sum(0), effects.square().sum((0, 2))]) / 2)
     joint, alone = torch.cat(parts, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -217,6 +217,7 @@ def sparsify(
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
     refit_steps: int = 0,
+    deviation: Literal["pinned", "forgotten"] = "pinned",
     pinned: Circuit | None = None,
     costs: Float[Tensor, "units"] | None = None,
     start: Reduction | None = None,
@@ -235,6 +236,8 @@ def sparsify(
         metric: half its squared error instead of the KL divergence.
         interventions: what both models are under, in the search and where risk is measured.
         refit_steps: refit the constants by this many steps after each round (needs ``held_out`` to stop early).
+        deviation: ``pinned``: a round also counts what the removals so far have changed, so that a unit which cancels
+            that is removed first; ``forgotten``: it takes the ablated model for the original (for comparison).
         pinned: units that are never removed.
         costs: what each unit costs (:func:`units.parameters`); the schedule's fractions are then of the total cost,
             and ``path.within_budget`` gives a circuit for a budget.
@@ -248,10 +251,12 @@ def sparsify(
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1], pinned
-            units that are more than the smallest size leaves, costs that are not positive.
+            units that are more than the smallest size leaves, costs that are not positive, an unknown ``deviation``.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one is needed")
+    if deviation not in ("pinned", "forgotten"):
+        raise ValueError(f"deviation is {deviation!r}; it is pinned or forgotten")
     if refit_steps and held_out is None:
         raise ValueError("refit_steps needs held_out examples, on which the refit stops early")
     if start is not None and start.units != units:
@@ -292,6 +297,8 @@ def sparsify(
         before = current if len(current.circuit) < len(units) else None
         batches = samples(model, train, current, current=before, temperature=temperature, seed=seed + number, **shared)
         sketch = linearise(batches, len(train), seed=seed + number)
+        if deviation == "forgotten":
+            sketch = replace(sketch, linear=torch.zeros_like(sketch.linear))
         picks = greedy(sketch, current.circuit.mask & free, excess, costs=costs)
         removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
         predicted, additivity = _predictions(model, judged, current, before, removed, seed + number, shared)
