@@ -16,7 +16,7 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, basis, constants, curvature, plot, score
+from tl_sparsify import baselines, basis, constants, curvature, pairing, plot, score, task
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.compensating import compensating
@@ -86,6 +86,7 @@ __all__ = [
     "load_task",
     "mlps",
     "neurons",
+    "pairing",
     "plot",
     "polish",
     "recorded",
@@ -96,5 +97,6 @@ __all__ = [
     "score",
     "sparsify",
     "stream_directions",
+    "task",
     "verify",
 ]

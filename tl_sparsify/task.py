@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+from tl_sparsify._native import load_native
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.examples import Examples
 from tl_sparsify.verification import Alignment, Pairs
+
+__all__ = ["Task", "list_tasks", "load_native", "load_task"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Task:
         pairs: ``pairs(n, seed)``: base and source inputs for interchange, from the test split.
         chance: the accuracy of a constant answer.
         causal_models: competing hypotheses by name, right and wrong ones.
+        wrong: the names of those that the network should *not* be found to implement.
+        truth: for models whose circuit is known, the names of the true units by what makes them true (``"weights"``:
+            their weights do work; ``"removal"``: removing one of them matters under ``ablation``).
+        ablation: what kind of ablation the model calls for: ``zero`` for compiled ones, else ``mean``.
     """
 
     name: str
@@ -46,6 +53,9 @@ class Task:
     pairs: Callable[[int, int], Pairs]
     chance: float
     causal_models: Mapping[str, CausalModel] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+    truth: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ablation: Literal["zero", "mean"] = "mean"
 
     def __repr__(self) -> str:
         return f"Task({self.name}: {self.description})"

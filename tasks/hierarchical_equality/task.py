@@ -6,7 +6,6 @@ Neural Representations* (2024). An input is four symbols and a query token; the 
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,10 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from jaxtyping import Int
-from safetensors.torch import load_file
-from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import boot_native
 
 import tl_sparsify as tls
 
@@ -91,6 +87,7 @@ def task() -> tls.Task:
             "crossed": CROSSED,
             "conjunction": CONJUNCTION,
         },
+        wrong=("crossed", "conjunction"),
     )
 
 
@@ -196,10 +193,7 @@ def encode(
 
 def load_model(folder: Path = MODEL) -> TransformerBridge:
     """The trained transformer, on the CPU and in evaluation mode."""
-    config = json.loads((folder / "config.json").read_text())
-    model = boot_native(TransformerBridgeConfig(**config))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
+    return tls.task.load_native(folder)
 
 
 def partners(cells: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:

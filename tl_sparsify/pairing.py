@@ -1,0 +1,161 @@
+"""Which input is paired with which: splits that never move, and pairs on which doing nothing cannot score well.
+
+An interchange accuracy says nothing where the right answer is the base's own. Pairs are therefore drawn so that for
+each variable, taken alone, the causal model's answer changes on half of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_sparsify.causal import CausalModel
+from tl_sparsify.examples import NO_LABEL, Examples
+from tl_sparsify.verification import Pairs
+
+Inputs = Mapping[str, Shaped[np.ndarray, "n *rest"]]
+
+
+def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> Int[np.ndarray, "n"]:
+    """The split (0, 1, 2: train, validation, test) that each input, named by its number, belongs to for ever.
+
+    A hash of the number (the SplitMix64 finaliser) decides, never a seed: no seed's test input is another's training
+    input. ``shares`` are relative sizes.
+    """
+    x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.repeat(np.arange(len(shares)), shares)[(x % np.uint64(sum(shares))).astype(np.int64)]
+
+
+def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"]:
+    """For each example another one, every one taken once; for half of them one with another answer.
+
+    Raises:
+        ValueError: an answer that more than half of the examples have, or that only one has.
+    """
+    rng = np.random.default_rng([seed, 41])
+    values, inverse, counts = np.unique(answers, return_inverse=True, return_counts=True)
+    if counts.max() * 2 > len(answers) + 1 or counts.min() < 4:
+        raise ValueError(
+            f"answers are {dict(zip(values.tolist(), counts.tolist(), strict=True))}: each must be there at least 4 "
+            "times, and none for more than half of the examples"
+        )
+    order = rng.permutation(len(answers))
+    order = order[np.argsort(inverse[order], kind="stable")]
+    place = np.concatenate([np.arange(count) for count in counts])  # within the answer
+    partner = np.empty_like(order)
+    same = order[place < np.repeat(counts // 2, counts)]
+    for value in range(len(values)):
+        group = same[inverse[same] == value]
+        partner[group] = np.roll(group, 1)
+    other = order[place >= np.repeat(counts // 2, counts)]
+    partner[other] = np.roll(other, int(np.bincount(inverse[other]).max()))
+    return partner
+
+
+def pairs(
+    causal_model: CausalModel,
+    inputs: Inputs,
+    encode: Callable[[Inputs], Examples],
+    answers: Mapping[Any, int],
+    *,
+    n: int,
+    seed: int,
+    variables: Sequence[str] | None = None,
+) -> Pairs:
+    """``n`` pairs of ``inputs``, balanced for each of the ``variables`` (all where not given), and as evenly as that
+    allows over the combinations of variables whose interchange changes the answer.
+
+    Args:
+        inputs: the pool: a value of each input variable for each of its inputs.
+        encode: the examples of some inputs, with the causal model's answer as their one label.
+
+    Raises:
+        ValueError: a variable whose interchange changes the answer for none or for all of the pool's pairs.
+    """
+    base, source = balanced(causal_model, inputs, variables or causal_model.variables, n=n, seed=seed)
+    first, second = _at(inputs, base), _at(inputs, source)
+    return Pairs(first, second, encode(first), encode(second), answers)
+
+
+def balanced(
+    causal_model: CausalModel, inputs: Inputs, variables: Sequence[str], *, n: int, seed: int
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Numbers of base and source inputs, as :func:`pairs` takes them."""
+    rng = np.random.default_rng([seed, 43])
+    size = len(next(iter(inputs.values())))
+    candidates = max(20_000, 40 * n)
+    base = rng.integers(size, size=candidates)
+    source = (base + rng.integers(1, size, size=candidates)) % size
+    changed = _changed(causal_model, _at(inputs, base), _at(inputs, source), variables)
+    pattern = changed @ (1 << np.arange(len(variables)))
+    present, counts = np.unique(pattern, return_counts=True)
+    bits = (present[:, None] >> np.arange(len(variables)) & 1).astype(bool)
+    for variable, bit in zip(variables, bits.T, strict=True):
+        if bit.all() or not bit.any():
+            raise ValueError(
+                f"interchanging {variable!r} changes the answer for {'all' if bit.all() else 'none'} of the pairs: "
+                "no balanced pairs can be drawn"
+            )
+    wanted = _quotas(bits, counts, n)
+    chosen = [rng.choice(np.flatnonzero(pattern == p), k, replace=False) for p, k in zip(present, wanted, strict=True)]
+    index = rng.permutation(np.concatenate(chosen))
+    return base[index], source[index]
+
+
+def _changed(
+    causal_model: CausalModel, base: Inputs, source: Inputs, variables: Sequence[str]
+) -> Bool[np.ndarray, "n v"]:
+    """Whether the causal model's answer changes when each variable alone is taken from the source."""
+    output = causal_model.output
+    before = causal_model.run(base)[output]
+    return np.stack([causal_model.interchange(base, {v: source})[output] != before for v in variables], 1)
+
+
+def _quotas(bits: Bool[np.ndarray, "p v"], counts: Int[np.ndarray, "p"], n: int) -> Int[np.ndarray, "p"]:
+    """How many pairs of each pattern: every column's ones hold half of the weight (iterative proportional fitting)."""
+    weight: Float[np.ndarray, "p"] = np.minimum(counts / counts.sum(), 1 / len(counts))
+    for _ in range(200):
+        for bit in bits.T:
+            weight = np.where(bit, weight / (2 * weight[bit].sum()), weight / (2 * weight[~bit].sum()))
+    exact = weight / weight.sum() * n
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: n - whole.sum()]] += 1
+    while True:  # rounding may have moved a column off half: move single pairs while that helps
+        off = whole @ bits - n / 2
+        moved = np.abs(off - bits[:, None] + bits[None, :].astype(int)).sum(2)  # one pair from pattern i to pattern j
+        moved[whole == 0] = np.inf
+        i, j = np.unravel_index(moved.argmin(), moved.shape)
+        if moved[i, j] >= np.abs(off).sum():
+            break
+        whole[i] -= 1
+        whole[j] += 1
+    if (whole > counts).any():
+        raise ValueError(
+            f"{int((whole - counts).max())} pairs too few of a combination of changes that {n} balanced pairs need: "
+            "give a pool in which the variables' values are more even, or ask for fewer pairs"
+        )
+    return whole
+
+
+def _at(inputs: Inputs, index: Int[np.ndarray, "some"]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values)[index] for name, values in inputs.items()}
+
+
+def answered(
+    tokens: Int[Tensor, "n pos"],
+    answers: Int[Tensor, "n"],
+    *,
+    position: int = -1,
+    choices: Int[Tensor, "k"] | None = None,
+) -> Examples:
+    """Examples that are answered at one position."""
+    labels = tokens.new_full(tokens.shape, NO_LABEL)
+    labels[:, position] = answers
+    return Examples(tokens, labels, choices=choices)
