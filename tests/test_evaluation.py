@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
 from tl_sparsify import Circuit, Examples, Reduction, Site, Units, Values, evaluate, fingerprint, heads, neurons, risk
+from tl_sparsify.evaluation import auroc, average_precision
 from tl_sparsify.measure import log_probability
 
 VOCABULARY, POSITIONS, N = 9, 6, 12
@@ -313,3 +317,25 @@ def test_the_model_is_left_as_it_was():
     assert fingerprint(model) == before and torch.equal(torch.get_rng_state(), state)
     assert not [name for name, hook in model.hook_dict.items() if hook.has_hooks()]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+# Against known truth
+
+
+@given(st.lists(st.integers(0, 4), min_size=12, max_size=12), st.integers(1, 2**12 - 2))
+@settings(max_examples=50)
+def test_areas_are_those_of_scikit_learn(numbers: list[int], bits: int):
+    units = Units((Site("neuron", 0, "hook_hidden", 12),))
+    truth = Circuit(units, torch.tensor([bool(bits >> i & 1) for i in range(12)]))
+    scores = torch.tensor(numbers, dtype=torch.float64)
+    assert auroc(scores, truth) == pytest.approx(roc_auc_score(truth.mask, scores), abs=1e-12)
+    assert average_precision(scores, truth) == pytest.approx(average_precision_score(truth.mask, scores), abs=1e-12)
+
+
+def test_without_true_or_without_other_units_there_is_no_area():
+    units = Units((Site("neuron", 0, "hook_hidden", 3),))
+    assert math.isnan(auroc(torch.ones(3), Circuit.empty(units)))
+    assert math.isnan(auroc(torch.ones(3), Circuit.full(units)))
+    assert math.isnan(average_precision(torch.ones(3), Circuit.empty(units)))
+    with pytest.raises(ValueError, match="4 numbers for 3 units"):
+        auroc(torch.ones(4), Circuit.full(units))

@@ -13,7 +13,7 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from tl_sparsify import Circuit, Estimate, Path, Reduction, Scores, Site, Units, Values, plot
+from tl_sparsify import CausalModel, Circuit, Estimate, Path, Reduction, Scores, Site, Units, Values, plot
 from tl_sparsify.search import Round
 
 UNITS = Units(
@@ -152,3 +152,19 @@ def test_saving_is_all_or_nothing(error: BaseException, tmp_path: FilePath, monk
             plot.save(plot.unit_map(Circuit.full(UNITS)), tmp_path / name)
     assert [file.name for file in tmp_path.iterdir()] == ["old.png"]
     assert (tmp_path / "old.png").read_bytes() == before
+
+
+def test_a_causal_graph_shows_every_variable_above_its_parents():
+    model = CausalModel(
+        ("a", "b", "c"),
+        {"ab": lambda a, b: a + b, "again": lambda ab, c: ab + c, "all": lambda ab, again: again},
+        "all",
+    )
+    [axes] = plot.causal_graph(model).axes
+    height = {text.get_text(): text.get_position()[1] for text in axes.texts if text.get_text()}
+    assert set(height) == {"a", "b", "c", "ab", "again", "all"}
+    assert all(height[parent] < height[name] for name in model.variables for parent in model.parents[name])
+    arrows = [text for text in axes.texts if not text.get_text()]
+    assert len(arrows) == sum(map(len, model.parents.values()))
+    bold = [t.get_text() for t in axes.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() == 2]
+    assert bold == ["all"]

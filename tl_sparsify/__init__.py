@@ -16,7 +16,8 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, basis, constants, curvature, pairing, plot, score, task
+from tl_sparsify import baselines, basis, certificates, constants, curvature, pairing, plot, score, task
+from tl_sparsify.alignment import Found, align
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.compensating import compensating
@@ -54,6 +55,7 @@ __all__ = [
     "Evaluation",
     "Evidence",
     "Examples",
+    "Found",
     "Intervention",
     "InterventionDistribution",
     "Moments",
@@ -67,9 +69,11 @@ __all__ = [
     "Units",
     "Values",
     "ablate",
+    "align",
     "attentions",
     "baselines",
     "basis",
+    "certificates",
     "compensating",
     "constants",
     "curvature",

@@ -131,7 +131,8 @@ class CausalModel:
         return self.run(base, do={name: self.run(source)[name] for name, source in sources.items()})
 
     def graph(self) -> str:
-        """The model's graph as plain Mermaid text, one edge a line; many notebooks and web pages draw it."""
+        """The model's graph as plain Mermaid text, one edge a line; many notebooks and web pages draw it, and
+        ``tl_sparsify.plot.causal_graph`` does with matplotlib."""
         nodes = [f"    {name}[/{name}/]" for name in self.inputs]
         nodes += [f"    {name}([{name}])" if name == self.output else f"    {name}" for name in self.variables]
         edges = [f"    {parent} --> {name}" for name in self.variables for parent in self.parents[name]]

@@ -3,6 +3,8 @@
 With ``m(C)`` the metric's mean with everything outside ``C`` ablated, faithfulness is
 ``(m(C) - m(0)) / (m(M) - m(0))`` for the full model ``M`` and the empty circuit ``0`` under the reduction's own kind
 of ablation: a ratio of means, never a mean of ratios. Completeness is the same for the complement of ``C``.
+
+Where the true units are known, :func:`auroc` and :func:`average_precision` hold scores against them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify.circuit import Circuit, Reduction
@@ -154,3 +156,42 @@ def _without(reduction: Reduction, unit: int) -> Reduction:
 
 def _column(moments: Moments, i: int) -> Estimate:
     return Estimate.of(Moments(moments.count[i], moments.mean[i], moments.spread[i]), "nats")
+
+
+def auroc(scores: Float[Tensor, "units"], truth: Circuit) -> float:
+    """The probability that a true unit has a higher score than another one, ties counted half (the area under the
+    receiver operating characteristic); NaN where all or none are true.
+
+    Raises:
+        ValueError: scores of another length than the circuit's units.
+    """
+    true = _truth(scores, truth)
+    if true.all() or not true.any():
+        return float("nan")
+    order = scores.double().cpu()
+    _, inverse, counts = order.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # ties share the mean of their ranks
+    n = int(true.sum())
+    return float((ranks[true].sum() - n * (n + 1) / 2) / (n * (len(order) - n)))
+
+
+def average_precision(scores: Float[Tensor, "units"], truth: Circuit) -> float:
+    """The precision among all units with at least a true unit's score, averaged over the true units; NaN where none
+    is true.
+
+    Raises:
+        ValueError: scores of another length than the circuit's units.
+    """
+    true = _truth(scores, truth)
+    if not true.any():
+        return float("nan")
+    order = scores.double().cpu()
+    here = order[true]
+    above = (order[None, :] >= here[:, None]).double()
+    return float((above[:, true].sum(1) / above.sum(1)).mean())
+
+
+def _truth(scores: Float[Tensor, "units"], truth: Circuit) -> Bool[Tensor, "units"]:
+    if len(scores) != len(truth.units):
+        raise ValueError(f"scores holds {len(scores)} numbers for {len(truth.units)} units")
+    return truth.mask.cpu()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction
 from tl_sparsify.score import Scores
 from tl_sparsify.search import Path
@@ -68,6 +69,35 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
         axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6 if width < 100 else 0)
         axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}: {count[layer]}" for layer in layers])
         axes.set(xlabel=f"{kind} index", title=f"{sum(count.values())} {kind}s kept")
+    return figure
+
+
+def causal_graph(model: CausalModel) -> Figure:
+    """A causal model's graph: inputs below, each variable above its parents, the output with a bold frame."""
+    level = {name: 0 for name in model.inputs}
+    for name in model.variables:
+        level[name] = 1 + max((level[parent] for parent in model.parents[name]), default=0)
+    rows = [[name for name in level if level[name] == height] for height in range(max(level.values()) + 1)]
+    widest = max(map(len, rows))
+    place = {
+        name: ((i + 0.5) * widest / len(row), height) for height, row in enumerate(rows) for i, name in enumerate(row)
+    }
+    figure = Figure(figsize=(max(3.0, 1.4 * widest), 1.1 * len(rows) + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in model.variables:
+        for parent in model.parents[name]:
+            arrow = {"arrowstyle": "->", "color": "0.4", "shrinkA": 14, "shrinkB": 14}
+            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
+    for name, (x, y) in place.items():
+        box = {
+            "boxstyle": "square,pad=0.4" if name in model.inputs else "round,pad=0.4",
+            "facecolor": "0.93" if name in model.inputs else "white",
+            "edgecolor": "black" if name == model.output else "0.5",
+            "linewidth": 2 if name == model.output else 1,
+        }
+        axes.text(x, y, name, ha="center", va="center", bbox=box)
+    axes.set(xlim=(0, widest), ylim=(-0.6, len(rows) - 0.4))
+    axes.axis("off")
     return figure
 
 

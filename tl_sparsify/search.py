@@ -110,6 +110,13 @@ class Path:
                 return step.reduction
         raise ValueError(f"no circuit of the path is within {nats} nats; the lowest risk is {lowest:.4g}")
 
+    @property
+    def scores(self) -> Float[Tensor, "units"]:
+        """Each unit's place in the order of removal: the longer it is kept, the higher."""
+        place = torch.empty(len(self.units), dtype=torch.float64)
+        place[self.order] = torch.arange(len(self.units), dtype=torch.float64)
+        return place
+
     def to_frame(self) -> pd.DataFrame:
         """One row a round: ``kept, fraction, predicted, predicted_stderr, measured, measured_stderr, additivity``."""
         return pd.DataFrame(

@@ -3,192 +3,37 @@
 For base ``b``, source ``s`` and variable ``V``, the units aligned with ``V`` take, in ``b``'s run, their values from
 ``s``'s run; the network should then answer what the causal model answers for ``b`` under ``do(V = V(s))``. The
 fraction of pairs for which it does is the interchange intervention accuracy (Geiger et al., 2021). An accuracy is not
-evidence on its own: it stands beside controls that need not be good, and only pairs that the model answers right
-without intervention count.
+evidence on its own: it stands beside controls that need not be good, only pairs that the model answers right without
+intervention count, and units that no variable is aligned with are interchanged too: that should change nothing.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformer_lens.tools.analysis.interchange import reinitialized
 
 from tl_sparsify import _random
 from tl_sparsify.causal import CausalModel
-from tl_sparsify.circuit import Circuit, Reduction, check_fingerprint
+from tl_sparsify.certificates import confidence_sequence
+from tl_sparsify.circuit import Reduction, check_fingerprint
+from tl_sparsify.controls import everything, made_up, outside, placebo, random_units, random_weights, streams
+from tl_sparsify.evidence import NOTHING, Alignment, Evidence, Pairs, Row
 from tl_sparsify.examples import NO_LABEL, Examples
-from tl_sparsify.intervene import (
-    Intervention,
-    ablate,
-    answer_logits,
-    batch_size_for,
-    check_model,
-    interchange,
-    intervened,
-    run_values,
-)
-from tl_sparsify.units import Model, Site, Unit, heads, neurons, residuals, select
+from tl_sparsify.intervene import check_model
+from tl_sparsify.measure import kl
+from tl_sparsify.subjects import Subject, Swap, answers, bare, randomly_interchanged, tokens
+from tl_sparsify.units import Model, Unit
 
+__all__ = ["Alignment", "Evidence", "Pairs", "Row", "verify"]
 
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Base and source inputs for interchange interventions.
-
-    Attributes:
-        base_inputs, source_inputs: the causal model's inputs, an array of ``n`` values for each.
-        base, source: the same as model inputs, with one label each.
-        answers: the token of every value of the causal model's output.
-    """
-
-    base_inputs: Mapping[str, np.ndarray]
-    source_inputs: Mapping[str, np.ndarray]
-    base: Examples
-    source: Examples
-    answers: Mapping[Any, int]
-
-    def __post_init__(self) -> None:
-        n = len(self.base)
-        if len(self.source) != n:
-            raise ValueError(f"source has {len(self.source)} examples, base {n}: pairs need equal numbers")
-        for side in ("base_inputs", "source_inputs"):
-            for name, values in getattr(self, side).items():
-                if len(values) != n:
-                    raise ValueError(f"{side}[{name!r}] has {len(values)} values for {n} pairs")
-        for side, examples in (("base", self.base), ("source", self.source)):
-            if bool(((examples.labels != NO_LABEL).sum(1) != 1).any()):
-                raise ValueError(f"{side} has examples with several labels; verify reads one answer for each input")
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def expected(self, causal_model: CausalModel, variables: Sequence[str]) -> Int[Tensor, "n"]:
-        """The token that the causal model answers for each base with ``variables`` taken from its source."""
-        source = {variable: self.source_inputs for variable in variables}
-        output = causal_model.interchange(self.base_inputs, source)[causal_model.output]
-        unknown = set(np.asarray(output).tolist()) - set(self.answers)
-        if unknown:
-            raise ValueError(f"answers has no token for the causal model's output {sorted(map(str, unknown))}")
-        return torch.tensor([self.answers[value] for value in np.asarray(output).tolist()])
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Which units, at which positions, carry each variable: ``Alignment({"left": [units["L0H2"].at(1)]})``."""
-
-    units: Mapping[str, Sequence[Unit]]
-
-    def __post_init__(self) -> None:
-        for variable, chosen in self.units.items():
-            if not len(chosen):
-                raise ValueError(f"alignment of {variable!r} is empty: name at least one unit, or leave it out")
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The aligned variables."""
-        return tuple(self.units)
-
-    def __repr__(self) -> str:
-        return f"Alignment({', '.join(f'{v}: {len(u)} units' for v, u in self.units.items())})"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of evidence: an intervention, a variable, a model.
-
-    Attributes:
-        model: ``original``, ``reduced`` or ``random weights``.
-        intervention: ``aligned units`` or the control's name.
-        variable: the variable whose value is interchanged.
-        accuracy: interchange intervention accuracy over the retained pairs (NaN where none is); with random weights
-            over all pairs, since such a model is right by luck alone.
-        stderr: its standard error.
-        accuracy_changed: the same over pairs whose expected answer differs from the base's own.
-        pairs: the pairs counted (once for each draw of a random control).
-        retained: the share of pairs that the model answers right on both inputs.
-        units: units interchanged.
-        removed: aligned units that this model no longer has.
-    """
-
-    model: str
-    intervention: str
-    variable: str
-    accuracy: float
-    stderr: float
-    accuracy_changed: float
-    pairs: int
-    retained: float
-    units: float
-    removed: int
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The interchange accuracies of an alignment beside their controls: one table."""
-
-    rows: tuple[Row, ...]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a line of evidence; the columns are :class:`Row`'s attributes."""
-        return pd.DataFrame([asdict(row) for row in self.rows])
-
-    def accuracy(self, variable: str, model: str = "original", intervention: str = "aligned units") -> float:
-        """One accuracy of the table; a ``KeyError`` names what there is."""
-        for row in self.rows:
-            if (row.model, row.intervention, row.variable) == (model, intervention, variable):
-                return row.accuracy
-        known = sorted({(row.model, row.intervention, row.variable) for row in self.rows})
-        raise KeyError(f"no evidence for {(model, intervention, variable)}; there is {known}")
-
-    def __repr__(self) -> str:
-        found = [f"{r.variable} {r.accuracy:.3f} ({r.model})" for r in self.rows if r.intervention == "aligned units"]
-        return f"Evidence({', '.join(found)}; {len(self.rows)} rows with controls)"
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model under test, with what it needs to interchange the original's units.
-
-    Attributes:
-        removal: what is ablated in it.
-        own_names: its own unit name for each original unit that it still has; ``None``: the original's names.
-    """
-
-    name: str
-    model: Any
-    removal: Reduction | None = None
-    own_names: Mapping[str, str] | None = None
-
-    def own(self, chosen: Iterable[Unit]) -> list[Unit]:
-        """The chosen units that this model still has, under its own names; what no reduction removes is there."""
-        if self.removal is not None:
-            gone = set((~self.removal.circuit).names)
-            return [unit for unit in chosen if gone.isdisjoint((unit.name, _bare(unit)))]
-        if self.own_names is None:
-            return list(chosen)
-        families = {"head": heads, "neuron": neurons}
-        kept = [unit for unit in chosen if unit.site.kind not in families or _bare(unit) in self.own_names]
-        units = {kind: families[kind](self.model) for kind in {unit.site.kind for unit in kept} & set(families)}
-        own: list[Unit] = []
-        for unit in kept:
-            if unit.site.kind in units:
-                here = units[unit.site.kind][self.own_names[_bare(unit)]]
-                unit = Unit(replace(unit.site, size=here.site.size), here.index)
-            own.append(unit)
-        return own
-
-
-def _bare(unit: Unit) -> str:
-    return unit.at(None).name
+_CHUNK = 64  # pairs between two looks at the bounds
+_PROBABILITY = 0.1  # of interchanging each kept unit, where original and reduced model are compared
 
 
 def verify(
@@ -199,102 +44,260 @@ def verify(
     *,
     reduced: Any | None = None,
     draws: int = 5,
+    goal: float | None = None,
+    level: float = 0.05,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Evidence:
-    """Interchange intervention accuracy of every aligned variable, on the original and on a reduced model, beside
-    its controls.
+    """Interchange intervention accuracy of every aligned variable, alone and jointly, on the original and on a reduced
+    model, beside its controls.
 
     Args:
         reduced: a folded model, or a :class:`Reduction` of ``model`` (run ablated). An aligned unit that it no longer
             has is not interchanged, and is counted.
-        draws: random sets of units for the random control.
+        draws: random sets of units for the random controls.
+        goal: stop taking pairs as soon as it is certain, for each model and variable, whether the accuracy of the
+            aligned units is at least this (all pairs are taken where it stays uncertain).
+        level: of the confidence sequences.
+
+    Jointly: all variables that no other aligned variable is an ancestor of, from one source and from a source each.
 
     Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
-    same sites at the same positions, outside the alignment), ``whole residual stream`` (the best layer's, at the
-    alignment's positions: the ceiling; for models with blocks), and the alignment on a model with ``random weights``.
+    same sites at the same positions, outside the alignment), ``norm-matched random subspace`` (for directions at one
+    position: TransformerLens's placebo), ``arbitrary labels`` (the aligned units held against made-up answers),
+    ``whole residual stream`` (the best layer's, at the alignment's positions; for models with blocks), and the
+    alignment on a model with ``random weights``. With the variable ``(none)`` the answer should stay: ``unaligned
+    units, at random`` (as many as the alignment has, at all positions) and ``all unaligned units`` (what feeds an
+    aligned unit is among them: only a model whose every step is aligned passes). ``random kept units`` holds the
+    reduced model against the original's own answers, with risk in nats, when every unit that both have is interchanged
+    with probability 0.1.
 
-    Forward passes over the pairs: two for each model, and for each variable two for the alignment, two for each draw
-    and two for each layer.
+    Forward passes over the pairs: two for each model; for each variable one for the source, one for the alignment, one
+    for each draw and each layer; for unaligned units two and one for each draw; four to compare the models.
 
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
-            output without a token.
+            output without a token, a ``goal`` outside (0, 1].
     """
     check_model(model)
     for variable in alignment.variables:
         if variable not in causal_model.variables:
             raise ValueError(f"alignment names {variable!r}; the causal model has {', '.join(causal_model.variables)}")
-    subjects = [_Subject("original", model)]
+    if goal is not None and not 0 < goal <= 1:
+        raise ValueError(f"goal is {goal}; an accuracy lies in (0, 1]")
+    subjects = _subjects(model, reduced)
+    unaligned = outside(model, alignment)
+    checks = [
+        _Check(subject, causal_model, alignment, unaligned, draws, level, seed, batch_size)
+        for subject in (*subjects, Subject("random weights", random_weights(model, seed)))
+    ]
+    if goal is not None:
+        pairs = _enough(checks[: len(subjects)], pairs, goal)
+    rows = [row for check in checks for row in _rows(check, pairs)]
+    if reduced is not None:
+        rows.append(_agreement(checks[0], checks[1], everything(model, alignment), pairs))
+    return Evidence(tuple(rows), level)
+
+
+def _subjects(model: Model, reduced: Any | None) -> list[Subject]:
+    if reduced is None:
+        return [Subject("original", model)]
     if isinstance(reduced, Reduction):
         check_fingerprint(model, reduced)
-        subjects.append(_Subject("reduced", model, removal=reduced))
-    elif reduced is not None:
-        check_model(reduced)
-        origin = getattr(reduced, "units", None)
-        if not isinstance(origin, Mapping):
-            raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")
-        subjects.append(_Subject("reduced", reduced, own_names={old: new for new, old in origin.items()}))
-    with redirect_stdout(io.StringIO()):  # it says on which device it puts the copy
-        subjects.append(_Subject("random weights", reinitialized(cast(Any, model), seed)))
-    rows = [
-        row
-        for subject in subjects
-        for variable in alignment.variables
-        for row in _tested(subject, variable, causal_model, alignment, pairs, draws, seed, batch_size)
-    ]
-    return Evidence(tuple(rows))
+        return [Subject("original", model), Subject("reduced", model, removal=reduced)]
+    check_model(reduced)
+    origin = getattr(reduced, "units", None)
+    if not isinstance(origin, Mapping):
+        raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")
+    names = {old: new for new, old in cast(Mapping[str, str], origin).items()}
+    return [Subject("original", model), Subject("reduced", reduced, own_names=names)]
 
 
-def _tested(
-    subject: _Subject,
-    variable: str,
-    causal_model: CausalModel,
-    alignment: Alignment,
+@dataclass(frozen=True)
+class _Check:
+    """What one model is held against, and how."""
+
+    subject: Subject
+    causal_model: CausalModel
+    alignment: Alignment
+    outside: Sequence[Unit]
+    draws: int
+    level: float
+    seed: int
+    batch_size: int | None
+
+    def answers(self, base: Examples, swaps: Sequence[Sequence[Swap]] = ((),)) -> list[Int[Tensor, "n"]]:
+        return answers(self.subject, base, swaps, batch_size=self.batch_size)
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The aligned variables that no other aligned variable is an ancestor of, where there are several."""
+        aligned = self.alignment.variables
+        first = tuple(v for v in aligned if not _ancestors(self.causal_model, v) & set(aligned))
+        return first if len(first) > 1 else ()
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The answers of one model without interventions."""
+
+    base: Int[Tensor, "n"]
+    right: Bool[Tensor, "n"]
+    source_right: Bool[Tensor, "n"]
+
+
+def _rows(check: _Check, pairs: Pairs) -> Iterator[Row]:
+    """All lines of one model."""
+    [base], [source] = check.answers(pairs.base), check.answers(pairs.source)
+    plain = _Plain(base, base == _labels(pairs.base), source == _labels(pairs.source))
+    for variable in check.alignment.variables:
+        yield from _of_variable(check, pairs, plain, variable)
+    if check.together:
+        yield from _jointly(check, pairs, plain)
+    if check.subject.name != "random weights":
+        yield from _unaligned(check, pairs, plain)
+
+
+def _row(
+    check: _Check,
+    names: tuple[str, str],
+    plain: _Plain,
     pairs: Pairs,
-    draws: int,
-    seed: int,
-    batch_size: int | None,
-) -> list[Row]:
-    """The evidence for one variable on one model."""
-    plain = _answers(subject, pairs.base, [], None, batch_size)
-    right = plain == _labels(pairs.base)
-    retained = right & (_answers(subject, pairs.source, [], None, batch_size) == _labels(pairs.source))
-    share = float(retained.double().mean())
-    counts = torch.ones_like(retained) if subject.name == "random weights" else retained
-    expected = pairs.expected(causal_model, (variable,))
-    changed = expected != _labels(pairs.base)
+    given: Sequence[Int[Tensor, "n"]],
+    expected: Int[Tensor, "n"],
+    units: float,
+    *,
+    removed: int = 0,
+    right: Bool[Tensor, "n"] | None = None,
+) -> Row:
+    """The line of some interventions (one, or the draws of a random one) by the answers ``given`` to them."""
+    right = plain.right & plain.source_right if right is None else right
+    counts = torch.ones_like(right) if check.subject.name == "random weights" else right
+    hits = torch.cat([(answer == expected)[counts] for answer in given])
+    changed = counts & (expected != _labels(pairs.base))
+    flipped = torch.cat([(answer == expected)[changed] for answer in given])
+    lower, upper = confidence_sequence(hits.double(), level=check.level)
+    p, stderr = _mean(hits)
+    return Row(
+        *(check.subject.name, *names, p, stderr),
+        lower=float(lower[-1]) if len(hits) else 0.0,
+        upper=float(upper[-1]) if len(hits) else 1.0,
+        accuracy_changed=_mean(flipped)[0],
+        risk=float("nan"),
+        pairs=len(hits),
+        retained=float(right.double().mean()),
+        units=units,
+        removed=removed,
+    )
 
-    def swapped(units: list[Unit]) -> Bool[Tensor, "n"]:
-        return _answers(subject, pairs.base, units, pairs.source, batch_size) == expected
 
-    def row(intervention: str, hits: list[Bool[Tensor, "n"]], units: float, removed: int = 0) -> Row:
-        accuracy, stderr = _mean(torch.cat([hit[counts] for hit in hits]))
-        flipped, _ = _mean(torch.cat([hit[counts & changed] for hit in hits]))
-        judged = int(counts.sum()) * len(hits)
-        return Row(subject.name, intervention, variable, accuracy, stderr, flipped, judged, share, units, removed)
-
-    chosen = list(alignment.units[variable])
+def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> Iterator[Row]:
+    """The alignment of one variable, and its controls."""
+    subject, expected = check.subject, pairs.expected(check.causal_model, (variable,))
+    chosen = list(check.alignment.units[variable])
     own = subject.own(chosen)
-    aligned = row("aligned units", [swapped(own)], float(len(own)), len(chosen) - len(own))
-    rows = [aligned, row("do nothing", [plain == expected], 0.0)]
-    if subject.name == "random weights":
-        return rows
-    sets = [subject.own(_random_units(chosen, seed, draw)) for draw in range(draws)]
-    if sets:
-        rows.append(row("random units", [swapped(units) for units in sets], sum(map(len, sets)) / draws))
-    ceilings: list[Row] = []
-    for site in _streams(subject.model):
-        places = dict.fromkeys(Unit(site, 0).at(unit.site.positions) for unit in chosen)
-        ceilings.append(row("whole residual stream", [swapped(list(places))], 1.0))
+    control = subject.name != "random weights"
+    random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(check.draws * control)]
+    places = dict.fromkeys(unit.site.positions for unit in chosen)
+    whole = [[Unit(site, 0).at(where) for where in places] for site in streams(subject.model) if control]
+    given = check.answers(pairs.base, [[(units, pairs.source)] for units in (own, *random, *whole)])
+
+    def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, removed: int = 0) -> Row:
+        return _row(check, (name, variable), plain, pairs, some, expected, units, removed=removed)
+
+    yield row("aligned units", given[:1], float(len(own)), len(chosen) - len(own))
+    yield row("do nothing", [plain.base], 0.0)
+    if not control:
+        return
+    if random:
+        yield row("random units", given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
+    moved = placebo(subject, pairs, own, draws=check.draws, seed=check.seed)
+    if moved:
+        yield row("norm-matched random subspace", moved, float(len(own)))
+    arbitrary = made_up(pairs, check.seed)
+    yield _row(check, ("arbitrary labels", variable), plain, pairs, given[:1], arbitrary, float(len(own)))
+    ceilings = [row("whole residual stream", [answer], float(len(places))) for answer in given[1 + len(random) :]]
     if ceilings:
-        rows.append(max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy))
-    return rows
+        yield max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy)
 
 
-def _streams(model: Any) -> tuple[Site, ...]:
-    """The residual stream after each layer; none for a model without blocks."""
-    return residuals(model).sites if hasattr(model, "blocks") else ()
+def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
+    """All first variables at once, from one source and from a source each."""
+    variables = check.together
+    names = " & ".join(variables)
+    chosen = [unit for variable in variables for unit in check.alignment.units[variable]]
+    own = {variable: check.subject.own(check.alignment.units[variable]) for variable in variables}
+    others = {variable: pairs.with_sources_of(number) for number, variable in enumerate(variables)}
+    one = [(own[variable], pairs.source) for variable in variables]
+    each = [(own[variable], others[variable].source) for variable in variables]
+    given = check.answers(pairs.base, [one, each])
+    units = sum(map(len, own.values()))
+    settings = {"units": float(units), "removed": len(chosen) - units}
+    expected = pairs.expected(check.causal_model, variables)
+    yield _row(check, ("aligned units", names), plain, pairs, given[:1], expected, **settings)
+    inputs = {variable: other.source_inputs for variable, other in others.items()}
+    expected = pairs.expected(check.causal_model, variables, inputs)
+    right = plain.right.clone()
+    for number in range(len(variables)):
+        right &= plain.source_right.roll(-number)
+    name = ("aligned units, a source each", names)
+    yield _row(check, name, plain, pairs, given[1:], expected, **settings, right=right)
+
+
+def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
+    """Units that carry no variable: interchanging them should change no answer."""
+    pool = check.subject.own(check.outside)
+    if not pool:
+        return
+    count = min(len(pool), len({bare(u) for units in check.alignment.units.values() for u in units}))
+    draws = [
+        [pool[int(i)] for i in _random.permutation(len(pool), check.seed, 59, draw)[:count]]
+        for draw in range(check.draws)
+    ]
+    given = check.answers(pairs.base, [[(units, pairs.source)] for units in (pool, *draws)])
+    if draws:
+        name = ("unaligned units, at random", NOTHING)
+        yield _row(check, name, plain, pairs, given[1:], plain.base, float(count))
+    yield _row(check, ("all unaligned units", NOTHING), plain, pairs, given[:1], plain.base, float(len(pool)))
+
+
+def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: Pairs) -> Row:
+    """Original and reduced model against each other while random units that both have are interchanged."""
+    kept = [unit for unit in every if reduced.subject.has(unit)]
+    one, two = (
+        randomly_interchanged(check.subject, kept, pairs.base, pairs.source, _PROBABILITY, check.seed, check.batch_size)
+        for check in (original, reduced)
+    )
+    same, everywhere = tokens(one, pairs.base), torch.ones(len(pairs), dtype=torch.bool)
+    names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING)
+    plain = _Plain(same, everywhere, everywhere)
+    row = _row(reduced, names, plain, pairs, [tokens(two, pairs.base)], same, _PROBABILITY * len(kept))
+    return replace(row, risk=float(kl(one, two).mean()))
+
+
+def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
+    """As many pairs as it takes to be certain, for each model and variable, whether the accuracy is at least
+    ``goal``."""
+    hits = {(check.subject.name, v): torch.zeros(0) for check in checks for v in check.alignment.variables}
+    for start in range(0, len(pairs), _CHUNK):
+        some = pairs[start : start + _CHUNK]
+        for check in checks:
+            [base], [source] = check.answers(some.base), check.answers(some.source)
+            right = (base == _labels(some.base)) & (source == _labels(some.source))
+            units = check.alignment.units.items()
+            swaps = [[(check.subject.own(chosen), some.source)] for _, chosen in units]
+            for (variable, _), given in zip(units, check.answers(some.base, swaps), strict=True):
+                new = (given == some.expected(check.causal_model, (variable,)))[right].float()
+                hits[check.subject.name, variable] = torch.cat([hits[check.subject.name, variable], new])
+        bounds = [confidence_sequence(found, level=checks[0].level) for found in hits.values()]
+        if all(len(low) and (float(low[-1]) >= goal or float(high[-1]) < goal) for low, high in bounds):
+            return pairs[: start + _CHUNK]
+    return pairs
+
+
+def _ancestors(causal_model: CausalModel, variable: str) -> set[str]:
+    parents = set(causal_model.parents.get(variable, ()))
+    return parents.union(*(_ancestors(causal_model, parent) for parent in parents))
 
 
 def _labels(examples: Examples) -> Int[Tensor, "n"]:
@@ -306,36 +309,3 @@ def _mean(hits: Bool[Tensor, "n"]) -> tuple[float, float]:
         return float("nan"), float("nan")
     p = float(hits.double().mean())
     return p, math.sqrt(p * (1 - p) / len(hits))
-
-
-def _answers(
-    subject: _Subject, base: Examples, units: list[Unit], source: Examples | None, batch_size: int | None
-) -> Int[Tensor, "n"]:
-    """The token that the model answers for each base, with ``units`` taken from ``source``'s run. One forward pass
-    over the data; two with units."""
-    answers: list[Tensor] = []
-    model = subject.model
-    with torch.no_grad():
-        for index, batch in base.batches(batch_size_for(model, base, batch_size)):
-            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
-            swap: tuple[Intervention, ...] = ()
-            if units and source is not None:
-                sites, mask = select(units)
-                sites = sites.for_examples(index)
-                with intervened(model, *removed):
-                    swap = (interchange(Circuit(sites, mask), run_values(model, source[index], sites)),)
-            with intervened(model, *swap, *removed):
-                best = answer_logits(model, batch).argmax(1).cpu()
-            answers.append(best if batch.choices is None else batch.choices[best])
-    return torch.cat(answers)
-
-
-def _random_units(chosen: Sequence[Unit], seed: int, draw: int) -> list[Unit]:
-    """As many units of the same sites (and positions), outside ``chosen`` while there are any."""
-    sites, mask = select(chosen)
-    picked: list[Unit] = []
-    for number, (site, taken) in enumerate(zip(sites.sites, sites.split(mask), strict=True)):
-        order = _random.permutation(site.size, seed, 53, draw, number)
-        outside = torch.cat([order[~taken[order]], order[taken[order]]])
-        picked += [Unit(site, int(i)) for i in outside[: int(taken.sum())]]
-    return picked
