@@ -3,6 +3,7 @@
 Run the scripts that use it from the repository's root: ``python -m tasks.NAME.train``.
 """
 
+# ruff: noqa: T201
 from __future__ import annotations
 
 import argparse

@@ -34,28 +34,34 @@ def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> I
 
 
 def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"]:
-    """For each example another one, every one taken once; for half of them one with another answer.
+    """For each example another one, every one taken once; for half of them one with another answer (exactly if every
+    answer is there an even number of times, else within one).
 
     Raises:
-        ValueError: an answer that more than half of the examples have, or that only one has.
+        ValueError: an answer that more than half of the examples have, or that fewer than four have.
     """
     rng = np.random.default_rng([seed, 41])
     values, inverse, counts = np.unique(answers, return_inverse=True, return_counts=True)
-    if counts.max() * 2 > len(answers) + 1 or counts.min() < 4:
+    if not len(counts) or counts.max() * 2 > len(answers) + 1 or counts.min() < 4:
         raise ValueError(
             f"answers are {dict(zip(values.tolist(), counts.tolist(), strict=True))}: each must be there at least 4 "
             "times, and none for more than half of the examples"
         )
+    # An odd count is halved up and down by turns, the largest such that the others still outnumber what is left of it.
+    odd = np.argsort(-counts, kind="stable")
+    odd = odd[counts[odd] % 2 == 1]
+    within = counts // 2
+    within[odd[int(counts.max() % 2 == 0) :: 2]] += 1
     order = rng.permutation(len(answers))
     order = order[np.argsort(inverse[order], kind="stable")]
-    place = np.concatenate([np.arange(count) for count in counts])  # within the answer
+    place = np.concatenate([np.arange(count) for count in counts])  # among those of the answer
+    stays = place < np.repeat(within, counts)
     partner = np.empty_like(order)
-    same = order[place < np.repeat(counts // 2, counts)]
     for value in range(len(values)):
-        group = same[inverse[same] == value]
+        group = order[stays & (inverse[order] == value)]
         partner[group] = np.roll(group, 1)
-    other = order[place >= np.repeat(counts // 2, counts)]
-    partner[other] = np.roll(other, int(np.bincount(inverse[other]).max()))
+    other = order[~stays]
+    partner[other] = np.roll(other, int((counts - within).max()))
     return partner
 
 
@@ -73,11 +79,12 @@ def pairs(
     allows over the combinations of variables whose interchange changes the answer.
 
     Args:
-        inputs: the pool: a value of each input variable for each of its inputs.
+        inputs: the pool: a value of each input variable for each of its inputs, no input twice.
         encode: the examples of some inputs, with the causal model's answer as their one label.
 
     Raises:
-        ValueError: a variable whose interchange changes the answer for none or for all of the pool's pairs.
+        ValueError: fewer than two inputs, a variable whose interchange changes the answer for none or for all of the
+            pool's pairs, or changes that go together so that no pairs are balanced for every variable.
     """
     base, source = balanced(causal_model, inputs, variables or causal_model.variables, n=n, seed=seed)
     first, second = _at(inputs, base), _at(inputs, source)
@@ -86,10 +93,12 @@ def pairs(
 
 def balanced(
     causal_model: CausalModel, inputs: Inputs, variables: Sequence[str], *, n: int, seed: int
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+) -> tuple[Int[np.ndarray, "k"], Int[np.ndarray, "k"]]:
     """Numbers of base and source inputs, as :func:`pairs` takes them."""
     rng = np.random.default_rng([seed, 43])
     size = len(next(iter(inputs.values())))
+    if size < 2:
+        raise ValueError(f"inputs holds {size} inputs; pairs need at least two")
     candidates = max(20_000, 40 * n)
     base = rng.integers(size, size=candidates)
     source = (base + rng.integers(1, size, size=candidates)) % size
@@ -104,6 +113,12 @@ def balanced(
                 "no balanced pairs can be drawn"
             )
     wanted = _quotas(bits, counts, n)
+    off = np.abs(wanted @ bits - n / 2)
+    if off.max() > 1:
+        raise ValueError(
+            f"interchanging {variables[int(off.argmax())]!r} would change the answer for {off.max():g} of {n} pairs "
+            "more or fewer than half, because of the other variables: balance fewer variables"
+        )
     chosen = [rng.choice(np.flatnonzero(pattern == p), k, replace=False) for p, k in zip(present, wanted, strict=True)]
     index = rng.permutation(np.concatenate(chosen))
     return base[index], source[index]
