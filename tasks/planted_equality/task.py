@@ -1,0 +1,202 @@
+"""Planted equality: is (a == b) the same as (c == d), in a transformer in which every unit's part is known?
+
+An input is four symbols and a query token; the answer is read at the query. The transformer was trained by interchange
+interventions (``python -m tasks.planting planted_equality``) to have each variable where :func:`alignment` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from jaxtyping import Int
+
+import tl_sparsify as tls
+
+SYMBOLS = 32  # token ids 0 to 31
+QUERY, SAME, DIFFERENT = 32, 33, 34
+VOCABULARY = 35
+INPUTS = ("a", "b", "c", "d")
+LENGTH = 5
+ANSWERS = {True: SAME, False: DIFFERENT}
+SIZES = {"train": 2048, "validation": 512, "test": 768}
+SCHEDULE = {"steps": 2500, "batch": 256, "alone_steps": 1250, "free_steps": 1750}
+SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 32}
+MATCHING = ("L0H1", "L0H2")  # the heads that compare symbols
+FOLDER = Path(__file__).parent
+
+EQUALITY = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "left_found": lambda a, b: a == b,
+        "right_found": lambda c, d: c == d,
+        "left": lambda left_found: left_found,
+        "right": lambda right_found: right_found,
+        "same": lambda left, right: left == right,
+    },
+    output="same",
+)
+# The same answers, but the pairs are compared only where the query is: right as far as it goes.
+AT_THE_QUERY = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "left": lambda a, b: a == b,
+        "right": lambda c, d: c == d,
+        "same": lambda left, right: left == right,
+    },
+    output="same",
+)
+# Wrong: the pairs are formed across.
+CROSSED = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "left_found": lambda a, c: a == c,
+        "right_found": lambda b, d: b == d,
+        "left": lambda left_found: left_found,
+        "right": lambda right_found: right_found,
+        "same": lambda left, right: left == right,
+    },
+    output="same",
+)
+# Wrong: the same answers, but the second half is told by another variable: are the two pairs alike?
+REVERSED = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "left_found": lambda a, b: a == b,
+        "right_found": lambda left_found, c, d: left_found == (c == d),
+        "left": lambda left_found: left_found,
+        "right": lambda right_found: right_found,
+        "same": lambda right: right,
+    },
+    output="same",
+)
+
+
+def task() -> tls.Task:
+    """The task: see the card, README.md."""
+    return tls.Task(
+        name="planted_equality",
+        description="is (a == b) the same as (c == d), planted in four heads and four neurons",
+        model=lambda: tls.task.load_native(FOLDER / "model"),
+        dataset=dataset,
+        examples=examples,
+        causal_model=EQUALITY,
+        alignment=alignment(),
+        pairs=pairs,
+        chance=0.5,
+        causal_models={
+            "equality": EQUALITY,
+            "at_the_query": AT_THE_QUERY,
+            "crossed": CROSSED,
+            "reversed": REVERSED,
+        },
+        wrong=("crossed", "reversed"),
+        truth=truth(),
+        ablation="mean",
+    )
+
+
+def alignment() -> tls.Alignment:
+    """Where each variable was planted: a head at ``b``, one at ``d``, two at the query, neurons at the query."""
+    return tls.Alignment(
+        {
+            "left_found": [_head(0, 1, position=1)],
+            "right_found": [_head(0, 2, position=3)],
+            "left": [_head(1, 0, position=4)],
+            "right": [_head(1, 3, position=4)],
+            "same": [tls.Unit(_neurons(layer=1, position=4), i) for i in (3, 11, 18, 26)],
+        }
+    )
+
+
+def truth() -> dict[str, tuple[str, ...]]:
+    """The true units by what makes them true, as the training script measured them."""
+    path = FOLDER / "model" / "truth.json"
+    return {name: tuple(units) for name, units in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
+    """The inputs with these numbers: their symbols are the digits of ``index`` to the base 32."""
+    return dict(zip(INPUTS, np.unravel_index(index, (SYMBOLS,) * 4), strict=True))
+
+
+@lru_cache(maxsize=1)
+def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
+    """All inputs by split and by which pairs are equal: ``pools()[split][2 * left + right]`` holds input numbers."""
+    index = np.arange(SYMBOLS**4)
+    values = EQUALITY.run(inputs_of(index))
+    split, cell = tls.pairing.split_of(index), 2 * values["left"].astype(np.int64) + values["right"]
+    return tuple(tuple(index[(split == s) & (cell == k)] for k in range(4)) for s in range(3))
+
+
+def drawn(rng: np.random.Generator, split: int, size: int, replace: bool = False) -> dict[str, Int[np.ndarray, "size"]]:
+    """``size`` inputs of a split in random order, a quarter of them from each cell."""
+    parts = [rng.choice(pool, size // 4, replace=replace) for pool in pools()[split]]
+    return inputs_of(rng.permutation(np.concatenate(parts)))
+
+
+def dataset(seed: int = 0) -> DatasetDict:
+    """Train, validation and test inputs without repetition, a quarter of each split in each cell.
+
+    Returns:
+        Columns ``a``, ``b``, ``c``, ``d`` (symbols) and ``answer`` ("same" or "different").
+    """
+    rng = np.random.default_rng([seed, 61])
+    splits = {name: drawn(rng, split, size) for split, (name, size) in enumerate(SIZES.items())}
+    words = {name: np.where(EQUALITY.run(inputs)["same"], "same", "different") for name, inputs in splits.items()}
+    return DatasetDict({name: Dataset.from_dict({**splits[name], "answer": words[name]}) for name in SIZES})
+
+
+def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
+    """Tokens ``[a, b, c, d, query]``, answered at the query."""
+    same = EQUALITY.run(inputs)["same"]
+    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(same), QUERY)], axis=1))
+    answers = torch.tensor([ANSWERS[value] for value in same.tolist()])
+    return tls.pairing.answered(tokens, answers, choices=torch.tensor([SAME, DIFFERENT]))
+
+
+def examples(seed: int = 0) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
+    """Train, validation and test examples of ``dataset(seed)``; half of the counterfactuals have another answer."""
+    train, validation, test = (_examples(data, seed) for data in dataset(seed).values())
+    return train, validation, test
+
+
+def pairs(n: int = 512, seed: int = 0, split: int = 2) -> tls.Pairs:
+    """Pairs of inputs of the test split (or another one), balanced for every variable."""
+    pool = drawn(np.random.default_rng([seed, 67]), split, 832)
+    return tls.pairing.pairs(EQUALITY, pool, encode, ANSWERS, n=n, seed=seed)
+
+
+def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
+    """What ``measure`` finds on the whole test split of the input space, cell by cell."""
+    names = ("neither", "right_only", "left_only", "both")
+    return {name: measure(encode(inputs_of(pool))) for name, pool in zip(names, pools()[2], strict=True)}
+
+
+def _examples(data: Dataset, seed: int) -> tls.Examples:
+    columns = data.with_format("numpy")
+    found = encode({name: np.asarray(columns[name]) for name in INPUTS})
+    partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
+    return tls.Examples(
+        found.tokens,
+        found.labels,
+        counterfactual_tokens=found.tokens[partner],
+        counterfactual_labels=found.labels[partner],
+        choices=found.choices,
+    )
+
+
+def _head(layer: int, index: int, position: int) -> tls.Unit:
+    hook = f"blocks.{layer}.attn.hook_z"
+    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)
+
+
+def _neurons(layer: int, position: int) -> tls.Site:
+    hook = f"blocks.{layer}.mlp.hook_post"
+    return tls.Site(kind="neuron", layer=layer, hook=hook, size=SHAPE["mlp"], positions=position)
