@@ -1,7 +1,7 @@
 # make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
 # make test    lint, types and every test
-# make bench   how much smaller and faster folded models are
-# make results the tables and figures of README.md, in benchmarks/results and docs (about an hour)
+# make bench   how fast scores, search and folded models are (about a quarter of an hour, alone on the machine)
+# make results the tables and figures of README.md, in benchmarks/results and docs (a few hours)
 #
 # Everything runs in .venv, whatever environment is activated. PYTHON (3.11 or newer) makes it, TORCH_ARGS goes to the
 # installation of torch. On Linux the plain package index serves torch with several GB of GPU libraries; for the CPU
@@ -28,14 +28,16 @@ test: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/speed.py
 	$(PY) benchmarks/folding_speed.py
+	$(PY) benchmarks/score_speed.py
 
-results: demo
+results: demo bench
 	$(PY) benchmarks/demo.py
 	$(PY) benchmarks/orders.py
 	$(PY) benchmarks/prediction.py
 	$(PY) benchmarks/perceptron.py
-	$(PY) benchmarks/speed.py
-	$(PY) benchmarks/folding_speed.py
+	$(PY) benchmarks/variants.py
+	$(PY) benchmarks/truth.py
+	$(PY) benchmarks/algorithms.py
 	$(PY) benchmarks/readme.py
 
 venv: $(READY)

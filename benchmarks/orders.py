@@ -33,8 +33,9 @@ def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> di
     def by(scores: tls.Scores) -> Callable[[float], Reduction]:
         return lambda fraction: tls.constants.reduced(model, scores.top(fraction), values)
 
-    path = tls.sparsify(model, train, units, held_out=validation, seed=seed, progress=False)
-    inside = tls.sparsify(model, train, units, held_out=validation, seed=seed, refit_steps=20, progress=False)
+    settings: dict[str, Any] = {"held_out": validation, "seed": seed, "progress": False}
+    path = tls.sparsify(model, train, units, refit_steps=0, **settings)
+    inside = tls.sparsify(model, train, units, **settings)
     affine = tls.compensating(model, train, units, sizes=ROUNDS, held_out=validation, seed=seed, progress=False)
     fitted = {size: step.reduction for size, step in zip(ROUNDS, affine.rounds, strict=True)}
     return {

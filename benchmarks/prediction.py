@@ -32,7 +32,7 @@ def along_path(task: tls.Task, seed: int) -> pd.DataFrame:
     model = task.model()
     train, _, test = task.examples(seed)
     units = tls.heads(model) + tls.neurons(model)
-    path = tls.sparsify(model, train, units, held_out=test, seed=seed, progress=False)
+    path = tls.sparsify(model, train, units, held_out=test, refit_steps=0, seed=seed, progress=False)
     return path.to_frame().assign(task=task.name, seed=seed, round=range(1, len(path.rounds) + 1))
 
 

@@ -19,6 +19,7 @@ import tl_sparsify as tls
 from tl_sparsify._files import write_text
 
 SIZES = (0.1, 0.05)
+TOKENS = 10_240  # of training examples
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = {"deviation": "pinned", "temperature": 3.0, "probes": 4, "refit_steps": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
     """One row for each variant and size."""
     model = task.model()
     train, validation, test = task.examples(seed)
+    train = train[: TOKENS // train.labels.shape[1]]
     units = tls.heads(model) + tls.neurons(model)
     zero = tls.constants.zero(model, train, units) if task.ablation == "zero" else None
     exact = train.choices is not None and len(train.choices) == 2  # then one probe is exact, and more are not used

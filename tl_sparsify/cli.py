@@ -73,7 +73,8 @@ def run(
     console.print(f"[bold]{loaded.name}[/]: {loaded.description}\n{units!r}, {train!r} to search")
 
     with step("scoring units", not quiet):
-        scores = score.risk(model, train, units, temperature=3.0, seed=seed)
+        values = (constants.zero if loaded.ablation == "zero" else constants.mean)(model, train, units)
+        scores = score.risk(model, train, units, values=values, temperature=3.0, seed=seed)
     _write_csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), folder / "scores.csv")
 
     path = sparsify(
@@ -82,8 +83,8 @@ def run(
         units,
         rounds=rounds,
         smallest=min(keep, 0.01),
+        values=values,
         held_out=validation,
-        refit_steps=20,
         seed=seed,
         progress=not quiet,
     )

@@ -223,7 +223,7 @@ def sparsify(
     held_out: Examples | None = None,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
-    refit_steps: int = 0,
+    refit_steps: int | None = None,
     deviation: Literal["pinned", "forgotten"] = "pinned",
     pinned: Circuit | None = None,
     costs: Float[Tensor, "units"] | None = None,
@@ -242,7 +242,8 @@ def sparsify(
         held_out: where predicted and measured risk are taken; ``train`` where not given.
         metric: half its squared error instead of the KL divergence.
         interventions: what both models are under, in the search and where risk is measured.
-        refit_steps: refit the constants by this many steps after each round (needs ``held_out`` to stop early).
+        refit_steps: refit the constants by this many steps after each round, early-stopped on ``held_out``; where not
+            given 20 with ``held_out`` (best at small sizes, ``benchmarks/variants.py``) and none without.
         deviation: ``pinned``: a round also counts what the removals so far have changed, so that a unit which cancels
             that is removed first; ``forgotten``: it takes the ablated model for the original (for comparison).
         pinned: units that are never removed.
@@ -264,6 +265,7 @@ def sparsify(
         raise ValueError(f"rounds is {rounds}; at least one is needed")
     if deviation not in ("pinned", "forgotten"):
         raise ValueError(f"deviation is {deviation!r}; it is pinned or forgotten")
+    refit_steps = (0 if held_out is None else 20) if refit_steps is None else refit_steps
     if refit_steps and held_out is None:
         raise ValueError("refit_steps needs held_out examples, on which the refit stops early")
     if start is not None and start.units != units:
