@@ -44,7 +44,7 @@ def total_zero(brackets: Int[np.ndarray, "n length"]) -> Bool[np.ndarray, "n"]:
 
 def never_below(brackets: Int[np.ndarray, "n length"]) -> Bool[np.ndarray, "n"]:
     """No beginning of the row has more closing than opening brackets."""
-    return (depth(brackets) >= 0).all(1)
+    return np.greater_equal(depth(brackets).min(1), 0)
 
 
 BRACKETS = tls.CausalModel(
