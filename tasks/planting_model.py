@@ -86,10 +86,10 @@ def weight(part: Any) -> Tensor:
 
 @torch.no_grad()
 def start(model: Any, plan: Plan) -> None:
-    """Where planted heads look at first, where the task says so: what from noise takes far longer, or is not found.
+    """A better start than noise, where the task says so, for what noise learns late.
 
-    ``MATCHING``: heads that begin by attending to their own symbol. ``LOOKING``: positions that heads attend to.
-    ``NUMBERS``: the first so many tokens begin on a line, in their order.
+    ``MATCHING``: heads that begin by attending to their own symbol. ``NUMBERS``: the first so many tokens begin on a
+    line, in their order.
     """
     for name in getattr(plan.module, "MATCHING", ()):
         attention, rows = _rows(model, plan.units[name])
@@ -102,13 +102,6 @@ def start(model: Any, plan: Plan) -> None:
         line = weight(model.embed)[-1].clone()
         line[-CLOSED:] = 0
         weight(model.embed)[:numbers] += torch.linspace(-1, 1, numbers)[:, None] * line / line.norm()
-    for name, positions in getattr(plan.module, "LOOKING", {}).items():
-        attention, rows = _rows(model, plan.units[name])
-        places = weight(model.pos_embed)[:, :-CLOSED]
-        wanted = torch.isin(torch.arange(len(places)), torch.tensor(positions)).float()
-        reader = torch.linalg.lstsq(places, wanted[:, None]).solution[:, 0]  # 1 at the positions, 0 at the others
-        attention.q.original_component.bias[rows] = 1.0
-        weight(attention.k)[rows, :-CLOSED] += reader
 
 
 def _rows(model: Any, head: tls.Unit) -> tuple[Any, slice]:
