@@ -1,10 +1,10 @@
 """Alignment search: which units, at which position, carry each variable of a causal model?
 
-A gradient pass ranks: for a pair of base and source the first-order effect of taking unit ``u`` at position ``t`` from
-the source, on the log-odds of the answer that the causal model expects, is ``g[u, t] . (v_source - v_base)``. Summed
-over pairs it is high for units that carry the variable and low for those that carry another one, whose interchange is
-wrong where the answer should stay. What ranks high is then tried by exact interchange, and grown and pruned by its
-accuracy on pairs that the ranking has not seen.
+Gradients rank: for a pair of base and source the first-order effect of taking unit ``u`` at position ``t`` from the
+source, on the log-odds of the answer that the causal model expects, is ``g[u, t] . (v_source - v_base)``, with the
+gradient ``g`` taken at several points between the two runs. Summed over pairs it is high for units that carry the
+variable and low for those that carry another one, whose interchange is wrong where the answer should stay. What ranks
+high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen.
 
 A search looks at many candidates, so its own accuracy is optimistic: the one to report is ``held_out``, beside the
 controls of :func:`tl_sparsify.verify`.
@@ -12,8 +12,9 @@ controls of :func:`tl_sparsify.verify`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -27,21 +28,19 @@ from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.evidence import Alignment, Pairs
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
-    Intervention,
     ablate,
     answer_logits,
     answer_rows,
-    batch_size_for,
     check_model,
-    frozen,
     intervened,
-    recorded,
-    run_values,
 )
-from tl_sparsify.subjects import Subject, answers
-from tl_sparsify.units import Model, Unit, Units, directions, heads, neurons, residuals
+from tl_sparsify.subjects import Subject, answers, families, interchange_gradients
+from tl_sparsify.units import Model, Site, Unit, Units, directions, residuals
 
-_LEVELS = (1.0, 0.5)  # gradients are taken at the base, and half way to the source, where a dead ReLU may be alive
+# Of the base, in the points where gradients are taken: an answer that is certain, or a ReLU that is dead, at the base
+# has no gradient there, but has one somewhere on the way to the source.
+_LEVELS = (1.0, 0.75, 0.5, 0.25)
+_EPOCHS, _PAIRS = 20, 32  # of learning a subspace: passes, and pairs for each step
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,10 @@ class Found:
         held_out: interchange accuracy of each variable on the held-out pairs.
         held_out_changed: the same where the answer should change.
         searched: its accuracy in the search (optimistic).
-        forward, backward: passes over the pairs that the search took, those on held-out pairs not counted.
-        exhaustive: the forward passes that trying every unit at every position alone would take.
+        forward, backward: passes over half of the pairs that the search took (one over all of them counts as two;
+            those over held-out pairs are not counted).
+        exhaustive: the forward passes that trying every unit at every position alone would take: over half of the
+            pairs, for all variables together.
     """
 
     alignment: Alignment
@@ -106,7 +107,7 @@ def align(
     Args:
         pairs: half of them rank by gradients, the other half try by interchange.
         held_out: other pairs, on which the result is judged.
-        units: where to look, at each position apart; all heads and neurons where not given.
+        units: where to look, at each of their positions apart; all heads and neurons where not given.
         variables: all but the output where not given.
         reduction: look only among its kept units, in the model with the others ablated.
         trials: exact interchanges for each variable; where not given about a sixth of what trying every unit takes, and
@@ -115,38 +116,40 @@ def align(
         subspace: also learn a direction set of this rank (TransformerLens's ``fit_das``) in the residual stream, at the
             place where gradients say that the variable passes, and take it for a variable that it carries better.
 
-    Forward passes over half of the pairs: two for each of the gradients' two points, three for sources, and ``trials``
-    for each variable; two backward passes for each variable (with ``subspace`` 20 of each more, and one more forward).
+    Forward passes over half of the pairs: four for the model's own answers, five for the gradients, and for each
+    variable at most ``trials`` and three for sources; four backward passes for each variable. With ``subspace`` for
+    each variable 28 forward and 24 backward passes more.
 
     Raises:
-        ValueError: a model in training mode, a variable that the causal model lacks or whose interchange changes no
-            answer, a reduction of another model, pairs that the model answers wrong.
+        ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
+            no answer, a reduction of another model or without any of the units, pairs of which the model answers fewer
+            than four right, units (or a reduction) with a position for each example, fewer than two trials.
     """
     check_model(model)
     wanted = tuple(v for v in causal_model.variables if v != causal_model.output) if variables is None else variables
-    for variable in wanted:
-        if variable not in causal_model.variables:
-            raise ValueError(f"variables names {variable!r}; there are {', '.join(causal_model.variables)}")
+    everywhere = families(model) if units is None else units
+    _check(causal_model, wanted, everywhere, reduction, trials)
     if reduction is not None:
         check_fingerprint(model, reduction)
     subject = Subject("searched", model, removal=reduction)
-    everywhere = heads(model) + neurons(model) if units is None else units
     usable = _usable(subject, pairs, batch_size)
     ranking, trying = usable[: len(usable) // 2], usable[len(usable) // 2 :]
+    for variable, part in itertools.product(wanted, (ranking, trying)):
+        if bool((part.expected(causal_model, (variable,)) == _labels(part.base)).all()):
+            raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
     maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
-    positions = maps[wanted[0]][0].shape[0]
-    exhaustive = len([u for u in everywhere if subject.has(u)]) * positions + 1
-    share = max(6, min(32, (exhaustive // 6 - 8) // len(wanted) - 3)) if trials is None else trials
+    exhaustive = _exhaustive(subject, everywhere, maps[wanted[0]])
+    share = max(6, min(32, (exhaustive // 6 - 9) // len(wanted) - 3)) if trials is None else trials
     chosen: dict[str, list[Unit]] = {}
     searched: dict[str, float] = {}
-    forward, backward = 2 * len(_LEVELS), len(_LEVELS) * len(wanted)
+    forward, backward = 5 + len(_LEVELS), len(_LEVELS) * len(wanted)
     for variable in wanted:
         search = _Search(subject, causal_model, trying, variable, tolerance, batch_size)
         chosen[variable], searched[variable], spent = search.run(_groups(everywhere, maps[variable], subject), share)
         forward += spent
         if subspace is not None:
             learnt, score = _learnt(search, ranking, subspace, seed)
-            forward, backward = forward + 22, backward + 20
+            forward, backward = forward + len(_LEVELS) + _EPOCHS + 4, backward + len(_LEVELS) + _EPOCHS
             if score > searched[variable] + tolerance:
                 chosen[variable], searched[variable] = learnt, score
     judged = _usable(subject, held_out, batch_size)
@@ -160,6 +163,33 @@ def align(
         backward,
         exhaustive,
     )
+
+
+def _check(
+    causal_model: CausalModel, wanted: Sequence[str], units: Units, reduction: Reduction | None, trials: int | None
+) -> None:
+    for variable in wanted:
+        if variable not in causal_model.variables:
+            raise ValueError(f"variables names {variable!r}; there are {', '.join(causal_model.variables)}")
+    if not wanted:
+        raise ValueError("variables is empty: name at least one, other than the output")
+    if trials is not None and trials < 2:
+        raise ValueError(f"trials is {trials}; a search takes at least two")
+    for site in (*units.sites, *(() if reduction is None else reduction.units.sites)):
+        if isinstance(site.positions, Tensor):
+            raise ValueError(f"units of {site.hook} have a position for each example; name positions that all share")
+
+
+def _exhaustive(subject: Subject, units: Units, effects: Sequence[Float[Tensor, "pos _"]]) -> int:
+    """One pass for each unit at each of its positions, and one over the sources."""
+    had = [(_places(site, len(effect)), site) for site, effect in zip(units.sites, effects, strict=True)]
+    return 1 + sum(len(places) * sum(subject.has(Unit(site, i)) for i in range(site.size)) for places, site in had)
+
+
+def _places(site: Site, length: int) -> list[int]:
+    """The positions at which a site's units are meant, of ``length``."""
+    mask = site.position_mask(1, length)
+    return list(range(length)) if mask is None else mask[0].nonzero().flatten().tolist()
 
 
 def _usable(subject: Subject, pairs: Pairs, batch_size: int | None) -> Pairs:
@@ -178,69 +208,42 @@ def _effects(
     units: Units,
     variables: Sequence[str],
     batch_size: int | None,
-) -> dict[str, list[Float[Tensor, "pos some"]]]:
+) -> dict[str, list[Float[Tensor, "pos _"]]]:
     """For each variable, per site, the mean first-order effect of interchanging each unit at each position on the
     log-odds of the expected answer."""
-    model = subject.model
-    expected = {v: pairs.expected(causal_model, (v,)) for v in variables}
     totals: dict[str, list[Tensor]] = {}
-    for index, batch in pairs.base.batches(batch_size_for(model, pairs.base, batch_size)):
-        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
-        with intervened(model, *removed):
-            source = run_values(model, pairs.source[index], units)
-        with torch.no_grad(), intervened(model, *removed), recorded(model, units) as recording:
-            answer_logits(model, batch)
-        steps = [s.to(v) - v for s, v in zip(source.tensors, recording.read(), strict=True)]
-        for level in _LEVELS:
-            mixed = Intervention(units, torch.full((len(units),), level), source)
-            with frozen(model), torch.enable_grad(), intervened(model, *removed, mixed):
-                with recorded(model, units, gradients=True) as recording:
-                    logits = answer_logits(model, batch)
-            hooks = list(recording.activations)
-            for number, variable in enumerate(variables):
-                odds = _log_odds(logits, batch, expected[variable][index]).sum()
-                gradients = torch.autograd.grad(
-                    odds,
-                    [recording.activations[hook] for hook in hooks],
-                    retain_graph=number < len(variables) - 1,
-                    allow_unused=True,
-                )
-                full = {
-                    hook: torch.zeros_like(recording.activations[hook]) if g is None else g
-                    for hook, g in zip(hooks, gradients, strict=True)
-                }
-                parts = [
-                    (g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs)
-                    for g, step in zip(recording.pull(full), steps, strict=True)
-                ]
-                old = totals.get(variable)
-                totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+    expected = {v: pairs.expected(causal_model, (v,)) for v in variables}
+    for variable, found in interchange_gradients(
+        subject, pairs.base, pairs.source, expected, units, _LEVELS, batch_size=batch_size
+    ):
+        parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
+        old = totals.get(variable)
+        totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
     return totals
 
 
-def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """The logit of ``answer`` minus the log-sum-exp of the others."""
-    column = answer if batch.choices is None else (answer[:, None] == batch.choices.cpu()).int().argmax(1)
-    column = column.to(logits.device)[:, None]
-    return logits.gather(1, column)[:, 0] - logits.scatter(1, column, float("-inf")).logsumexp(1)
-
-
 Group = list[Unit]
-"""Units of one site at one position, the most promising first; all with a positive effect."""
+"""Units of one site at one position, the most promising first."""
 
 
-def _groups(units: Units, effects: Sequence[Float[Tensor, "pos some"]], subject: Subject) -> list[Group]:
-    """Sites at positions, in the order of what their promising units promise together."""
+def _groups(units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: Subject) -> list[Group]:
+    """Sites at positions with their units of positive effect, in the order of what these promise together; the one unit
+    of the highest effect where there is none."""
     found: list[tuple[float, Group]] = []
+    best: list[tuple[float, Group]] = []
     for site, effect in zip(units.sites, effects, strict=True):
         have = torch.tensor([subject.has(Unit(site, i)) for i in range(site.size)])
-        for position, row in enumerate(effect):
-            row = torch.where(have, row, 0.0)
-            order = row.argsort(descending=True, stable=True)[: int((row > 0).sum())]
-            if len(order):
-                where = site.positions if len(effect) == 1 else position
-                found.append((float(row[order].sum()), [Unit(site, int(i)).at(where) for i in order]))
-    return [group for _, group in sorted(found, key=lambda pair: -pair[0])]
+        for position in _places(site, len(effect)):
+            row = torch.where(have, effect[position], -torch.inf)
+            order = row.argsort(descending=True, stable=True)
+            where = site.positions if len(effect) == 1 else position
+            group = [Unit(site, int(i)).at(where) for i in order[: max(1, int((row > 0).sum()))]]
+            promise = float(row[order[: len(group)]].sum())
+            (found if promise > 0 else best).append((promise, group))
+    best = [pair for pair in best if pair[0] > -torch.inf]
+    if not found and not best:
+        raise ValueError("the reduction keeps none of the units: nothing to align with")
+    return [group for _, group in sorted(found or [max(best, key=lambda pair: pair[0])], key=lambda pair: -pair[0])]
 
 
 @dataclass(frozen=True)
@@ -272,14 +275,8 @@ class _Search:
 
     def run(self, groups: Sequence[Group], trials: int) -> tuple[Group, float, int]:
         """The best set, its accuracy, and the passes made: try prefixes of promising groups, join the best, prune."""
-        if not groups:
-            raise ValueError(f"no unit has a positive effect on {self.variable!r}: is it a variable of this model?")
-        first: list[Group] = []
-        for group in groups:
-            prefixes = [group[:size] for size in _sizes(len(group))]
-            if len(first) + len(prefixes) > max(1, trials // 2):
-                prefixes = prefixes[: max(0, trials // 2 - len(first))]
-            first += prefixes
+        prefixes = [group[:size] for group in groups for size in _sizes(len(group))]
+        first = prefixes[: trials // 2]
         tried = dict(zip(map(tuple, first), self.scores(first), strict=True))
         best = self.best(tried)
         spent, left = len(first) + 1, trials - len(first)
@@ -290,7 +287,7 @@ class _Search:
         best = self.best(tried)
         spent, left = spent + len(joined) + bool(joined), left - len(joined)
         # prune: sizes between the best prefix and the next smaller one, and without the least promising
-        smaller = _between(best, max(0, left))
+        smaller = _between(best, left)
         tried |= dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {}
         best = self.best(tried)
         return list(best), tried[best], spent + len(smaller) + bool(smaller)
@@ -317,40 +314,60 @@ def _between(best: Sequence[Unit], count: int) -> list[Group]:
 
 
 def _learnt(search: _Search, ranking: Pairs, rank: int, seed: int) -> tuple[Group, float]:
-    """Directions that carry the variable in the residual stream, trained on the ranking pairs where the gradients of
-    the whole stream are largest, and their accuracy on the others."""
-    subject, variable = search.subject, search.variable
-    stream = residuals(subject.model)
-    maps = _effects(subject, search.causal_model, ranking, stream, (variable,), search.batch_size)[variable]
-    layer, position = max(
-        ((layer, p) for layer, effect in enumerate(maps) for p in range(len(effect))),
-        key=lambda place: float(maps[place[0]][place[1]].sum()),
-    )
-    hook, base = stream.sites[layer].hook, ranking.base
+    """Directions that carry the variable in the residual stream, trained on the ranking pairs at the place where the
+    gradients promise most, and their accuracy on the others."""
+    subject, base, n = search.subject, ranking.base, len(ranking)
+    expected = ranking.expected(search.causal_model, (search.variable,))
+    hook, position = _promising(search, ranking, expected, rank)
     known = torch.tensor(sorted(set(ranking.answers.values()))) if base.choices is None else base.choices.cpu()
-    targets = (ranking.expected(search.causal_model, (variable,))[:, None] == known).int().argmax(1)
+    targets = (expected[:, None] == known).int().argmax(1)
 
-    def task_logits(batch: Tensor) -> Tensor:
-        some = Examples(batch, base.labels[: len(batch)], choices=known)
-        return answer_logits(subject.model, some)
+    def task_logits(numbers: Tensor) -> Tensor:  # of bases, or of sources from n on: their answers and masks go along
+        side = base if int(numbers[0]) < n else ranking.source
+        return answer_logits(subject.model, replace(side[numbers % n], choices=known))
 
-    places = torch.full((len(base),), position)
+    places = torch.full((n,), position)
     removed: tuple[Any, ...] = () if subject.removal is None else (ablate(subject.removal),)
     with intervened(subject.model, *removed):
         result = fit_das(
             subject.model,
             hook,
-            base.tokens,
-            ranking.source.tokens,
+            torch.arange(n),
+            torch.arange(n, 2 * n),
             targets,
             task_logits,
             rank=rank,
             base_positions=places,
             source_positions=places,
+            epochs=_EPOCHS,
+            batch_size=_PAIRS,
             seed=seed,
         )
     found = [unit.at(position) for unit in directions(subject.model, hook, result.basis.cpu())]
     return found, search.scores([found])[0]
+
+
+def _promising(search: _Search, ranking: Pairs, expected: Int[Tensor, "n"], rank: int) -> tuple[str, int]:
+    """The hook point and position of the residual stream where the best subspace promises most, to first order.
+
+    Interchanging the coordinates along orthonormal ``B`` promises ``trace(B' M B)`` with ``M = E[g (v_source -
+    v_base)']``: at best the sum of the greatest eigenvalues of ``M``'s symmetric part. (That of the whole stream is
+    its trace, in which other variables at the same place cancel this one.)
+    """
+    stream = residuals(search.subject.model)
+    parts = interchange_gradients(
+        search.subject, ranking.base, ranking.source, {"": expected}, stream, _LEVELS, batch_size=search.batch_size
+    )
+    batches = [found for _, found in parts]
+    promises: dict[tuple[str, int], float] = {}
+    for layer, site in enumerate(stream.sites):
+        g, step = (torch.cat([found[layer][k][:, :, 0].double().cpu() for found in batches]) for k in range(2))
+        for position in range(g.shape[1]):
+            both = torch.cat([g[:, position], step[:, position]])
+            basis = torch.linalg.qr(both.T).Q  # nothing happens outside of it
+            m = (g[:, position] @ basis).T @ (step[:, position] @ basis)
+            promises[site.hook, position] = float(torch.linalg.eigvalsh(m + m.T)[-rank:].clamp_min(0).sum())
+    return max(promises, key=lambda place: promises[place])
 
 
 def _labels(examples: Examples) -> Int[Tensor, "n"]:

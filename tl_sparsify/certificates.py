@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_TOGETHER = 256  # draws whose capital is computed at once
+_TOGETHER = 64  # draws whose capital is computed at once
 _MOST = 0.5  # the share of what a bet may lose at most (c in the paper)
 
 
@@ -29,35 +29,42 @@ def confidence_sequence(
 
     Args:
         draws: numbers in [0, 1], in the order drawn; each with the same mean given those before.
-        grid: bounds are multiples of ``1 / grid``, rounded outwards.
+        grid: bounds are multiples of ``1 / grid``, rounded outwards. Both only ever tighten; that they cross has a
+            probability of at most ``level``.
 
-    Cost: ``n * grid`` operations, no model pass.
+    Cost: at most ``n * grid`` operations, no model pass.
 
     Raises:
-        ValueError: a draw outside [0, 1], a level outside (0, 1).
+        ValueError: a draw outside [0, 1], a level outside (0, 1), a grid below 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it lies between 0 and 1")
+    if grid < 1:
+        raise ValueError(f"grid is {grid}; it must be at least 1")
     x = draws.double().cpu()
     if len(x) and not (bool((x >= 0).all()) and bool((x <= 1).all())):
         raise ValueError(f"draws range from {float(x.min())} to {float(x.max())}; they must lie in [0, 1]")
-    m = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
-    bets = _bets(x, level)
+    every = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
+    bets, enough = _bets(x, level), math.log(2 / level)  # half of the stake on either side
     capital = torch.zeros(2, grid + 1, dtype=torch.float64)  # the logarithm of what betting up, and down, has made
     lower, upper = torch.zeros_like(x), torch.ones_like(x)
+    low, high = 0, grid  # what lies outside of these stays ruled out
     for start in range(0, len(x), _TOGETHER):
-        part = slice(start, start + _TOGETHER)
+        part, m = slice(start, start + _TOGETHER), every[low : high + 1]
         off = x[part, None] - m
         up = (bets[part, None].minimum(_MOST / m.clamp_min(1e-12)) * off).log1p().cumsum(0) + capital[0]
         down = (-bets[part, None].minimum(_MOST / (1 - m).clamp_min(1e-12)) * off).log1p().cumsum(0) + capital[1]
-        capital = torch.stack([up[-1], down[-1]])
-        possible = torch.maximum(up, down) < math.log(2 / level)  # half of the stake on either side
-        first = possible.int().argmax(1)
-        last = grid - possible.flip(1).int().argmax(1)
-        some = possible.any(1)
-        lower[part] = torch.where(some, m[(first - 1).clamp_min(0)], 0.0)
-        upper[part] = torch.where(some, m[(last + 1).clamp_max(grid)], 1.0)
-    return lower.cummax(0).values, upper.cummin(0).values
+        # betting up rules out the least means, betting down the greatest: a number of them says which
+        below = (low - 1 + (up >= enough).sum(1)).clamp_min(low).cummax(0).values
+        above = (high + 1 - (down >= enough).sum(1)).clamp_max(high).cummin(0).values
+        lower[part], upper[part] = every[below], every[above]
+        kept = slice(int(below[-1]) - low, int(above[-1]) - low + 1)
+        capital = torch.stack([up[-1], down[-1]])[:, kept]
+        low, high = int(below[-1]), int(above[-1])
+        if low > high:  # they have crossed: nothing is left to rule out
+            lower[start + _TOGETHER :], upper[start + _TOGETHER :] = every[low], every[high]
+            break
+    return lower, upper
 
 
 def _bets(x: Float[Tensor, "n"], level: float) -> Float[Tensor, "n"]:
@@ -73,7 +80,11 @@ def decided(
     draws: Float[Tensor, "n"], goal: float, *, level: float = 0.05
 ) -> tuple[Literal["at least", "below"] | None, int]:
     """Whether the mean is certain to be at least ``goal``, or below it, at ``level``, and after how many draws;
-    ``(None, n)`` where all of them do not say."""
+    ``(None, n)`` where all of them do not say. No model pass.
+
+    Raises:
+        ValueError: as :func:`confidence_sequence`.
+    """
     lower, upper = confidence_sequence(draws, level=level)
     sure = (lower >= goal) | (upper < goal)
     if not bool(sure.any()):
@@ -83,23 +94,28 @@ def decided(
 
 
 def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
-    """An upper bound on how often two models' answers differ: the least over ``e`` of
+    """An upper bound on how often, over some draws, two models' answers differ: the least over ``e`` of
     ``Pr(m <= 2 e) + squared_distance / e**2`` (at most 1).
 
     If no logit moves by more than ``e``, an answer whose margin is above ``2 e`` stays; how often one does is bounded
-    by Chebyshev's inequality.
+    by Chebyshev's inequality. A margin of 0 is a tie and counts as another answer.
 
     Args:
         margins: by how much the original's best logit exceeds the second, for each draw.
-        squared_distance: the mean over draws of the squared difference of the logits, *summed* over the vocabulary.
+        squared_distance: the mean over the same draws of the squared difference of the logits, *summed* over the
+            vocabulary.
+
+    Raises:
+        ValueError: no draws, a negative or NaN margin or distance.
     """
-    if squared_distance <= 0:
-        return float((margins <= 0).double().mean())
-    m = margins.double().sort().values
-    m = m[m > 0]
-    if not len(m):
-        return 1.0
+    m = margins.double().cpu().sort().values
+    if not len(m) or not bool((m >= 0).all()):
+        raise ValueError("margins are empty, negative or NaN: give the best logit minus the second, for each draw")
+    if not squared_distance >= 0:
+        raise ValueError(f"squared_distance is {squared_distance}; a mean of squares is at least 0")
+    if squared_distance == 0:
+        return float((m <= 0).double().mean())
     # between two margins the bound falls with e: the least value is met just before a margin is reached
-    reached = torch.searchsorted(margins.double().sort().values, m)
-    bound = reached.double() / len(margins) + squared_distance / (m / 2).square()
-    return min(1.0, float(bound.min()))
+    reached = torch.searchsorted(m, m)
+    bound = (reached.double() / len(m) + squared_distance / (m / 2).square())[m > 0]
+    return min([1.0, *bound.tolist()])

@@ -110,10 +110,12 @@ class Row:
             should stay.
         accuracy: interchange intervention accuracy over the retained pairs (NaN where none is); with random weights
             over all pairs, since such a model is right by luck alone.
-        stderr: its standard error.
-        lower, upper: a confidence sequence for it (:func:`certificates.confidence_sequence`).
+        stderr: its standard error. A random control counts for each pair with the mean of its draws.
+        lower, upper: a confidence sequence (:func:`certificates.confidence_sequence`) for the accuracy that would be
+            reached on ever more such pairs; now and then the one reached here lies outside.
         accuracy_changed: the same over pairs whose expected answer differs from the base's own.
         risk: in nats, where the row compares two models.
+        margin_bound: there, how often at most their answers differ on these draws (:func:`certificates.margin_bound`).
         pairs: the pairs counted (once for each draw of a random control).
         retained: the share of pairs that the model answers right on all their inputs.
         units: units interchanged.
@@ -129,6 +131,7 @@ class Row:
     upper: float
     accuracy_changed: float
     risk: float
+    margin_bound: float
     pairs: int
     retained: float
     units: float
@@ -141,7 +144,8 @@ class Evidence:
 
     Attributes:
         rows: its lines.
-        level: every line's bounds hold, at all numbers of pairs at once, with a probability of one minus this.
+        level: each line's bounds, taken alone, hold at all numbers of pairs at once with a probability of one minus
+            this, for pairs drawn like these and in random order.
     """
 
     rows: tuple[Row, ...]

@@ -6,14 +6,14 @@ under its own names, and units that it no longer has are not interchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify import _random
@@ -24,17 +24,30 @@ from tl_sparsify.intervene import (
     ablate,
     answer_logits,
     batch_size_for,
+    frozen,
     interchange,
     intervened,
     output,
     recorded,
-    run_values,
 )
-from tl_sparsify.units import Site, Unit, Units, heads, neurons, select
+from tl_sparsify.units import Model, Site, Unit, Units, heads, neurons, select
 
 Swap = tuple[Sequence[Unit], Examples]
 """Units, and the source inputs that they take their values from."""
 _FAMILIES = {"head": heads, "neuron": neurons}
+
+
+def families(model: Model) -> Units:
+    """All heads and neurons that the model has. No model pass.
+
+    Raises:
+        ValueError: a model with neither, or without blocks.
+    """
+    found: list[Site] = []
+    for family in _FAMILIES.values():
+        with suppress(ValueError):  # it has none of them
+            found += family(model).sites
+    return Units(tuple(found)) if found else heads(model)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,10 @@ class Subject:
             own.append(unit)
         return own
 
+    def on(self, index: Int[Tensor, "some"]) -> Subject:
+        """The same for the examples ``index``, where it is ablated at a position for each example."""
+        return self if self.removal is None else replace(self, removal=self.removal.for_examples(index))
+
 
 def bare(unit: Unit) -> str:
     """A unit's name without positions."""
@@ -95,7 +112,7 @@ def logits(
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
             taken = _taken(model, swaps, index, removed)
             for number, some in enumerate(swaps):
-                swapped = [taken(units, source) for units, source in some if len(units)]
+                swapped = [part for units, source in some if len(units) for part in taken(units, source)]
                 with intervened(model, *swapped, *removed):
                     found[number].append(answer_logits(model, batch).cpu())
     return [torch.cat(parts) for parts in found]
@@ -103,7 +120,7 @@ def logits(
 
 def _taken(
     model: Any, swaps: Sequence[Sequence[Swap]], index: Int[Tensor, "batch"], removed: tuple[Intervention, ...]
-) -> Callable[[Sequence[Unit], Examples], Intervention]:
+) -> Callable[[Sequence[Unit], Examples], list[Intervention]]:
     """How to interchange some units on one batch; every source is run once, with all that is taken from it."""
     sources: dict[int, tuple[Examples, dict[Site, None]]] = {}
     for units, source in (swap for some in swaps for swap in some):
@@ -111,22 +128,27 @@ def _taken(
         sites.update(dict.fromkeys(unit.site for unit in units))
     values: dict[int, dict[Site, Tensor]] = {}
     for key, (source, sites) in sources.items():
-        groups = [group.for_examples(index) for group in _named_apart(sites)]
-        with intervened(model, *removed), ExitStack() as stack:
-            recordings = [stack.enter_context(recorded(model, group)) for group in groups]
-            if groups:
-                output(model, source[index])
-        read = (value for recording in recordings for value in recording.read())
-        here = (site for group in _named_apart(sites) for site in group.sites)
-        values[key] = dict(zip(here, read, strict=True))
+        groups = _named_apart(sites)
+        taken = _values(model, source[index], groups, removed)
+        read = (value for part in taken for value in part.tensors)
+        values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
 
-    def swap(units: Sequence[Unit], source: Examples) -> Intervention:
-        sites, mask = select(units)
-        here = sites.for_examples(index)
-        tensors = tuple(values[id(source)][site] for site in sites.sites)
-        return interchange(Circuit(here, mask), Values(here, tensors))
+    def swap(units: Sequence[Unit], source: Examples) -> list[Intervention]:
+        made: list[Intervention] = []
+        for sites, mask in selected_apart(units):
+            here = sites.for_examples(index)
+            tensors = tuple(values[id(source)][site] for site in sites.sites)
+            made.append(interchange(Circuit(here, mask), Values(here, tensors)))
+        return made
 
     return swap
+
+
+def selected_apart(units: Iterable[Unit]) -> list[tuple[Units, Bool[Tensor, "units"]]]:
+    """As :func:`units.select`, in groups where two bases at one hook point have units of one name."""
+    units = list(units)
+    groups = [set(group.sites) for group in _named_apart(dict.fromkeys(unit.site for unit in units))]
+    return [select(unit for unit in units if unit.site in group) for group in groups]
 
 
 def _named_apart(sites: Iterable[Site]) -> list[Units]:
@@ -153,6 +175,55 @@ def tokens(rows: Float[Tensor, "n choices"], base: Examples) -> Int[Tensor, "n"]
     return best if base.choices is None else base.choices.cpu()[best]
 
 
+def interchange_gradients(
+    subject: Subject,
+    base: Examples,
+    source: Examples,
+    expected: Mapping[str, Int[Tensor, "n"]],
+    units: Units,
+    levels: Sequence[float],
+    *,
+    batch_size: int | None = None,
+) -> Iterator[tuple[str, list[tuple[Float[Tensor, "batch pos _ _"], Float[Tensor, "batch pos _ _"]]]]]:
+    """For each batch and variable, per site, the gradient of the log-odds of the variable's ``expected`` answers, and
+    the step from base to source: their product is the first-order effect of interchange.
+
+    The gradient is the sum over ``levels``, the base's share in the point where it is taken, of which the first is 1.
+    One forward pass for the sources and one for each level, one backward pass for each level and variable.
+    """
+    model = subject.model
+    for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+        with torch.no_grad():
+            [taken] = _values(model, source[index], (units,), removed)
+        steps: list[Tensor] = []
+        totals: dict[str, list[Tensor]] = {}
+        for level in levels:
+            mixed = Intervention(units, torch.full((len(units),), level), taken)
+            with frozen(model), torch.enable_grad(), intervened(model, *removed, mixed):
+                with recorded(model, units, gradients=True) as recording:
+                    found = answer_logits(model, batch)
+            steps = steps or [s.to(v) - v.detach() for s, v in zip(taken.tensors, recording.read(), strict=True)]
+            activations = list(recording.activations.values())
+            for number, (variable, answer) in enumerate(expected.items()):
+                odds = _log_odds(found, batch, answer[index]).sum()
+                more = number < len(expected) - 1
+                gradients = torch.autograd.grad(odds, activations, retain_graph=more, allow_unused=True)
+                filled = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, activations, strict=True)]
+                parts = recording.pull(dict(zip(recording.activations, filled, strict=True)))
+                old = totals.get(variable, parts)
+                totals[variable] = [a if a is b else a + b for a, b in zip(old, parts, strict=True)]
+        for variable, parts in totals.items():
+            yield variable, list(zip(parts, steps, strict=True))
+
+
+def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """The logit of ``answer`` minus the log-sum-exp of the others."""
+    column = answer if batch.choices is None else (answer[:, None] == batch.choices.cpu()).int().argmax(1)
+    column = column.to(logits.device)[:, None]
+    return logits.gather(1, column)[:, 0] - logits.scatter(1, column, float("-inf")).logsumexp(1)
+
+
 def randomly_interchanged(
     subject: Subject,
     units: Sequence[Unit],
@@ -165,17 +236,31 @@ def randomly_interchanged(
     """The logits at the labelled positions of ``base`` with each of ``units`` (the original's, all of which this model
     has) taken from ``source`` with ``probability``; the same draws for every model. Two forward passes."""
     own = subject.own(units)
-    sites, _ = select(own)
-    flat = torch.tensor([sites.offsets[sites.sites.index(unit.site)] + unit.index for unit in own])
+    groups = _named_apart(dict.fromkeys(unit.site for unit in own))
+    offsets = [{site: at for site, at in zip(group.sites, group.offsets, strict=False)} for group in groups]
+    places = [[(i, at[u.site] + u.index) for i, u in enumerate(own) if u.site in at] for at in offsets]
     found: list[Tensor] = []
     with torch.no_grad():
         for index, batch in base.batches(batch_size_for(subject.model, base, batch_size)):
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
-            with intervened(subject.model, *removed):
-                values = run_values(subject.model, source[index], sites)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
-            keep = torch.ones(len(index), len(sites))
-            keep[:, flat] = (draw >= probability).float()
-            with intervened(subject.model, Intervention(sites, keep, values), *removed):
+            swapped: list[Intervention] = []
+            values = _values(subject.model, source[index], groups, removed)
+            for group, place, taken in zip(groups, places, values, strict=True):
+                keep = torch.ones(len(index), len(group))
+                keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).float()
+                swapped.append(Intervention(group, keep, taken))
+            with intervened(subject.model, *swapped, *removed):
                 found.append(answer_logits(subject.model, batch).cpu())
     return torch.cat(found)
+
+
+def _values(
+    model: Any, source: Examples, groups: Sequence[Units], removed: tuple[Intervention, ...]
+) -> tuple[Values, ...]:
+    """The units' values on a batch of sources, for each group; one forward pass, none for no units."""
+    with intervened(model, *removed), ExitStack() as stack:
+        recordings = [stack.enter_context(recorded(model, group)) for group in groups]
+        if groups:
+            output(model, source)
+    return tuple(Values(group, recording.read()) for group, recording in zip(groups, recordings, strict=True))

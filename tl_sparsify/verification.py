@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_sparsify import _random
 from tl_sparsify.causal import CausalModel
-from tl_sparsify.certificates import confidence_sequence
+from tl_sparsify.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.controls import everything, made_up, outside, placebo, random_units, random_weights, streams
 from tl_sparsify.evidence import NOTHING, Alignment, Evidence, Pairs, Row
@@ -57,10 +57,12 @@ def verify(
             has is not interchanged, and is counted.
         draws: random sets of units for the random controls.
         goal: stop taking pairs as soon as it is certain, for each model and variable, whether the accuracy of the
-            aligned units is at least this (all pairs are taken where it stays uncertain).
+            aligned units is at least this (all pairs are taken where it stays uncertain). The pairs must be in random
+            order.
         level: of the confidence sequences.
 
-    Jointly: all variables that no other aligned variable is an ancestor of, from one source and from a source each.
+    Jointly: all variables that no other aligned variable is an ancestor of, from one source and (unless units have a
+    position for each pair) from a source each.
 
     Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
     same sites at the same positions, outside the alignment), ``norm-matched random subspace`` (for directions at one
@@ -72,8 +74,11 @@ def verify(
     reduced model against the original's own answers, with risk in nats, when every unit that both have is interchanged
     with probability 0.1.
 
-    Forward passes over the pairs: two for each model; for each variable one for the source, one for the alignment, one
-    for each draw and each layer; for unaligned units two and one for each draw; four to compare the models.
+    Forward passes over the pairs, for the original and the reduced model each: two; for each variable two, one for each
+    draw and each layer, and for directions at one position one more and one for each draw; jointly two and one for each
+    variable (without a source each: two); for unaligned units two and one for each draw; two to compare the models. For
+    random weights: two, two for each variable, and jointly as before. With ``goal``, for the original and the reduced
+    model, three and one for each variable come first.
 
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
@@ -93,6 +98,7 @@ def verify(
     ]
     if goal is not None:
         pairs = _enough(checks[: len(subjects)], pairs, goal)
+        checks = [check.on(torch.arange(len(pairs))) for check in checks]
     rows = [row for check in checks for row in _rows(check, pairs)]
     if reduced is not None:
         rows.append(_agreement(checks[0], checks[1], everything(model, alignment), pairs))
@@ -128,6 +134,11 @@ class _Check:
 
     def answers(self, base: Examples, swaps: Sequence[Sequence[Swap]] = ((),)) -> list[Int[Tensor, "n"]]:
         return answers(self.subject, base, swaps, batch_size=self.batch_size)
+
+    def on(self, index: Int[Tensor, "some"]) -> _Check:
+        """The same for the pairs ``index``, where units have a position for each pair."""
+        here = {v: [replace(u, site=u.site.for_examples(index)) for u in us] for v, us in self.alignment.units.items()}
+        return replace(self, subject=self.subject.on(index), alignment=Alignment(here))
 
     @property
     def together(self) -> tuple[str, ...]:
@@ -173,18 +184,21 @@ def _row(
     """The line of some interventions (one, or the draws of a random one) by the answers ``given`` to them."""
     right = plain.right & plain.source_right if right is None else right
     counts = torch.ones_like(right) if check.subject.name == "random weights" else right
-    hits = torch.cat([(answer == expected)[counts] for answer in given])
-    changed = counts & (expected != _labels(pairs.base))
-    flipped = torch.cat([(answer == expected)[changed] for answer in given])
-    lower, upper = confidence_sequence(hits.double(), level=check.level)
-    p, stderr = _mean(hits)
+    # the draws of a random control share their pairs: a pair is one draw of their mean, not several
+    right_share = torch.stack([answer == expected for answer in given]).double().mean(0)
+    hits, changed = right_share[counts], counts & (expected != _labels(pairs.base))
+    lower, upper = confidence_sequence(hits, level=check.level)
+    some = len(hits) > 0
     return Row(
-        *(check.subject.name, *names, p, stderr),
-        lower=float(lower[-1]) if len(hits) else 0.0,
-        upper=float(upper[-1]) if len(hits) else 1.0,
-        accuracy_changed=_mean(flipped)[0],
+        *(check.subject.name, *names),
+        accuracy=float(hits.mean()),
+        stderr=float(hits.std(correction=0)) / math.sqrt(len(hits)) if some else float("nan"),
+        lower=float(lower[-1]) if some else 0.0,
+        upper=float(upper[-1]) if some else 1.0,
+        accuracy_changed=float(right_share[changed].mean()),
         risk=float("nan"),
-        pairs=len(hits),
+        margin_bound=float("nan"),
+        pairs=len(hits) * len(given),
         retained=float(right.double().mean()),
         units=units,
         removed=removed,
@@ -198,8 +212,11 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     own = subject.own(chosen)
     control = subject.name != "random weights"
     random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(check.draws * control)]
-    places = dict.fromkeys(unit.site.positions for unit in chosen)
-    whole = [[Unit(site, 0).at(where) for where in places] for site in streams(subject.model) if control]
+    everywhere = any(unit.site.positions is None for unit in chosen)
+    places = [None] if everywhere else [unit.site.positions for unit in chosen]
+    whole = [
+        list(dict.fromkeys(Unit(site, 0).at(where) for where in places)) for site in streams(subject.model) if control
+    ]
     given = check.answers(pairs.base, [[(units, pairs.source)] for units in (own, *random, *whole)])
 
     def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, removed: int = 0) -> Row:
@@ -211,30 +228,37 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
         return
     if random:
         yield row("random units", given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
-    moved = placebo(subject, pairs, own, draws=check.draws, seed=check.seed)
+    moved = placebo(subject, pairs, own, draws=check.draws, seed=check.seed, batch_size=check.batch_size)
     if moved:
         yield row("norm-matched random subspace", moved, float(len(own)))
     arbitrary = made_up(pairs, check.seed)
     yield _row(check, ("arbitrary labels", variable), plain, pairs, given[:1], arbitrary, float(len(own)))
-    ceilings = [row("whole residual stream", [answer], float(len(places))) for answer in given[1 + len(random) :]]
+    ceilings = [
+        row("whole residual stream", [answer], float(len(units)))
+        for units, answer in zip(whole, given[1 + len(random) :], strict=True)
+    ]
     if ceilings:
         yield max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy)
 
 
 def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
-    """All first variables at once, from one source and from a source each."""
+    """All first variables at once, from one source and (at places that do not depend on the pair) from a source
+    each."""
     variables = check.together
     names = " & ".join(variables)
     chosen = [unit for variable in variables for unit in check.alignment.units[variable]]
     own = {variable: check.subject.own(check.alignment.units[variable]) for variable in variables}
-    others = {variable: pairs.with_sources_of(number) for number, variable in enumerate(variables)}
+    others = {v: pairs.with_sources_of(number) if number else pairs for number, v in enumerate(variables)}
     one = [(own[variable], pairs.source) for variable in variables]
     each = [(own[variable], others[variable].source) for variable in variables]
-    given = check.answers(pairs.base, [one, each])
+    apart = not any(isinstance(unit.site.positions, Tensor) for unit in chosen)
+    given = check.answers(pairs.base, [one, each] if apart else [one])
     units = sum(map(len, own.values()))
     settings = {"units": float(units), "removed": len(chosen) - units}
     expected = pairs.expected(check.causal_model, variables)
     yield _row(check, ("aligned units", names), plain, pairs, given[:1], expected, **settings)
+    if not apart:
+        return
     inputs = {variable: other.source_inputs for variable, other in others.items()}
     expected = pairs.expected(check.causal_model, variables, inputs)
     right = plain.right.clone()
@@ -272,7 +296,9 @@ def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: 
     names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING)
     plain = _Plain(same, everywhere, everywhere)
     row = _row(reduced, names, plain, pairs, [tokens(two, pairs.base)], same, _PROBABILITY * len(kept))
-    return replace(row, risk=float(kl(one, two).mean()))
+    best = one.topk(2, 1).values
+    distance = float((one - two).double().square().sum(1).mean())
+    return replace(row, risk=float(kl(one, two).mean()), margin_bound=margin_bound(best[:, 0] - best[:, 1], distance))
 
 
 def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
@@ -281,7 +307,7 @@ def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
     hits = {(check.subject.name, v): torch.zeros(0) for check in checks for v in check.alignment.variables}
     for start in range(0, len(pairs), _CHUNK):
         some = pairs[start : start + _CHUNK]
-        for check in checks:
+        for check in [check.on(torch.arange(start, start + len(some))) for check in checks]:
             [base], [source] = check.answers(some.base), check.answers(some.source)
             right = (base == _labels(some.base)) & (source == _labels(some.source))
             units = check.alignment.units.items()
@@ -289,8 +315,7 @@ def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
             for (variable, _), given in zip(units, check.answers(some.base, swaps), strict=True):
                 new = (given == some.expected(check.causal_model, (variable,)))[right].float()
                 hits[check.subject.name, variable] = torch.cat([hits[check.subject.name, variable], new])
-        bounds = [confidence_sequence(found, level=checks[0].level) for found in hits.values()]
-        if all(len(low) and (float(low[-1]) >= goal or float(high[-1]) < goal) for low, high in bounds):
+        if all(decided(found, goal, level=checks[0].level)[0] for found in hits.values()):
             return pairs[: start + _CHUNK]
     return pairs
 
@@ -302,10 +327,3 @@ def _ancestors(causal_model: CausalModel, variable: str) -> set[str]:
 
 def _labels(examples: Examples) -> Int[Tensor, "n"]:
     return examples.labels[examples.labels != NO_LABEL]
-
-
-def _mean(hits: Bool[Tensor, "n"]) -> tuple[float, float]:
-    if not len(hits):
-        return float("nan"), float("nan")
-    p = float(hits.double().mean())
-    return p, math.sqrt(p * (1 - p) / len(hits))
