@@ -4,8 +4,8 @@ Each causal model is judged on the same pairs with the task's own alignment (for
 the best alignment that ``align`` finds for it on other pairs, on the original and on the folded circuit (the smallest
 of a search within 0.05 nats on validation), beside controls. A model is accepted when, for each of its variables, the
 accuracy is at least 0.95, also on the pairs whose answer should change. ``align`` may find for a wrong model places of
-the right one's variables, or of the answer, so the task's own alignment decides where it names all variables. Writes
-``benchmarks/results/algorithms.csv``, ``algorithms.md`` and ``alignments.md``.
+the right one's variables, or of the answer, so the task's own alignment decides where it names all variables. Tasks
+done before are kept. Writes ``benchmarks/results/algorithms.csv``, ``algorithms.md`` and ``alignments.md``.
 
     python benchmarks/algorithms.py [--task NAME ...] [--pairs 512]
 """
@@ -24,11 +24,13 @@ from tl_sparsify._files import write_text
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.95
 WITHIN = 0.05  # nats
+TOKENS = 5_120  # of training examples for the search
 
 
 def circuit(task: tls.Task, model: Any) -> tls.Reduction:
     """The smallest circuit of a search whose risk on validation examples is within 0.05 nats."""
     train, validation, _ = task.examples(0)
+    train = train[: TOKENS // train.labels.shape[1]]
     units = tls.heads(model) + tls.neurons(model)
     values = getattr(tls.constants, task.ablation)(model, train, units)
     path = tls.sparsify(model, train, units, values=values, held_out=validation, seed=0, progress=False)
@@ -144,15 +146,17 @@ def main() -> None:
     parser.add_argument("--task", nargs="*", default=None)
     parser.add_argument("--pairs", type=int, default=512)
     arguments = parser.parse_args()
-    found: list[pd.DataFrame] = []
-    for name in arguments.task or tls.list_tasks():
-        found += rows(tls.load_task(name), arguments.pairs)
-    frame = pd.concat(found, ignore_index=True)
-    write_text(RESULTS / "algorithms.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "algorithms.md", markdown(frame))
-    write_text(RESULTS / "alignments.md", alignments(frame))
-    print(markdown(frame))
-    print(alignments(frame))
+    table = RESULTS / "algorithms.csv"
+    done = set(pd.read_csv(table).task) if table.is_file() else set()
+    for name in arguments.task or [name for name in tls.list_tasks() if name not in done]:
+        new = pd.concat(rows(tls.load_task(name), arguments.pairs), ignore_index=True)
+        old = [pd.read_csv(table)] if table.is_file() else []
+        frame = pd.concat([*(part[part.task != name] for part in old), new], ignore_index=True).sort_values(
+            "task", kind="stable"
+        )
+        write_text(table, frame.to_csv(index=False))
+        write_text(RESULTS / "algorithms.md", markdown(frame))
+        write_text(RESULTS / "alignments.md", alignments(frame))
 
 
 if __name__ == "__main__":

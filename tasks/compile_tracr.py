@@ -46,13 +46,14 @@ from transformer_lens.utilities.tracr import (
 import tl_sparsify as tls
 from tl_sparsify._files import write_text
 from tl_sparsify._native import save_native
-from tl_sparsify.compiled import effects, needed, redundant, working
+from tl_sparsify.compiled import TOLERANCE, effects, redundant, working
 from tl_sparsify.intervene import answer_logits
 from tl_sparsify.units import select
 
 FOLDER = Path(__file__).parent
 # Names that sort behind every letter and number, so that the tokens of a program are numbered from 0.
 BOS, PAD = "~bos", "~pad"
+NUMBER = re.compile(r"_\d+(?=:|_selector_width|$)")  # of an expression: it depends on what was compiled before
 SETTINGS = (
     *("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "d_vocab_out", "n_ctx"),
     *("act_fn", "attention_dir", "normalization_type"),
@@ -111,9 +112,10 @@ def compile_native(source: Source) -> tuple[TransformerBridge, dict[str, Any], d
         model,
         config,
         {
-            # Tracr numbers its expressions; the numbers depend on what was compiled before
-            "residual": [re.sub(r"_\d+(?=:|_selector_width|$)", "", label) for label in compiled.residual_labels],
-            "tokens": [str(name).replace(BOS, "BOS").replace(PAD, "PAD") for name in _ordered(compiled.input_encoder)],
+            "residual": [
+                _named(re.sub(r"_\d+(?=:|_selector_width|$)", "", label)) for label in compiled.residual_labels
+            ],
+            "tokens": [_named(value) for value in _ordered(compiled.input_encoder)],
             "outputs": [_named(value) for value in _ordered(compiled.output_encoder)],
         },
     )
@@ -164,8 +166,9 @@ def _ordered(encoder: Any) -> list[Any]:
 
 
 def _named(value: Any) -> str:
-    """``3``, ``a``, ``1/4``."""
-    return str(Fraction(value).limit_denominator(100)) if isinstance(value, float) else str(value)
+    """``3``, ``a``, ``1/4``, ``BOS``."""
+    text = str(Fraction(value).limit_denominator(100)) if isinstance(value, float) else str(value)
+    return text.replace(BOS, "BOS").replace(PAD, "PAD")
 
 
 def _check_alike(model: TransformerBridge, compiled: Any, source: Source, *, inputs: int = 20) -> None:
@@ -196,10 +199,10 @@ def measure(name: str) -> None:
     model = program.task().model()
     units = tls.heads(model) + tls.neurons(model)
     pool = program.pool()
-    truth = {"weights": working(model), "removal": needed(model, pool, units)}
-    write_text(program.folder / "truth.json", json.dumps(truth, indent=1) + "\n")
     alone = effects(model, pool, units)
-    found = tls.Circuit.of(units, truth["removal"]).mask
+    found = alone > TOLERANCE
+    truth = {"weights": working(model), "removal": tls.Circuit(units, found).names}
+    write_text(program.folder / "truth.json", json.dumps(truth, indent=1) + "\n")
     task = _program(name).task()
     pairs, test = task.pairs(2048, 0), task.examples(0)[2]
     others = redundant(model, pool, units, truth["removal"])

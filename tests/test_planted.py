@@ -14,7 +14,8 @@ import tl_sparsify as tls
 from tl_sparsify.units import select
 
 FOLDER = Path(__file__).parent.parent / "tasks"
-NAMES = ("planted_equality", "planted_gate", "planted_sum", "planted_backup")
+FOUND = ("planted_equality", "planted_gate", "planted_majority", "planted_sum")
+NAMES = (*FOUND, "planted_backup")
 MATTERS = 1e-2  # nats: what removing a true unit costs at least, where it is true by removal
 ANSWER = -1
 
@@ -128,7 +129,7 @@ def test_the_wrong_causal_models_are_found_out(name: str):
         assert min(evidence.accuracy(variable) for variable in task.alignment.variables) < 0.75, rival
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", FOUND)
 def test_the_search_finds_the_true_units_and_they_fold(name: str):
     task, model, _ = loaded(name)
     reduction = path_of(name).rounds[-1].reduction
@@ -174,3 +175,6 @@ def test_the_search_keeps_one_head_of_the_pair():
     last = path_of(task.name).rounds[-1].reduction
     assert len(set(last.circuit.names) & {"L0H1", "L1H2"}) == len(last.circuit) == 1
     assert tls.evaluate(model, last, splits(task.name)[2]).accuracy >= 0.99
+    small = tls.fold(model, last)
+    evidence = tls.verify(model, task.causal_model, task.alignment, pairs_of(task.name), reduced=small, draws=0)
+    assert evidence.accuracy("carried", "reduced") >= 0.95
