@@ -95,3 +95,12 @@ def test_examples_without_labels_are_refused():
 def test_examples_are_frozen():
     with pytest.raises(AttributeError):
         every_part().tokens = TOKENS  # type: ignore[misc]
+
+
+def test_partners_are_each_others_counterfactuals():
+    plain = Examples(torch.arange(12).reshape(4, 3), torch.tensor([[-100, -100, i] for i in range(4)]))
+    paired = plain.with_partners(torch.tensor([2, 0, 3, 1]))
+    assert paired.counterfactual_tokens is not None and paired.counterfactual_labels is not None
+    assert paired.counterfactual_tokens[:, 0].tolist() == [6, 0, 9, 3]
+    assert paired.counterfactual_labels[:, 2].tolist() == [2, 0, 3, 1]
+    assert paired.tokens is plain.tokens and plain.counterfactual_tokens is None

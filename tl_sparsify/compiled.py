@@ -231,12 +231,7 @@ class Program:
         rows = data.with_format("numpy")
         plain = self.encode({name: np.asarray(rows[name]) for name in self.causal_model.inputs})
         partner = torch.from_numpy(partners(plain.labels[:, self.position].numpy(), seed))
-        return Examples(
-            plain.tokens,
-            plain.labels,
-            counterfactual_tokens=plain.tokens[partner],
-            counterfactual_labels=plain.labels[partner],
-        )
+        return plain.with_partners(partner)
 
 
 def working(model: Any) -> tuple[str, ...]:

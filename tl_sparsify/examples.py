@@ -82,6 +82,10 @@ class Examples:
         """The examples at ``index`` (a slice, an index tensor or a mask)."""
         return replace(self, **{name: value[index] for name, value in self._tensors() if name != "choices"})
 
+    def with_partners(self, partner: Int[Tensor, "n"]) -> Examples:
+        """The same examples, each with the one numbered ``partner`` as its counterfactual."""
+        return replace(self, counterfactual_tokens=self.tokens[partner], counterfactual_labels=self.labels[partner])
+
     def batches(self, batch_size: int | None) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
         """Each batch with the indices of its examples, in order; ``None``: everything in one batch."""
         size = len(self) if batch_size is None else batch_size

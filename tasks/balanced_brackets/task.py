@@ -6,7 +6,6 @@ An input is eighteen brackets and a query token; the answer is read at the query
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -226,7 +225,7 @@ def _rows(rng: np.random.Generator, part: str, size: int) -> Dataset:
 def _examples(rows: Dataset) -> tls.Examples:
     found = encode({"brackets": np.asarray(rows.with_format("numpy")["brackets"])})
     partner = _partners(len(found))
-    return replace(found, counterfactual_tokens=found.tokens[partner], counterfactual_labels=found.labels[partner])
+    return found.with_partners(partner)
 
 
 def _partners(size: int) -> Int[torch.Tensor, "n"]:

@@ -5,7 +5,6 @@ An input is four different numbers and a query token; the answer, the greatest n
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -187,4 +186,4 @@ def _examples(rows: Dataset, seed: int) -> tls.Examples:
     columns = rows.with_format("numpy")
     found = encode({name: np.asarray(columns[name]) for name in INPUTS})
     partner = torch.from_numpy(tls.pairing.partners(np.asarray(columns["answer"]), seed))
-    return replace(found, counterfactual_tokens=found.tokens[partner], counterfactual_labels=found.labels[partner])
+    return found.with_partners(partner)

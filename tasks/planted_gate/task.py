@@ -181,13 +181,7 @@ def _examples(data: Dataset, seed: int) -> tls.Examples:
     columns = data.with_format("numpy")
     found = encode({name: np.asarray(columns[name]) for name in INPUTS})
     partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
-    return tls.Examples(
-        found.tokens,
-        found.labels,
-        counterfactual_tokens=found.tokens[partner],
-        counterfactual_labels=found.labels[partner],
-        choices=found.choices,
-    )
+    return found.with_partners(partner)
 
 
 def _head(layer: int, index: int, position: int) -> tls.Unit:
