@@ -13,13 +13,13 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE
 # import nothing of the package but each other. cli uses the package as anyone does: after __init__.
 ORDER = """
     units causal examples moments circuit intervene basis measure probes affine constants scores attribution score
-    curvature search compensating polish folding export certificates subjects evidence controls verification alignment
-    evaluation pairing task compiled baselines benchmark plot report __init__ cli __main__
+    curvature search compensating polish folding export certificates subjects evidence controls verification learnt
+    alignment evaluation pairing task compiled baselines benchmark plot report __init__ cli __main__
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"plot", "report", "cli"}
 FOLDING = {"folding", "_export", "_folded", "_narrow", "_skeleton", "_writes"}  # one idea in several private files
-INTERNALS = FOLDING | {"_native", "controls", "alignment", "baselines"}
+INTERNALS = FOLDING | {"_native", "controls", "learnt", "baselines"}
 LONGEST = 400
 
 

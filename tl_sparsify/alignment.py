@@ -14,33 +14,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.tools.analysis.interchange import fit_das
 
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.evidence import Alignment, Pairs
 from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import (
-    ablate,
-    answer_logits,
-    answer_rows,
-    check_model,
-    intervened,
-)
+from tl_sparsify.intervene import answer_rows, check_model
+from tl_sparsify.learnt import EPOCHS, LEVELS, learnt_directions
 from tl_sparsify.subjects import Subject, answers, families, interchange_gradients
-from tl_sparsify.units import Model, Site, Unit, Units, directions, residuals
+from tl_sparsify.units import Model, Site, Unit, Units
 
-# Of the base, in the points where gradients are taken: an answer that is certain, or a ReLU that is dead, at the base
-# has no gradient there, but has one somewhere on the way to the source.
-_LEVELS = (1.0, 0.75, 0.5, 0.25)
-_EPOCHS, _PAIRS = 20, 32  # of learning a subspace: passes, and pairs for each step
+_STAGES = 6  # looks at what was tried so far
 
 
 @dataclass(frozen=True)
@@ -110,15 +99,15 @@ def align(
         units: where to look, at each of their positions apart; all heads and neurons where not given.
         variables: all but the output where not given.
         reduction: look only among its kept units, in the model with the others ablated.
-        trials: exact interchanges for each variable; where not given about a sixth of what trying every unit takes, and
-            at most 32.
+        trials: exact interchanges for each variable; where not given as many as a fifth of what trying every unit takes
+            allows, and at most 32.
         tolerance: a smaller set is preferred when its accuracy is lower by at most this.
         subspace: also learn a direction set of this rank (TransformerLens's ``fit_das``) in the residual stream, at the
             place where gradients say that the variable passes, and take it for a variable that it carries better.
 
-    Forward passes over half of the pairs: four for the model's own answers, five for the gradients, and for each
-    variable at most ``trials`` and three for sources; four backward passes for each variable. With ``subspace`` for
-    each variable 28 forward and 24 backward passes more.
+    Forward passes over half of the pairs: four for the model's own answers, five for the gradients, at most ``trials``
+    for each variable and two for its sources, and six for sources more; four backward passes for each variable. With
+    ``subspace`` for each variable 28 forward and 24 backward passes more.
 
     Raises:
         ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
@@ -139,17 +128,22 @@ def align(
             raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
     maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
     exhaustive = _exhaustive(subject, everywhere, maps[wanted[0]])
-    share = max(6, min(32, (exhaustive // 6 - 9) // len(wanted) - 3)) if trials is None else trials
+    forward, backward = 5 + len(LEVELS), len(LEVELS) * len(wanted)
+    share = max(6, min(32, (exhaustive // 5 - forward - _STAGES) // len(wanted) - 2)) if trials is None else trials
+    searches = {v: _Search(subject, causal_model, trying, v, tolerance, batch_size) for v in wanted}
+    groups = {v: _groups(everywhere, maps[v], subject) for v in wanted}
+    tried, spent = _tried(searches, {v: _candidates(groups[v]) for v in wanted}, share * len(wanted) * 2 // 3)
+    forward += spent
     chosen: dict[str, list[Unit]] = {}
     searched: dict[str, float] = {}
-    forward, backward = 5 + len(_LEVELS), len(_LEVELS) * len(wanted)
-    for variable in wanted:
-        search = _Search(subject, causal_model, trying, variable, tolerance, batch_size)
-        chosen[variable], searched[variable], spent = search.run(_groups(everywhere, maps[variable], subject), share)
+    for variable, search in searches.items():
+        chosen[variable], searched[variable], spent = search.run(groups[variable], tried[variable], share // 3)
         forward += spent
         if subspace is not None:
-            learnt, score = _learnt(search, ranking, subspace, seed)
-            forward, backward = forward + len(_LEVELS) + _EPOCHS + 4, backward + len(_LEVELS) + _EPOCHS
+            wishes = ranking.expected(causal_model, (variable,))
+            learnt = learnt_directions(subject, ranking, wishes, subspace, seed=seed, batch_size=batch_size)
+            [score] = search.scores([learnt])
+            forward, backward = forward + len(LEVELS) + EPOCHS + 4, backward + len(LEVELS) + EPOCHS
             if score > searched[variable] + tolerance:
                 chosen[variable], searched[variable] = learnt, score
     judged = _usable(subject, held_out, batch_size)
@@ -214,7 +208,7 @@ def _effects(
     totals: dict[str, list[Tensor]] = {}
     expected = {v: pairs.expected(causal_model, (v,)) for v in variables}
     for variable, found in interchange_gradients(
-        subject, pairs.base, pairs.source, expected, units, _LEVELS, batch_size=batch_size
+        subject, pairs.base, pairs.source, expected, units, LEVELS, batch_size=batch_size
     ):
         parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
         old = totals.get(variable)
@@ -222,28 +216,40 @@ def _effects(
     return totals
 
 
-Group = list[Unit]
-"""Units of one site at one position, the most promising first."""
+@dataclass(frozen=True)
+class Group:
+    """Units of one site at one position, or at all of them.
+
+    Attributes:
+        promising: those with a positive effect, the most promising first.
+        whole: all of the site's.
+    """
+
+    promising: list[Unit]
+    whole: list[Unit]
 
 
 def _groups(units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: Subject) -> list[Group]:
-    """Sites at positions with their units of positive effect, in the order of what these promise together; the one unit
-    of the highest effect where there is none."""
+    """Sites at each position and at all of them, in the order of what their promising units promise together; the one
+    of the highest effect where none is positive."""
     found: list[tuple[float, Group]] = []
-    best: list[tuple[float, Group]] = []
     for site, effect in zip(units.sites, effects, strict=True):
-        have = torch.tensor([subject.has(Unit(site, i)) for i in range(site.size)])
-        for position in _places(site, len(effect)):
-            row = torch.where(have, effect[position], -torch.inf)
-            order = row.argsort(descending=True, stable=True)
-            where = site.positions if len(effect) == 1 else position
-            group = [Unit(site, int(i)).at(where) for i in order[: max(1, int((row > 0).sum()))]]
-            promise = float(row[order[: len(group)]].sum())
-            (found if promise > 0 else best).append((promise, group))
-    best = [pair for pair in best if pair[0] > -torch.inf]
-    if not found and not best:
+        had = [i for i in range(site.size) if subject.has(Unit(site, i))]
+        places = _places(site, len(effect))
+        rows = {site.positions if len(effect) == 1 else position: effect[position] for position in places}
+        total = effect[places].clamp_min(0).sum()
+        if len(places) > 1 and effect[places].clamp_min(0).sum(1).max() < 0.9 * total:  # else the one place says it all
+            rows[site.positions] = effect[places].sum(0)
+        for where, row in rows.items():
+            order = sorted(had, key=lambda i, row=row: -float(row[i]))
+            order = order[: max(1, int((row[had] > 0).sum()))]
+            if order:
+                group = Group([Unit(site, i).at(where) for i in order], [Unit(site, i).at(where) for i in had])
+                found.append((float(row[order].sum()), group))
+    if not found:
         raise ValueError("the reduction keeps none of the units: nothing to align with")
-    return [group for _, group in sorted(found or [max(best, key=lambda pair: pair[0])], key=lambda pair: -pair[0])]
+    found.sort(key=lambda pair: -pair[0])
+    return [group for promise, group in found if promise > 0] or [found[0][1]]
 
 
 @dataclass(frozen=True)
@@ -257,38 +263,40 @@ class _Search:
     tolerance: float
     batch_size: int | None
 
-    def hits(self, sets: Sequence[Group]) -> list[Bool[Tensor, "n"]]:
+    def hits(self, sets: Sequence[Sequence[Unit]]) -> list[Bool[Tensor, "n"]]:
         """Whether each pair is right under the interchange of each set; one pass for each, one for the sources."""
         expected = self.pairs.expected(self.causal_model, (self.variable,))
         swaps = [[(units, self.pairs.source)] for units in sets]
         given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
         return [answer == expected for answer in given]
 
-    def scores(self, sets: Sequence[Group]) -> list[float]:
+    def judged(self, searches: Mapping[str, _Search], sets: Sequence[Sequence[Unit]]) -> dict[str, list[float]]:
+        """The accuracy of each set for every variable; one pass for each set, one for the sources."""
+        swaps = [[(units, self.pairs.source)] for units in sets]
+        given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
+        expected = {v: self.pairs.expected(self.causal_model, (v,)) for v in searches}
+        return {v: [float((answer == right).double().mean()) for answer in given] for v, right in expected.items()}
+
+    def scores(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
         return [float(hit.double().mean()) for hit in self.hits(sets)]
 
-    def judge(self, units: Group) -> tuple[float, float]:
+    def judge(self, units: Sequence[Unit]) -> tuple[float, float]:
         """Accuracy over all pairs and over those whose answer should change."""
         [hit] = self.hits([units])
         changed = self.pairs.expected(self.causal_model, (self.variable,)) != _labels(self.pairs.base)
         return float(hit.double().mean()), float(hit[changed].double().mean())
 
-    def run(self, groups: Sequence[Group], trials: int) -> tuple[Group, float, int]:
-        """The best set, its accuracy, and the passes made: try prefixes of promising groups, join the best, prune."""
-        prefixes = [group[:size] for group in groups for size in _sizes(len(group))]
-        first = prefixes[: trials // 2]
-        tried = dict(zip(map(tuple, first), self.scores(first), strict=True))
+    def run(self, groups: Sequence[Group], tried: Tried, trials: int) -> tuple[list[Unit], float, int]:
+        """The best set, its accuracy, and the passes made: join the best of those tried with others, and prune."""
         best = self.best(tried)
-        spent, left = len(first) + 1, trials - len(first)
-        # join: the best set with what other groups do best
-        others = [group for group in groups if group[0].site != best[0].site]
-        joined = [[*best, *group] for group in others[: left // 2]]
-        tried |= dict(zip(map(tuple, joined), self.scores(joined), strict=True)) if joined else {}
+        others = [group.promising for group in groups if group.promising[0].site != best[0].site]
+        joined = [[*best, *units] for units in others[: trials // 2]] if tried[best] < 1 - self.tolerance else []
+        tried = tried | (dict(zip(map(tuple, joined), self.scores(joined), strict=True)) if joined else {})
         best = self.best(tried)
-        spent, left = spent + len(joined) + bool(joined), left - len(joined)
+        spent, left = len(joined) + bool(joined), trials - len(joined)
         # prune: sizes between the best prefix and the next smaller one, and without the least promising
         smaller = _between(best, left)
-        tried |= dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {}
+        tried = tried | (dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {})
         best = self.best(tried)
         return list(best), tried[best], spent + len(smaller) + bool(smaller)
 
@@ -306,68 +314,50 @@ def _sizes(n: int) -> list[int]:
     return sizes
 
 
-def _between(best: Sequence[Unit], count: int) -> list[Group]:
+Tried = dict[tuple[Unit, ...], float]
+"""Sets of units, and the accuracy of their interchange for one variable."""
+
+
+def _tried(
+    searches: Mapping[str, _Search], candidates: Mapping[str, list[list[Unit]]], budget: int
+) -> tuple[dict[str, Tried], int]:
+    """The accuracies, for each variable, of the most promising sets, and the passes made.
+
+    One interchange serves all variables, so what is tried for one is judged for each; a variable that a set carries
+    wholly asks for no more, which leaves the others more of the budget.
+    """
+    tried: dict[str, Tried] = {variable: {} for variable in searches}
+    queues = {variable: iter(candidates[variable]) for variable in searches}
+    left, passes, search = budget, 0, next(iter(searches.values()))
+    for stage in range(_STAGES):
+        wanting = [v for v in searches if max(tried[v].values(), default=0.0) < 1 - search.tolerance]
+        each = max(1, left // ((_STAGES - stage) * max(1, len(wanting))))
+        known = next(iter(tried.values()))
+        new = [tuple(units) for v in wanting for units in itertools.islice(queues[v], each)]
+        pool = [units for units in dict.fromkeys(new) if units not in known][:left]
+        if pool:
+            for variable, scores in search.judged(searches, pool).items():
+                tried[variable] |= dict(zip(pool, scores, strict=True))
+            left, passes = left - len(pool), passes + len(pool) + 1
+    return tried, passes
+
+
+def _candidates(groups: Sequence[Group]) -> list[list[Unit]]:
+    """What to try, the most promising group and the plainest sets first: all promising units of a group, the first of
+    them alone, all units of the site, then shares of the promising ones."""
+    found: list[tuple[float, list[Unit]]] = []
+    for rank, group in enumerate(groups):
+        found += [(rank, group.promising), (rank + 1.5, group.promising[:1]), (rank + 2, group.whole)]
+        found += [(rank + 3 + i, group.promising[:size]) for i, size in enumerate(_sizes(len(group.promising))[1:-1])]
+    ordered = [tuple(units) for _, units in sorted(found, key=lambda pair: pair[0])]
+    return [list(units) for units in dict.fromkeys(ordered)]
+
+
+def _between(best: Sequence[Unit], count: int) -> list[list[Unit]]:
     """Prefixes of the best set, evenly spaced, above a quarter of it."""
     low, high = len(best) // 4, len(best)
     sizes = {low + round((high - low) * (i + 1) / (count + 1)) for i in range(count)} - {0, low, high}
     return [list(best[:size]) for size in sorted(sizes)]
-
-
-def _learnt(search: _Search, ranking: Pairs, rank: int, seed: int) -> tuple[Group, float]:
-    """Directions that carry the variable in the residual stream, trained on the ranking pairs at the place where the
-    gradients promise most, and their accuracy on the others."""
-    subject, base, n = search.subject, ranking.base, len(ranking)
-    expected = ranking.expected(search.causal_model, (search.variable,))
-    hook, position = _promising(search, ranking, expected, rank)
-    known = torch.tensor(sorted(set(ranking.answers.values()))) if base.choices is None else base.choices.cpu()
-    targets = (expected[:, None] == known).int().argmax(1)
-
-    def task_logits(numbers: Tensor) -> Tensor:  # of bases, or of sources from n on: their answers and masks go along
-        side = base if int(numbers[0]) < n else ranking.source
-        return answer_logits(subject.model, replace(side[numbers % n], choices=known))
-
-    places = torch.full((n,), position)
-    removed: tuple[Any, ...] = () if subject.removal is None else (ablate(subject.removal),)
-    with intervened(subject.model, *removed):
-        result = fit_das(
-            subject.model,
-            hook,
-            torch.arange(n),
-            torch.arange(n, 2 * n),
-            targets,
-            task_logits,
-            rank=rank,
-            base_positions=places,
-            source_positions=places,
-            epochs=_EPOCHS,
-            batch_size=_PAIRS,
-            seed=seed,
-        )
-    found = [unit.at(position) for unit in directions(subject.model, hook, result.basis.cpu())]
-    return found, search.scores([found])[0]
-
-
-def _promising(search: _Search, ranking: Pairs, expected: Int[Tensor, "n"], rank: int) -> tuple[str, int]:
-    """The hook point and position of the residual stream where the best subspace promises most, to first order.
-
-    Interchanging the coordinates along orthonormal ``B`` promises ``trace(B' M B)`` with ``M = E[g (v_source -
-    v_base)']``: at best the sum of the greatest eigenvalues of ``M``'s symmetric part. (That of the whole stream is
-    its trace, in which other variables at the same place cancel this one.)
-    """
-    stream = residuals(search.subject.model)
-    parts = interchange_gradients(
-        search.subject, ranking.base, ranking.source, {"": expected}, stream, _LEVELS, batch_size=search.batch_size
-    )
-    batches = [found for _, found in parts]
-    promises: dict[tuple[str, int], float] = {}
-    for layer, site in enumerate(stream.sites):
-        g, step = (torch.cat([found[layer][k][:, :, 0].double().cpu() for found in batches]) for k in range(2))
-        for position in range(g.shape[1]):
-            both = torch.cat([g[:, position], step[:, position]])
-            basis = torch.linalg.qr(both.T).Q  # nothing happens outside of it
-            m = (g[:, position] @ basis).T @ (step[:, position] @ basis)
-            promises[site.hook, position] = float(torch.linalg.eigvalsh(m + m.T)[-rank:].clamp_min(0).sum())
-    return max(promises, key=lambda place: promises[place])
 
 
 def _labels(examples: Examples) -> Int[Tensor, "n"]:
