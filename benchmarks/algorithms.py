@@ -2,7 +2,7 @@
 
 Each causal model is judged on the same pairs with the task's own alignment (for the variables that it names) and with
 the best alignment that ``align`` finds for it on other pairs, on the original and on the folded circuit (the smallest
-of a search within 0.05 nats on validation), beside controls. A model is accepted when, for each of its variables, the
+of a search within 0.01 nats on validation), beside controls. A model is accepted when, for each of its variables, the
 accuracy is at least 0.95, also on the pairs whose answer should change. ``align`` may find for a wrong model places of
 the right one's variables, or of the answer, so the task's own alignment decides where it names all variables. Tasks
 done before are kept. Writes ``benchmarks/results/algorithms.csv``, ``algorithms.md`` and ``alignments.md``.
@@ -23,12 +23,12 @@ from tl_sparsify._files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.95
-WITHIN = 0.05  # nats
+WITHIN = 0.01  # nats
 TOKENS = 5_120  # of training examples for the search
 
 
 def circuit(task: tls.Task, model: Any) -> tls.Reduction:
-    """The smallest circuit of a search whose risk on validation examples is within 0.05 nats."""
+    """The smallest circuit of a search whose risk on validation examples is within 0.01 nats."""
     train, validation, _ = task.examples(0)
     train = train[: TOKENS // train.labels.shape[1]]
     units = tls.heads(model) + tls.neurons(model)

@@ -73,6 +73,11 @@ def random_units(chosen: Sequence[Unit], seed: int, draw: int) -> list[Unit]:
     return picked
 
 
+def has_others(chosen: Sequence[Unit]) -> bool:
+    """Whether the sites of some units have others: if not, random units would be the same ones again."""
+    return any(not bool(mask.all()) for _, mask in selected_apart(chosen))
+
+
 def everything(model: Any, alignment: Alignment) -> list[Unit]:
     """All heads and neurons; of a model without blocks all units of the alignment's hook points."""
     if hasattr(model, "blocks"):

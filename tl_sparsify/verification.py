@@ -22,7 +22,16 @@ from tl_sparsify import _random
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.circuit import Reduction, check_fingerprint
-from tl_sparsify.controls import everything, made_up, outside, placebo, random_units, random_weights, streams
+from tl_sparsify.controls import (
+    everything,
+    has_others,
+    made_up,
+    outside,
+    placebo,
+    random_units,
+    random_weights,
+    streams,
+)
 from tl_sparsify.evidence import NOTHING, Alignment, Evidence, Pairs, Row
 from tl_sparsify.examples import NO_LABEL, Examples
 from tl_sparsify.intervene import check_model
@@ -65,14 +74,14 @@ def verify(
     position for each pair) from a source each.
 
     Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
-    same sites at the same positions, outside the alignment), ``norm-matched random subspace`` (for directions at one
-    position: TransformerLens's placebo), ``arbitrary labels`` (the aligned units held against made-up answers),
-    ``whole residual stream`` (the best layer's, at the alignment's positions; for models with blocks), and the
-    alignment on a model with ``random weights``. With the variable ``(none)`` the answer should stay: ``unaligned
-    units, at random`` (as many as the alignment has, at all positions) and ``all unaligned units`` (what feeds an
-    aligned unit is among them: only a model whose every step is aligned passes). ``random kept units`` holds the
-    reduced model against the original's own answers, with risk in nats, when every unit that both have is interchanged
-    with probability 0.1.
+    same sites at the same positions, outside the alignment; where these sites have others), ``norm-matched random
+    subspace`` (for directions at one position: TransformerLens's placebo), ``arbitrary labels`` (the aligned units held
+    against made-up answers), ``whole residual stream`` (the best layer's, at the alignment's positions; for models
+    with blocks), and the alignment on a model with ``random weights``. With the variable ``(none)`` the answer should
+    stay: ``unaligned units, at random`` (as many as the alignment has, at all positions) and ``all unaligned units``
+    (what feeds an aligned unit is among them: only a model whose every step is aligned passes). ``random kept units``
+    holds the reduced model against the original's own answers, with risk in nats and the margin bound, when every unit
+    that both have is interchanged with probability 0.1.
 
     Forward passes over the pairs, for the original and the reduced model each: two; for each variable two, one for each
     draw and each layer, and for directions at one position one more and one for each draw; jointly two and one for each
@@ -211,7 +220,8 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     chosen = list(check.alignment.units[variable])
     own = subject.own(chosen)
     control = subject.name != "random weights"
-    random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(check.draws * control)]
+    draws = check.draws if control and has_others(chosen) else 0
+    random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(draws)]
     everywhere = any(unit.site.positions is None for unit in chosen)
     places = [None] if everywhere else [unit.site.positions for unit in chosen]
     whole = [
