@@ -35,7 +35,9 @@ def evidence(frame: pd.DataFrame) -> str:
     lines = ["| variable | interchanged | " + " | ".join(heads) + " |", "|---" * (len(models) + 2) + "|"]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in frame.to_dict("records"):
-        found = f"{row['accuracy']:.3f} ({row['accuracy_changed']:.3f})"
+        found = f"{row['accuracy']:.3f}"
+        if pd.notna(row["accuracy_changed"]):
+            found += f" ({row['accuracy_changed']:.3f})"
         if row["removed"]:
             found += f", {row['units']:.0f} of {row['units'] + row['removed']:.0f} units left"
         cells.setdefault((row["variable"], row["intervention"]), {})[row["model"]] = found

@@ -75,6 +75,8 @@ def markdown(frame: pd.DataFrame) -> str:
     ):
         means = part.groupby("score")[["auroc", "average_precision"]].mean()
         cells = [f"{means.auroc[name]:.3f} / {means.average_precision[name]:.3f}" for name in names]
+        if true == units:
+            cells = ["-"] * len(names)  # nothing to tell apart
         lines.append(f"| {task} ({ablation}) | {truth}: {true} of {units} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -44,7 +44,7 @@ FRAC_PREVS = tls.CausalModel(
     },
     output="share",
 )
-# The same answers from other variables: two halves are counted first.
+# The same answers, and right as well, if coarser: `first` is v1 and v2 together, `second` v3 and v4.
 HALVES = tls.CausalModel(
     inputs=INPUTS,
     mechanisms={

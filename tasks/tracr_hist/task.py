@@ -34,7 +34,7 @@ HIST = tls.CausalModel(
     },
     output="count",
 )
-# The same answers from other variables: the two sides are counted apart and added.
+# Wrong, though its answers are right: the two sides are counted apart and added; the head counts both at once.
 SIDES = tls.CausalModel(
     inputs=INPUTS,
     mechanisms={
@@ -70,7 +70,7 @@ def program() -> Program:
         folder=MODEL,
         causal_model=HIST,
         causal_models={"hist": HIST, "sides": SIDES, "so_far": SO_FAR, "most": MOST},
-        wrong=("so_far", "most"),
+        wrong=("sides", "so_far", "most"),
         alignment=tls.Alignment({"width": layout.head(0, AT), "count": layout.some_neurons(0, range(14), AT)}),
         directions=tls.Alignment(
             {
