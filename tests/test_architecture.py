@@ -14,7 +14,7 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE
 ORDER = """
     units causal examples moments circuit intervene basis measure probes affine constants scores attribution score
     curvature search compensating polish folding export certificates subjects evidence controls verification learnt
-    alignment evaluation pairing task compiled baselines benchmark plot report __init__ cli __main__
+    alignment evaluation pairing space task compiled baselines benchmark plot report __init__ cli __main__
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"plot", "report", "cli"}

@@ -218,11 +218,13 @@ def test_the_evidence_has_both_models_beside_the_controls(done: tuple[Path, Outc
     frame = pd.read_csv(done[0] / "evidence.csv")
     assert {"model", "intervention", "variable", "accuracy", "stderr", "accuracy_changed", "retained"} <= set(frame)
     found = set(zip(frame.model, frame.intervention, strict=True))
-    both = {"aligned units", "do nothing", "random units", "whole residual stream"}
+    both = {"aligned units", "do nothing", "random units", "arbitrary labels", "whole residual stream"}
+    both |= {"unaligned units, at random", "all unaligned units"}
     assert found == {(model, name) for model in ("original", "reduced") for name in both} | {
-        ("random weights", name) for name in ("aligned units", "do nothing")
+        *(("random weights", name) for name in ("aligned units", "do nothing")),
+        ("reduced", "random kept units, p = 0.1"),
     }
-    assert set(frame.variable) == {"odd"}
+    assert set(frame.variable) == {"odd", "(none)"}
 
 
 def test_the_figures_are_png_files(done: tuple[Path, Outcome]):
@@ -518,9 +520,10 @@ def test_the_demos_files_agree_with_each_other(demo: Any, shipped: Any):
     assert len(frame) == len(path.rounds) == 20
     assert frame.measured.tolist() == [step.measured.mean for step in path.rounds]
     evidence = pd.read_csv(out / "evidence.csv")
-    assert set(evidence.variable) == {"left", "right", "same"}
-    kept = evidence[(evidence.model == "reduced") & (evidence.intervention == "aligned units")]
+    assert set(evidence.variable) == {"left", "right", "same", "left & right", "(none)"}
     alignment = load_task("hierarchical_equality").alignment
+    kept = evidence[(evidence.model == "reduced") & (evidence.intervention == "aligned units")]
+    kept = kept[kept.variable.isin(alignment.variables)]
     for row in kept.itertuples():
         units = alignment.units[str(row.variable)]
         assert row.removed == sum(unit.at(None).name not in reduction.circuit for unit in units)

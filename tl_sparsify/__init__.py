@@ -30,6 +30,7 @@ from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.polish import polish
 from tl_sparsify.score import Scores
 from tl_sparsify.search import Path, sparsify
+from tl_sparsify.space import Space
 from tl_sparsify.task import Task, list_tasks, load_task
 from tl_sparsify.units import (
     Site,
@@ -64,6 +65,7 @@ __all__ = [
     "Reduction",
     "Scores",
     "Site",
+    "Space",
     "Task",
     "Unit",
     "Units",

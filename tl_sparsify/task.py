@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tl_sparsify.causal import CausalModel
 from tl_sparsify.examples import Examples
 from tl_sparsify.verification import Alignment, Pairs
 
-__all__ = ["Task", "list_tasks", "load_native", "load_task"]
+__all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_task(name: str | Path) -> Task:
     here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
     path = here[0] if here and Path(name).name == str(name) else Path(name)
     if not path.is_dir():
-        near = difflib.get_close_matches(str(name), list_tasks(), n=3, cutoff=0.3)
+        near = difflib.get_close_matches(str(name), list_tasks(), n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `tl-sparsify tasks`."
         raise ValueError(f"unknown task {str(name)!r}: {hint} The tasks are: {', '.join(list_tasks())}")
     for part in ("task.py", "README.md"):
@@ -93,6 +94,13 @@ def load_task(name: str | Path) -> Task:
     if not isinstance(made, Task):
         raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
     return made
+
+
+def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The true units of a model whose circuit is known, by what makes them true, from ``truth.json`` in its folder;
+    none where there is no such file."""
+    path = folder / "truth.json"
+    return {kind: tuple(names) for kind, names in json.loads(path.read_text()).items()} if path.is_file() else {}
 
 
 def _module(path: Path) -> ModuleType:

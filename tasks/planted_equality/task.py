@@ -6,15 +6,12 @@ interventions (``python -m tasks.planting planted_equality``) to have each varia
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from jaxtyping import Int
 
 import tl_sparsify as tls
@@ -78,17 +75,45 @@ REVERSED = tls.CausalModel(
 )
 
 
+def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
+    """The inputs with these numbers: their symbols are the digits of ``index`` to the base 32."""
+    return dict(zip(INPUTS, np.unravel_index(index, (SYMBOLS,) * 4), strict=True))
+
+
+def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
+    """Tokens ``[a, b, c, d, query]``, answered at the query."""
+    same = EQUALITY.run(inputs)["same"]
+    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(same), QUERY)], axis=1))
+    answers = torch.tensor([ANSWERS[value] for value in same.tolist()])
+    return tls.pairing.answered(tokens, answers, choices=torch.tensor([SAME, DIFFERENT]))
+
+
+SPACE = tls.Space(
+    causal_model=EQUALITY,
+    size=SYMBOLS**4,
+    inputs_of=inputs_of,
+    cells=4,
+    cell=lambda values: 2 * values["left"].astype(np.int64) + values["right"],
+    encode=encode,
+    word=lambda same: np.where(same, "same", "different"),
+    answers=ANSWERS,
+    sizes=SIZES,
+    pool=832,
+)
+drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SPACE.pairs
+
+
 def task() -> tls.Task:
     """The task: see the card, README.md."""
     return tls.Task(
         name="planted_equality",
         description="is (a == b) the same as (c == d), planted in four heads and four neurons",
         model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=dataset,
-        examples=examples,
+        dataset=SPACE.dataset,
+        examples=SPACE.examples,
         causal_model=EQUALITY,
         alignment=alignment(),
-        pairs=pairs,
+        pairs=SPACE.pairs,
         chance=0.5,
         causal_models={
             "equality": EQUALITY,
@@ -97,7 +122,7 @@ def task() -> tls.Task:
             "reversed": REVERSED,
         },
         wrong=("crossed", "reversed"),
-        truth=truth(),
+        truth=tls.task.load_truth(FOLDER / "model"),
         ablation="mean",
     )
 
@@ -115,75 +140,10 @@ def alignment() -> tls.Alignment:
     )
 
 
-def truth() -> dict[str, tuple[str, ...]]:
-    """The true units by what makes them true, as the training script measured them."""
-    path = FOLDER / "model" / "truth.json"
-    return {name: tuple(units) for name, units in json.loads(path.read_text()).items()} if path.is_file() else {}
-
-
-def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
-    """The inputs with these numbers: their symbols are the digits of ``index`` to the base 32."""
-    return dict(zip(INPUTS, np.unravel_index(index, (SYMBOLS,) * 4), strict=True))
-
-
-@lru_cache(maxsize=1)
-def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
-    """All inputs by split and by which pairs are equal: ``pools()[split][2 * left + right]`` holds input numbers."""
-    index = np.arange(SYMBOLS**4)
-    values = EQUALITY.run(inputs_of(index))
-    split, cell = tls.pairing.split_of(index), 2 * values["left"].astype(np.int64) + values["right"]
-    return tuple(tuple(index[(split == s) & (cell == k)] for k in range(4)) for s in range(3))
-
-
-def drawn(rng: np.random.Generator, split: int, size: int, replace: bool = False) -> dict[str, Int[np.ndarray, "size"]]:
-    """``size`` inputs of a split in random order, a quarter of them from each cell."""
-    parts = [rng.choice(pool, size // 4, replace=replace) for pool in pools()[split]]
-    return inputs_of(rng.permutation(np.concatenate(parts)))
-
-
-def dataset(seed: int = 0) -> DatasetDict:
-    """Train, validation and test inputs without repetition, a quarter of each split in each cell.
-
-    Returns:
-        Columns ``a``, ``b``, ``c``, ``d`` (symbols) and ``answer`` ("same" or "different").
-    """
-    rng = np.random.default_rng([seed, 61])
-    splits = {name: drawn(rng, split, size) for split, (name, size) in enumerate(SIZES.items())}
-    words = {name: np.where(EQUALITY.run(inputs)["same"], "same", "different") for name, inputs in splits.items()}
-    return DatasetDict({name: Dataset.from_dict({**splits[name], "answer": words[name]}) for name in SIZES})
-
-
-def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
-    """Tokens ``[a, b, c, d, query]``, answered at the query."""
-    same = EQUALITY.run(inputs)["same"]
-    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(same), QUERY)], axis=1))
-    answers = torch.tensor([ANSWERS[value] for value in same.tolist()])
-    return tls.pairing.answered(tokens, answers, choices=torch.tensor([SAME, DIFFERENT]))
-
-
-def examples(seed: int = 0) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
-    """Train, validation and test examples of ``dataset(seed)``; half of the counterfactuals have another answer."""
-    train, validation, test = (_examples(data, seed) for data in dataset(seed).values())
-    return train, validation, test
-
-
-def pairs(n: int = 512, seed: int = 0, split: int = 2) -> tls.Pairs:
-    """Pairs of inputs of the test split (or another one), balanced for every variable."""
-    pool = drawn(np.random.default_rng([seed, 67]), split, 832)
-    return tls.pairing.pairs(EQUALITY, pool, encode, ANSWERS, n=n, seed=seed)
-
-
 def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, cell by cell."""
     names = ("neither", "right_only", "left_only", "both")
-    return {name: measure(encode(inputs_of(pool))) for name, pool in zip(names, pools()[2], strict=True)}
-
-
-def _examples(data: Dataset, seed: int) -> tls.Examples:
-    columns = data.with_format("numpy")
-    found = encode({name: np.asarray(columns[name]) for name in INPUTS})
-    partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
-    return found.with_partners(partner)
+    return {name: measure(SPACE.of_cells(2, cell)) for cell, name in enumerate(names)}
 
 
 def _head(layer: int, index: int, position: int) -> tls.Unit:

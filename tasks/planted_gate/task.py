@@ -7,15 +7,12 @@ trained by interchange interventions (``python -m tasks.planting planted_gate``)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from jaxtyping import Int
 
 import tl_sparsify as tls
@@ -24,7 +21,6 @@ SYMBOLS, SWITCHES = 8, 64  # token ids 0 to 7 (what b and c are), then 8 to 71 (
 HALF = SYMBOLS + SWITCHES // 2
 QUERY = SYMBOLS + SWITCHES
 VOCABULARY = QUERY + 1
-CELLS = 2 * SYMBOLS
 INPUTS = ("p", "b", "c")
 LENGTH = 4
 ANSWERS = {symbol: symbol for symbol in range(SYMBOLS)}
@@ -77,17 +73,45 @@ EVEN = tls.CausalModel(
 )
 
 
+def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
+    """The inputs with these numbers."""
+    p, b, c = np.unravel_index(index, (SWITCHES, SYMBOLS, SYMBOLS))
+    return {"p": SYMBOLS + p, "b": b, "c": c}
+
+
+def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
+    """Tokens ``[p, b, c, query]``, answered at the query."""
+    chosen = GATE.run(inputs)["chosen"]
+    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(chosen), QUERY)], axis=1))
+    return tls.pairing.answered(tokens, torch.tensor(chosen), choices=torch.arange(SYMBOLS))
+
+
+SPACE = tls.Space(
+    causal_model=GATE,
+    size=SWITCHES * SYMBOLS**2,
+    inputs_of=inputs_of,
+    cells=2 * SYMBOLS,
+    cell=lambda values: 2 * values["chosen"] + values["gate"],
+    encode=encode,
+    word=lambda chosen: chosen,
+    answers=ANSWERS,
+    sizes=SIZES,
+    pool=512,
+)
+drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SPACE.pairs
+
+
 def task() -> tls.Task:
     """The task: see the card, README.md."""
     return tls.Task(
         name="planted_gate",
         description="p chooses between b and c, planted in three heads and 24 neurons",
         model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=dataset,
-        examples=examples,
+        dataset=SPACE.dataset,
+        examples=SPACE.examples,
         causal_model=GATE,
         alignment=alignment(),
-        pairs=pairs,
+        pairs=SPACE.pairs,
         chance=1 / SYMBOLS,
         causal_models={
             "gate": GATE,
@@ -96,7 +120,7 @@ def task() -> tls.Task:
             "even": EVEN,
         },
         wrong=("sorted", "even"),
-        truth=truth(),
+        truth=tls.task.load_truth(FOLDER / "model"),
         ablation="mean",
     )
 
@@ -113,75 +137,10 @@ def alignment() -> tls.Alignment:
     )
 
 
-def truth() -> dict[str, tuple[str, ...]]:
-    """The true units by what makes them true, as the training script measured them."""
-    path = FOLDER / "model" / "truth.json"
-    return {name: tuple(units) for name, units in json.loads(path.read_text()).items()} if path.is_file() else {}
-
-
-def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
-    """The inputs with these numbers."""
-    p, b, c = np.unravel_index(index, (SWITCHES, SYMBOLS, SYMBOLS))
-    return {"p": SYMBOLS + p, "b": b, "c": c}
-
-
-@lru_cache(maxsize=1)
-def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
-    """All inputs by split, gate and answer: ``pools()[split][2 * chosen + gate]`` holds input numbers."""
-    index = np.arange(SWITCHES * SYMBOLS**2)
-    values = GATE.run(inputs_of(index))
-    split, cell = tls.pairing.split_of(index), 2 * values["chosen"] + values["gate"]
-    return tuple(tuple(index[(split == s) & (cell == k)] for k in range(CELLS)) for s in range(3))
-
-
-def drawn(rng: np.random.Generator, split: int, size: int, replace: bool = False) -> dict[str, Int[np.ndarray, "size"]]:
-    """``size`` inputs of a split in random order, as many with each gate and answer."""
-    parts = [rng.choice(pool, size // CELLS, replace=replace) for pool in pools()[split]]
-    return inputs_of(rng.permutation(np.concatenate(parts)))
-
-
-def dataset(seed: int = 0) -> DatasetDict:
-    """Train, validation and test inputs without repetition, gate and answer even in each split.
-
-    Returns:
-        Columns ``p``, ``b``, ``c`` (symbols) and ``answer`` (a symbol).
-    """
-    rng = np.random.default_rng([seed, 61])
-    splits = {name: drawn(rng, split, size) for split, (name, size) in enumerate(SIZES.items())}
-    words = {name: GATE.run(inputs)["chosen"] for name, inputs in splits.items()}
-    return DatasetDict({name: Dataset.from_dict({**splits[name], "answer": words[name]}) for name in SIZES})
-
-
-def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
-    """Tokens ``[p, b, c, query]``, answered at the query."""
-    chosen = GATE.run(inputs)["chosen"]
-    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(chosen), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.tensor(chosen), choices=torch.arange(SYMBOLS))
-
-
-def examples(seed: int = 0) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
-    """Train, validation and test examples of ``dataset(seed)``; half of the counterfactuals have another answer."""
-    train, validation, test = (_examples(data, seed) for data in dataset(seed).values())
-    return train, validation, test
-
-
-def pairs(n: int = 512, seed: int = 0, split: int = 2) -> tls.Pairs:
-    """Pairs of inputs of the test split (or another one), balanced for every variable."""
-    pool = drawn(np.random.default_rng([seed, 67]), split, 512)
-    return tls.pairing.pairs(GATE, pool, encode, ANSWERS, n=n, seed=seed)
-
-
 def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, by gate."""
-    cells = {"first_chosen": pools()[2][1::2], "second_chosen": pools()[2][::2]}
-    return {name: measure(encode(inputs_of(np.concatenate(parts)))) for name, parts in cells.items()}
-
-
-def _examples(data: Dataset, seed: int) -> tls.Examples:
-    columns = data.with_format("numpy")
-    found = encode({name: np.asarray(columns[name]) for name in INPUTS})
-    partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
-    return found.with_partners(partner)
+    cells = {"first_chosen": range(1, SPACE.cells, 2), "second_chosen": range(0, SPACE.cells, 2)}
+    return {name: measure(SPACE.of_cells(2, *some)) for name, some in cells.items()}
 
 
 def _head(layer: int, index: int, position: int) -> tls.Unit:

@@ -6,15 +6,12 @@ interventions (``python -m tasks.planting planted_majority``) to have each varia
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from jaxtyping import Int
 
 import tl_sparsify as tls
@@ -22,7 +19,6 @@ import tl_sparsify as tls
 SYMBOLS, HALF = 32, 16  # token ids 0 to 31; those below 16 are low
 QUERY, YES, NO = 32, 33, 34
 VOCABULARY = 35
-CELLS = 8
 INPUTS = ("p", "q", "r")
 LENGTH = 4
 ANSWERS = {True: YES, False: NO}
@@ -75,17 +71,44 @@ EVEN = tls.CausalModel(
 )
 
 
+def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
+    """The inputs with these numbers."""
+    return dict(zip(INPUTS, np.unravel_index(index, (SYMBOLS,) * 3), strict=True))
+
+
+def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
+    """Tokens ``[p, q, r, query]``, answered at the query."""
+    majority = torch.from_numpy(MAJORITY.run(inputs)["majority"].copy())
+    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(majority), QUERY)], axis=1))
+    return tls.pairing.answered(tokens, torch.where(majority, YES, NO), choices=torch.tensor([YES, NO]))
+
+
+SPACE = tls.Space(
+    causal_model=MAJORITY,
+    size=SYMBOLS**3,
+    inputs_of=inputs_of,
+    cells=8,
+    cell=lambda values: 4 * values["first"] + 2 * values["second"] + values["third"],
+    encode=encode,
+    word=lambda majority: np.where(majority, "yes", "no"),
+    answers=ANSWERS,
+    sizes=SIZES,
+    pool=512,
+)
+drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SPACE.pairs
+
+
 def task() -> tls.Task:
     """The task: see the card, README.md."""
     return tls.Task(
         name="planted_majority",
         description="are two of three symbols low, planted in three heads and 16 neurons",
         model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=dataset,
-        examples=examples,
+        dataset=SPACE.dataset,
+        examples=SPACE.examples,
         causal_model=MAJORITY,
         alignment=alignment(),
-        pairs=pairs,
+        pairs=SPACE.pairs,
         chance=0.5,
         causal_models={
             "majority": MAJORITY,
@@ -94,7 +117,7 @@ def task() -> tls.Task:
             "even": EVEN,
         },
         wrong=("tie_break", "even"),
-        truth=truth(),
+        truth=tls.task.load_truth(FOLDER / "model"),
         ablation="mean",
     )
 
@@ -111,75 +134,10 @@ def alignment() -> tls.Alignment:
     )
 
 
-def truth() -> dict[str, tuple[str, ...]]:
-    """The true units by what makes them true, as the training script measured them."""
-    path = FOLDER / "model" / "truth.json"
-    return {name: tuple(units) for name, units in json.loads(path.read_text()).items()} if path.is_file() else {}
-
-
-def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
-    """The inputs with these numbers."""
-    return dict(zip(INPUTS, np.unravel_index(index, (SYMBOLS,) * 3), strict=True))
-
-
-@lru_cache(maxsize=1)
-def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
-    """All inputs by split and votes: ``pools()[split][4 * first + 2 * second + third]`` holds input numbers."""
-    index = np.arange(SYMBOLS**3)
-    values = MAJORITY.run(inputs_of(index))
-    split, cell = tls.pairing.split_of(index), 4 * values["first"] + 2 * values["second"] + values["third"]
-    return tuple(tuple(index[(split == s) & (cell == k)] for k in range(CELLS)) for s in range(3))
-
-
-def drawn(rng: np.random.Generator, split: int, size: int, replace: bool = False) -> dict[str, Int[np.ndarray, "size"]]:
-    """``size`` inputs of a split in random order, as many with each combination of votes."""
-    parts = [rng.choice(pool, size // CELLS, replace=replace) for pool in pools()[split]]
-    return inputs_of(rng.permutation(np.concatenate(parts)))
-
-
-def dataset(seed: int = 0) -> DatasetDict:
-    """Train, validation and test inputs without repetition, votes even in each split.
-
-    Returns:
-        Columns ``p``, ``q``, ``r`` (symbols) and ``answer`` ("yes" or "no").
-    """
-    rng = np.random.default_rng([seed, 61])
-    splits = {name: drawn(rng, split, size) for split, (name, size) in enumerate(SIZES.items())}
-    words = {name: np.where(MAJORITY.run(inputs)["majority"], "yes", "no") for name, inputs in splits.items()}
-    return DatasetDict({name: Dataset.from_dict({**splits[name], "answer": words[name]}) for name in SIZES})
-
-
-def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
-    """Tokens ``[p, q, r, query]``, answered at the query."""
-    majority = torch.from_numpy(MAJORITY.run(inputs)["majority"].copy())
-    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(majority), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.where(majority, YES, NO), choices=torch.tensor([YES, NO]))
-
-
-def examples(seed: int = 0) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
-    """Train, validation and test examples of ``dataset(seed)``; half of the counterfactuals have another answer."""
-    train, validation, test = (_examples(data, seed) for data in dataset(seed).values())
-    return train, validation, test
-
-
-def pairs(n: int = 512, seed: int = 0, split: int = 2) -> tls.Pairs:
-    """Pairs of inputs of the test split (or another one), balanced for every variable."""
-    pool = drawn(np.random.default_rng([seed, 67]), split, 512)
-    return tls.pairing.pairs(MAJORITY, pool, encode, ANSWERS, n=n, seed=seed)
-
-
 def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, by how many symbols are low."""
-    low = [bin(cell).count("1") for cell in range(CELLS)]
-    cells = {f"{n}_low": [pool for pool, votes in zip(pools()[2], low, strict=True) if votes == n] for n in range(4)}
-    return {name: measure(encode(inputs_of(np.concatenate(parts)))) for name, parts in cells.items()}
-
-
-def _examples(data: Dataset, seed: int) -> tls.Examples:
-    columns = data.with_format("numpy")
-    found = encode({name: np.asarray(columns[name]) for name in INPUTS})
-    partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
-    return found.with_partners(partner)
+    cells = {f"{n}_low": [cell for cell in range(8) if cell.bit_count() == n] for n in range(4)}
+    return {name: measure(SPACE.of_cells(2, *some)) for name, some in cells.items()}
 
 
 def _head(layer: int, index: int, position: int) -> tls.Unit:

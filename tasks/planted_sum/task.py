@@ -6,15 +6,12 @@ interventions (``python -m tasks.planting planted_sum``) to have each variable w
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from jaxtyping import Int
 
 import tl_sparsify as tls
@@ -67,17 +64,51 @@ GREATEST = tls.CausalModel(
 )
 
 
+def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
+    """The inputs with these numbers: the digits of ``index`` to the base 16."""
+    return dict(zip(INPUTS, np.unravel_index(index, (NUMBERS,) * 4), strict=True))
+
+
+def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
+    """Tokens ``[a, b, c, d, query]``, answered at the query."""
+    greater = SUMS.run(inputs)["greater"]
+    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(greater), QUERY)], axis=1))
+    answers = torch.tensor([ANSWERS[value] for value in greater.tolist()])
+    return tls.pairing.answered(tokens, answers, choices=torch.tensor([GREATER, NOT_GREATER]))
+
+
+def _cell(values: Mapping[str, np.ndarray]) -> Int[np.ndarray, "n"]:
+    """By the answer, and whether the sums differ by two at most."""
+    close = np.abs(values["left"] - values["right"]) <= 2
+    return 2 * values["greater"].astype(np.int64) + close
+
+
+SPACE = tls.Space(
+    causal_model=SUMS,
+    size=NUMBERS**4,
+    inputs_of=inputs_of,
+    cells=4,
+    cell=_cell,
+    encode=encode,
+    word=lambda greater: np.where(greater, "greater", "not greater"),
+    answers=ANSWERS,
+    sizes=SIZES,
+    pool=1000,
+)
+drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SPACE.pairs
+
+
 def task() -> tls.Task:
     """The task: see the card, README.md."""
     return tls.Task(
         name="planted_sum",
         description="is a + b greater than c + d, planted in two heads and eight neurons",
         model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=dataset,
-        examples=examples,
+        dataset=SPACE.dataset,
+        examples=SPACE.examples,
         causal_model=SUMS,
         alignment=alignment(),
-        pairs=pairs,
+        pairs=SPACE.pairs,
         chance=0.5,
         causal_models={
             "sums": SUMS,
@@ -86,7 +117,7 @@ def task() -> tls.Task:
             "greatest": GREATEST,
         },
         wrong=("differences", "greatest"),
-        truth=truth(),
+        truth=tls.task.load_truth(FOLDER / "model"),
         ablation="mean",
     )
 
@@ -102,77 +133,10 @@ def alignment() -> tls.Alignment:
     )
 
 
-def truth() -> dict[str, tuple[str, ...]]:
-    """The true units by what makes them true, as the training script measured them."""
-    path = FOLDER / "model" / "truth.json"
-    return {name: tuple(units) for name, units in json.loads(path.read_text()).items()} if path.is_file() else {}
-
-
-def inputs_of(index: Int[np.ndarray, "n"]) -> dict[str, Int[np.ndarray, "n"]]:
-    """The inputs with these numbers: the digits of ``index`` to the base 16."""
-    return dict(zip(INPUTS, np.unravel_index(index, (NUMBERS,) * 4), strict=True))
-
-
-@lru_cache(maxsize=1)
-def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
-    """All inputs by split, answer and closeness: ``pools()[split][2 * greater + close]`` holds input numbers; close
-    are sums that differ by two at most."""
-    index = np.arange(NUMBERS**4)
-    values = SUMS.run(inputs_of(index))
-    close = np.abs(values["left"] - values["right"]) <= 2
-    split, cell = tls.pairing.split_of(index), 2 * values["greater"].astype(np.int64) + close
-    return tuple(tuple(index[(split == s) & (cell == k)] for k in range(4)) for s in range(3))
-
-
-def drawn(rng: np.random.Generator, split: int, size: int, replace: bool = False) -> dict[str, Int[np.ndarray, "size"]]:
-    """``size`` inputs of a split in random order, a quarter of them from each cell."""
-    parts = [rng.choice(pool, size // 4, replace=replace) for pool in pools()[split]]
-    return inputs_of(rng.permutation(np.concatenate(parts)))
-
-
-def dataset(seed: int = 0) -> DatasetDict:
-    """Train, validation and test inputs without repetition, a quarter of each split in each cell.
-
-    Returns:
-        Columns ``a``, ``b``, ``c``, ``d`` (numbers) and ``answer`` ("greater" or "not greater").
-    """
-    rng = np.random.default_rng([seed, 61])
-    splits = {name: drawn(rng, split, size) for split, (name, size) in enumerate(SIZES.items())}
-    words = {name: np.where(SUMS.run(inputs)["greater"], "greater", "not greater") for name, inputs in splits.items()}
-    return DatasetDict({name: Dataset.from_dict({**splits[name], "answer": words[name]}) for name in SIZES})
-
-
-def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
-    """Tokens ``[a, b, c, d, query]``, answered at the query."""
-    greater = SUMS.run(inputs)["greater"]
-    tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(greater), QUERY)], axis=1))
-    answers = torch.tensor([ANSWERS[value] for value in greater.tolist()])
-    return tls.pairing.answered(tokens, answers, choices=torch.tensor([GREATER, NOT_GREATER]))
-
-
-def examples(seed: int = 0) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
-    """Train, validation and test examples of ``dataset(seed)``; half of the counterfactuals have another answer."""
-    train, validation, test = (_examples(data, seed) for data in dataset(seed).values())
-    return train, validation, test
-
-
-def pairs(n: int = 512, seed: int = 0, split: int = 2) -> tls.Pairs:
-    """Pairs of inputs of the test split (or another one), balanced for every variable."""
-    pool = drawn(np.random.default_rng([seed, 67]), split, 1000)
-    return tls.pairing.pairs(SUMS, pool, encode, ANSWERS, n=n, seed=seed)
-
-
 def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, cell by cell."""
     names = ("not_greater", "not_greater_close", "greater", "greater_close")
-    return {name: measure(encode(inputs_of(pool))) for name, pool in zip(names, pools()[2], strict=True)}
-
-
-def _examples(data: Dataset, seed: int) -> tls.Examples:
-    columns = data.with_format("numpy")
-    found = encode({name: np.asarray(columns[name]) for name in INPUTS})
-    partner = torch.from_numpy(tls.pairing.partners(found.labels[:, -1].numpy(), seed))
-    return found.with_partners(partner)
+    return {name: measure(SPACE.of_cells(2, cell)) for cell, name in enumerate(names)}
 
 
 def _head(layer: int, index: int, position: int) -> tls.Unit:
