@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Reduction, check_fingerprint
 from tl_sparsify.evidence import Alignment, Pairs
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import answer_rows, check_model
+from tl_sparsify.intervene import check_model
 from tl_sparsify.learnt import EPOCHS, LEVELS, learnt_directions
-from tl_sparsify.subjects import Subject, answers, families, interchange_gradients
+from tl_sparsify.subjects import Subject, answers, families, interchange_gradients, right_answers
 from tl_sparsify.units import Model, Site, Unit, Units
 
 _STAGES = 6  # looks at what was tried so far
@@ -124,7 +123,7 @@ def align(
     usable = _usable(subject, pairs, batch_size)
     ranking, trying = usable[: len(usable) // 2], usable[len(usable) // 2 :]
     for variable, part in itertools.product(wanted, (ranking, trying)):
-        if bool((part.expected(causal_model, (variable,)) == _labels(part.base)).all()):
+        if bool((part.expected(causal_model, (variable,)) == right_answers(part.base)).all()):
             raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
     maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
     exhaustive = _exhaustive(subject, everywhere, maps[wanted[0]])
@@ -189,7 +188,7 @@ def _places(site: Site, length: int) -> list[int]:
 def _usable(subject: Subject, pairs: Pairs, batch_size: int | None) -> Pairs:
     """The pairs that the model answers right on both inputs."""
     [base], [source] = (answers(subject, side, batch_size=batch_size) for side in (pairs.base, pairs.source))
-    right = ((base == _labels(pairs.base)) & (source == _labels(pairs.source))).nonzero().flatten()
+    right = ((base == right_answers(pairs.base)) & (source == right_answers(pairs.source))).nonzero().flatten()
     if len(right) < 4:
         raise ValueError(f"the model answers {len(right)} of {len(pairs)} pairs right on both inputs: nothing to align")
     return pairs[right]
@@ -283,7 +282,7 @@ class _Search:
     def judge(self, units: Sequence[Unit]) -> tuple[float, float]:
         """Accuracy over all pairs and over those whose answer should change."""
         [hit] = self.hits([units])
-        changed = self.pairs.expected(self.causal_model, (self.variable,)) != _labels(self.pairs.base)
+        changed = self.pairs.expected(self.causal_model, (self.variable,)) != right_answers(self.pairs.base)
         return float(hit.double().mean()), float(hit[changed].double().mean())
 
     def run(self, groups: Sequence[Group], tried: Tried, trials: int) -> tuple[list[Unit], float, int]:
@@ -358,8 +357,3 @@ def _between(best: Sequence[Unit], count: int) -> list[list[Unit]]:
     low, high = len(best) // 4, len(best)
     sizes = {low + round((high - low) * (i + 1) / (count + 1)) for i in range(count)} - {0, low, high}
     return [list(best[:size]) for size in sorted(sizes)]
-
-
-def _labels(examples: Examples) -> Int[Tensor, "n"]:
-    example, position = answer_rows(examples)
-    return examples.labels[example, position]

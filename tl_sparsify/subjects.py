@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_sparsify import _random
 from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.examples import Examples
+from tl_sparsify.examples import NO_LABEL, Examples
 from tl_sparsify.intervene import (
     Intervention,
     ablate,
@@ -173,6 +173,11 @@ def tokens(rows: Float[Tensor, "n choices"], base: Examples) -> Int[Tensor, "n"]
     """The answer of each row of logits, as a token."""
     best = rows.argmax(1)
     return best if base.choices is None else base.choices.cpu()[best]
+
+
+def right_answers(examples: Examples) -> Int[Tensor, "n"]:
+    """The one label of each example."""
+    return examples.labels[examples.labels != NO_LABEL]
 
 
 def interchange_gradients(

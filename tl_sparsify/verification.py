@@ -33,10 +33,10 @@ from tl_sparsify.controls import (
     streams,
 )
 from tl_sparsify.evidence import NOTHING, Alignment, Evidence, Pairs, Row
-from tl_sparsify.examples import NO_LABEL, Examples
+from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import check_model
 from tl_sparsify.measure import kl
-from tl_sparsify.subjects import Subject, Swap, answers, bare, randomly_interchanged, tokens
+from tl_sparsify.subjects import Subject, Swap, answers, bare, randomly_interchanged, right_answers, tokens
 from tl_sparsify.units import Model, Unit
 
 __all__ = ["Alignment", "Evidence", "Pairs", "Row", "verify"]
@@ -169,7 +169,7 @@ class _Plain:
 def _rows(check: _Check, pairs: Pairs) -> Iterator[Row]:
     """All lines of one model."""
     [base], [source] = check.answers(pairs.base), check.answers(pairs.source)
-    plain = _Plain(base, base == _labels(pairs.base), source == _labels(pairs.source))
+    plain = _Plain(base, base == right_answers(pairs.base), source == right_answers(pairs.source))
     for variable in check.alignment.variables:
         yield from _of_variable(check, pairs, plain, variable)
     if check.together:
@@ -195,7 +195,7 @@ def _row(
     counts = torch.ones_like(right) if check.subject.name == "random weights" else right
     # the draws of a random control share their pairs: a pair is one draw of their mean, not several
     right_share = torch.stack([answer == expected for answer in given]).double().mean(0)
-    hits, changed = right_share[counts], counts & (expected != _labels(pairs.base))
+    hits, changed = right_share[counts], counts & (expected != right_answers(pairs.base))
     lower, upper = confidence_sequence(hits, level=check.level)
     some = len(hits) > 0
     return Row(
@@ -319,7 +319,7 @@ def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
         some = pairs[start : start + _CHUNK]
         for check in [check.on(torch.arange(start, start + len(some))) for check in checks]:
             [base], [source] = check.answers(some.base), check.answers(some.source)
-            right = (base == _labels(some.base)) & (source == _labels(some.source))
+            right = (base == right_answers(some.base)) & (source == right_answers(some.source))
             units = check.alignment.units.items()
             swaps = [[(check.subject.own(chosen), some.source)] for _, chosen in units]
             for (variable, _), given in zip(units, check.answers(some.base, swaps), strict=True):
@@ -333,7 +333,3 @@ def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
 def _ancestors(causal_model: CausalModel, variable: str) -> set[str]:
     parents = set(causal_model.parents.get(variable, ()))
     return parents.union(*(_ancestors(causal_model, parent) for parent in parents))
-
-
-def _labels(examples: Examples) -> Int[Tensor, "n"]:
-    return examples.labels[examples.labels != NO_LABEL]

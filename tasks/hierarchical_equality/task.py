@@ -116,24 +116,11 @@ def cell(inputs: dict[str, Int[np.ndarray, "n"]]) -> Int[np.ndarray, "n"]:
     return 2 * values["left"].astype(np.int64) + values["right"]
 
 
-def split(index: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """The split that each input belongs to for ever: 0 train (60 %), 1 validation (20 %), 2 test (20 %).
-
-    A hash of the input (the SplitMix64 finaliser) decides, never a seed: no seed's test input is another's training
-    input.
-    """
-    x = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return np.array([0, 0, 0, 1, 2])[x % np.uint64(5)]
-
-
 @lru_cache(maxsize=1)
 def pools() -> tuple[tuple[Int[np.ndarray, "n"], ...], ...]:
     """All 32 ** 4 inputs, by split and cell: ``pools()[split][cell]`` is an array of input numbers."""
     index = np.arange(SYMBOLS**4)
-    splits, cells = split(index), cell(symbols(index))
+    splits, cells = tls.pairing.split_of(index), cell(symbols(index))
     return tuple(tuple(index[(splits == s) & (cells == k)] for k in range(4)) for s in range(3))
 
 
