@@ -194,7 +194,7 @@ def test_law_4_batch_sizes_give_the_same_numbers(model_settings: dict[str, Any])
 @pytest.mark.parametrize("model_settings", MODELS, ids=["no norms", "LayerNorm"])
 def test_law_4_batch_sizes_give_the_same_selection(model_settings: dict[str, Any]):
     model, data = bridge(**model_settings), padded()
-    settings: dict[str, Any] = {"rounds": 3, "smallest": 0.2, "seed": 5, "progress": False}
+    settings: dict[str, Any] = {"rounds": 3, "smallest": 0.2, "seed": 5, "predict": True, "progress": False}
     with NoCasts() if model_settings else nullcontext():
         paths = [sparsify(model, data, units_of(model), batch_size=size, **settings) for size in (1, 7, N)]
     for path in paths[1:]:

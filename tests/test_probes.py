@@ -240,7 +240,7 @@ def made_up(n: int, k: int, units: int, seed: int) -> list[Samples]:
     linear = torch.randn(n, units, generator=generator, dtype=torch.float64)
     offset = torch.rand(n, generator=generator, dtype=torch.float64)
     parts = torch.arange(n).split(7)
-    return [Samples(part, offset[part], linear[part], effects[:, part]) for part in parts]
+    return [Samples(part, offset[part], linear[part], effects[:, part], offset[part]) for part in parts]
 
 
 def test_a_projection_keeps_joint_risks_on_average():

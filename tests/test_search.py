@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
@@ -28,10 +29,11 @@ from models import (
 )
 
 from tl_sparsify import constants
+from tl_sparsify._passes import counted
 from tl_sparsify.circuit import Circuit, Reduction, fingerprint
 from tl_sparsify.intervene import ablate, answer_logits, intervened
 from tl_sparsify.measure import kl, log_odds, risk
-from tl_sparsify.probes import Linearisation
+from tl_sparsify.probes import Linearisation, remembering
 from tl_sparsify.search import Path, greedy, sparsify
 
 CHOICES = (1, 4, 7, 8)
@@ -47,7 +49,7 @@ def usual() -> Path:
 def found(**changes: Any) -> Path:
     """The same search with other arguments."""
     data = examples(10, choices=CHOICES)
-    given: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "progress": False}
+    given: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "predict": True, "progress": False}
     return sparsify(bridge(), data, units_of(bridge()), **given | changes)
 
 
@@ -211,6 +213,55 @@ def test_the_frame_has_a_row_a_round():
     assert list(frame["predicted"]) == [r.predicted.mean for r in path.rounds]
     assert {"fraction", "predicted_stderr", "measured_stderr", "additivity"} <= set(frame.columns)
     assert repr(path).startswith(f"Path({len(path.rounds)} rounds, 14 to 3 units")
+
+
+def test_predicting_changes_nothing_but_the_prediction():
+    plain, predicted = found(predict=False), usual()
+    assert torch.equal(plain.order, predicted.order)
+    assert [r.measured for r in plain.rounds] == [r.measured for r in predicted.rounds]
+    assert all(math.isnan(r.predicted.mean) and math.isnan(r.additivity) for r in plain.rounds)
+    assert not any(math.isnan(r.predicted.mean) for r in [*predicted.rounds, *found(metric=log_odds).rounds])
+    data = examples(10, choices=CHOICES)
+    plain = sparsify(bridge(), data, units_of(bridge()), rounds=2, progress=False)
+    assert all(math.isnan(r.predicted.mean) for r in plain.rounds)
+
+
+@pytest.mark.parametrize("predict", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("apart", [False, True], ids=["on train", "on held-out examples"])
+def test_the_measured_risk_is_that_of_the_rounds_circuit(predict: bool, temperature: float, apart: bool):
+    train, other = examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
+    path = found(temperature=temperature, held_out=other if apart else None, refit_steps=0, predict=predict)
+    for step in path.rounds:
+        again = risk(bridge(), step.reduction, other if apart else train)
+        assert (step.measured.mean, step.measured.stderr) == pytest.approx((again.mean, again.stderr), rel=1e-10)
+        assert step.measured.n == again.n
+
+
+@pytest.mark.parametrize("size", [10, 3])
+def test_a_search_takes_the_passes_that_it_says(size: int):
+    model, data = bridge(), examples(10, choices=CHOICES)
+    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "batch_size": size, "progress": False}
+    with counted(model) as passes:
+        sparsify(model, data, units_of(model), **settings)
+    # means, a forward pass a round, the original, the last measured risk; three exact probes and the slope
+    assert passes == {"forward": (1 + 4 + 1 + 2) * 10, "backward": (3 + 3 * 4) * 10}
+    with counted(model) as passes:
+        sparsify(model, data, units_of(model), held_out=data, refit_steps=0, **settings)
+    assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 2) * 10, "backward": 2 * (3 + 3 * 4) * 10}
+
+
+def test_what_is_remembered_is_bounded():
+    calls: list[int] = []
+
+    def compute(start: int) -> torch.Tensor:
+        calls.append(start)
+        return torch.full((2, 3), float(start))
+
+    recall = remembering(12)
+    for start in (0, 2, 4, 0, 2, 4):
+        assert torch.equal(recall(start, lambda start=start: compute(start)), torch.full((2, 3), float(start)))
+    assert calls == [0, 2, 4, 4]
 
 
 def test_pinned_units_stay():

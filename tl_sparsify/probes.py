@@ -19,7 +19,7 @@ An expansion says nothing about large steps: it has a third-order remainder. Mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -61,12 +61,39 @@ class Samples:
         offset: the divergence already made (``D`` at the removals so far; 0 at the original model).
         linear: its derivative along the removal of each unit.
         effects: ``a``, for each probe, example and unit.
+        made: ``offset`` at temperature 1, whatever the probes' is.
     """
 
     index: Int[Tensor, "batch"]
     offset: Float[Tensor, "batch"]
     linear: Float[Tensor, "batch units"]
     effects: Float[Tensor, "probes batch units"]
+    made: Float[Tensor, "batch"]
+
+
+Recall = Callable[[int, Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
+"""The logits of the batch that begins with this example: from memory, or computed."""
+
+
+def computed(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+    """Remember nothing."""
+    return compute()
+
+
+def remembering(numbers: int = 2**24) -> Recall:
+    """Remember the logits of the batches that come first, up to so many numbers in all: what is kept does not grow
+    with the number of examples. For calls with the same model, examples and batch size only."""
+    kept: dict[int, Float[Tensor, "rows choices"]] = {}
+
+    def recall(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+        if start in kept:
+            return kept[start]
+        logits = compute()
+        if sum(part.numel() for part in kept.values()) + logits.numel() <= numbers:
+            kept[start] = logits
+        return logits
+
+    return recall
 
 
 def fisher_probes(
@@ -158,10 +185,12 @@ def samples(
     restorable: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
+    recall: Recall = computed,
 ) -> Iterator[Samples]:
     """The samples of every batch, for the removal of each unit to ``removal.values``, linearised in the model with
     ``current``'s units already removed (``None``: the original model), both models under the same ``interventions``.
-    Units that are already removed have no effect; with ``restorable``, minus that of taking them back.
+    Units that are already removed have no effect; with ``restorable``, minus that of taking them back. ``recall`` may
+    know the original's logits from an earlier call (:func:`remembering`).
 
     One forward and ``probes`` backward passes over the data (fewer probes where fewer are exact); with ``current``
     one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
@@ -187,7 +216,7 @@ def samples(
             z = None
             if current is not None:
                 with intervened(model, *drawn_interventions(*same)):
-                    z = answer_logits(model, batch)
+                    z = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
         settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
@@ -218,9 +247,10 @@ def _linearised(
         slope = None if z is None else _slope(z, here, batch, settings["metric"], settings["temperature"])
         effects = _effects(own, recording, removal, changed, vectors if slope is None else [*vectors, slope])
     if z is None:
-        return Samples(index, effects.new_zeros(len(batch)), torch.zeros_like(effects[0]), effects)
+        nothing = effects.new_zeros(len(batch))
+        return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
     offset = _divergence(z, here, batch, settings["metric"], settings["temperature"])
-    return Samples(index, offset, effects[-1], effects[:-1])
+    return Samples(index, offset, effects[-1], effects[:-1], divergence(z, here, batch, settings["metric"]))
 
 
 def _divergence(z: Tensor, here: Tensor, batch: Examples, metric: Metric | None, t: float) -> Float[Tensor, "batch"]:

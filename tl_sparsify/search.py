@@ -8,10 +8,9 @@ Selecting happens on the training split, choosing a size on validation, reportin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,125 +20,15 @@ from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.constants import mean, refit
 from tl_sparsify.examples import Examples
 from tl_sparsify.measure import NONE, InterventionDistribution, Metric, risk
-from tl_sparsify.moments import Estimate
-from tl_sparsify.probes import Linearisation, Samples, joint_moments, linearise, samples
-from tl_sparsify.score import kept_count
+from tl_sparsify.moments import Estimate, Moments
+from tl_sparsify.path import Path, Round
+from tl_sparsify.probes import Linearisation, Samples, computed, joint_moments, linearise, remembering, samples
+from tl_sparsify.scores import kept_count
 from tl_sparsify.units import Model, Units
 
+__all__ = ["Path", "Round", "greedy", "sparsify"]
+
 _POOL = 2048
-
-
-@dataclass(frozen=True)
-class Round:
-    """One step of a path.
-
-    Attributes:
-        reduction: the circuit after the round.
-        predicted: its second-order joint risk, linearised before the round's removals (nats, temperature 1).
-        measured: its risk (nats), on the same examples.
-        additivity: ``(R_joint - sum of R_u) / R_joint`` of what the round's removals add by prediction; far from 0, no
-            one-unit score can be trusted.
-    """
-
-    reduction: Reduction
-    predicted: Estimate
-    measured: Estimate
-    additivity: float
-
-
-@dataclass(frozen=True)
-class Path:
-    """A nested family of circuits: ``path.at(fraction)`` for any size, the rounds in ``path.rounds``.
-
-    Attributes:
-        units: all units.
-        order: unit indices in order of removal; the last is kept longest.
-        rounds: from the largest circuit to the smallest.
-        costs: what each unit costs (its parameters, say) in a search by cost; ``None``: 1 each.
-        values: constants for circuits between rounds; those of the rounds where not given.
-    """
-
-    units: Units
-    order: Int[Tensor, "units"]
-    rounds: tuple[Round, ...]
-    costs: Float[Tensor, "units"] | None = None
-    values: Values | None = None
-
-    def at(self, fraction: float) -> Reduction:
-        """The reduction that keeps ``fraction`` of the units (at least one).
-
-        Raises:
-            ValueError: a fraction outside (0, 1].
-        """
-        return self._keeping(kept_count(len(self.units), fraction))
-
-    def within_budget(self, budget: float) -> Reduction:
-        """The largest circuit whose units together cost at most ``budget`` (``costs``; 1 each where not given).
-
-        Raises:
-            ValueError: a budget that not even the last unit is within.
-        """
-        costs = torch.ones(len(self.units)) if self.costs is None else self.costs
-        kept = costs[self.order].double().flip(0).cumsum(0)  # the cost of the last, of the last two, ...
-        count = int((kept <= budget).sum())
-        if count == 0:
-            raise ValueError(f"budget is {budget}; the smallest circuit of the path costs {float(kept[0]):g}")
-        return self._keeping(count)
-
-    def _keeping(self, count: int) -> Reduction:
-        mask = torch.zeros(len(self.units), dtype=torch.bool)
-        mask[self.order[len(self.units) - count :]] = True
-        larger = [r for r in self.rounds if len(r.reduction.circuit) >= count]
-        reduction = (larger[-1] if larger else self.rounds[0]).reduction
-        if self.values is not None:
-            reduction = replace(reduction, values=self.values, kind="mean", reference=None, mixing=None)
-        return reduction.with_circuit(Circuit(self.units, mask))
-
-    def within(self, model: Model, validation: Examples, nats: float) -> Reduction:
-        """The smallest round whose measured risk on ``validation`` is at most ``nats``; one risk for each round
-        tried, from the smallest.
-
-        Raises:
-            ValueError: no round is within ``nats``.
-        """
-        lowest = float("inf")
-        for step in reversed(self.rounds):
-            found = risk(model, step.reduction, validation).mean
-            lowest = min(lowest, found)
-            if found <= nats:
-                return step.reduction
-        raise ValueError(f"no circuit of the path is within {nats} nats; the lowest risk is {lowest:.4g}")
-
-    @property
-    def scores(self) -> Float[Tensor, "units"]:
-        """Each unit's place in the order of removal: the longer it is kept, the higher."""
-        place = torch.empty(len(self.units), dtype=torch.float64)
-        place[self.order] = torch.arange(len(self.units), dtype=torch.float64)
-        return place
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a round: ``kept, fraction, predicted, predicted_stderr, measured, measured_stderr, additivity``."""
-        return pd.DataFrame(
-            [
-                {
-                    "kept": len(r.reduction.circuit),
-                    "fraction": r.reduction.circuit.fraction,
-                    "predicted": r.predicted.mean,
-                    "predicted_stderr": r.predicted.stderr,
-                    "measured": r.measured.mean,
-                    "measured_stderr": r.measured.stderr,
-                    "additivity": r.additivity,
-                }
-                for r in self.rounds
-            ]
-        )
-
-    def __repr__(self) -> str:
-        last = self.rounds[-1]
-        return (
-            f"Path({len(self.rounds)} rounds, {len(self.units):,} to {len(last.reduction.circuit):,} units, "
-            f"risk at the end {last.measured!r})"
-        )
 
 
 def greedy(
@@ -225,6 +114,7 @@ def sparsify(
     interventions: InterventionDistribution = NONE,
     refit_steps: int | None = None,
     deviation: Literal["pinned", "forgotten"] = "pinned",
+    predict: bool | None = None,
     pinned: Circuit | None = None,
     costs: Float[Tensor, "units"] | None = None,
     start: Reduction | None = None,
@@ -246,6 +136,8 @@ def sparsify(
             given 20 with ``held_out`` (best at small sizes, ``benchmarks/variants.py``) and none without.
         deviation: ``pinned``: a round also counts what the removals so far have changed, so that a unit which cancels
             that is removed first; ``forgotten``: it takes the ablated model for the original (for comparison).
+        predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
+            only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         pinned: units that are never removed.
         costs: what each unit costs (:func:`units.parameters`); the schedule's fractions are then of the total cost,
             and ``path.within_budget`` gives a circuit for a budget.
@@ -254,8 +146,11 @@ def sparsify(
     Returns:
         The path; the same one, bit for bit, for the same arguments on the same machine.
 
-    Cost in passes over the data: per round two forward and ``probes`` backward on ``train``, and four forward and
-    ``probes`` backward on ``held_out``; one forward for the means. Each ``interchange`` takes two forward more a pass.
+    Cost in passes over the data: per round one forward and ``probes + 1`` backward on ``train``, and as many again on
+    the examples where risk is predicted; one forward for the means, one for the last measured risk (in every round
+    where it is on other examples than all this), and one of the original model (in every round where its logits
+    are more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and
+    each ``interchange`` two more a pass.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1], pinned
@@ -289,13 +184,15 @@ def sparsify(
     else:
         current = start if values is None else replace(start, values=values)
     free = torch.ones(len(units), dtype=torch.bool) if pinned is None else ~pinned.mask
-    shared: dict[str, Any] = {
-        "probes": probes,
-        "metric": metric,
-        "interventions": interventions,
-        "batch_size": batch_size,
-    }
     judged = train if held_out is None else held_out
+    predict = held_out is not None or metric is not None if predict is None else predict
+    clean = interventions == NONE
+    of_train = remembering() if clean else computed
+    of_judged = of_train if held_out is None else remembering() if clean else computed
+    drawn: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
+    shared: dict[str, Any] = drawn | {"probes": probes}
+    unit = "nats" if metric is None else "squared units"
+    seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
     order: list[Tensor] = [(~first.mask).nonzero().flatten()]
     found: list[Round] = []
     sketch: Linearisation | None = None
@@ -304,24 +201,31 @@ def sparsify(
         if excess <= 0:
             continue
         before = current if len(current.circuit) < len(units) else None
-        batches = samples(model, train, current, current=before, temperature=temperature, seed=seed + number, **shared)
-        sketch = linearise(batches, len(train), seed=seed + number)
+        here: dict[str, Any] = shared | {"current": before, "seed": seed + number}
+        made: list[Moments] = []  # of the divergence that the removals before this round have made
+        parts = samples(model, train, current, temperature=temperature, recall=of_train, **here)
+        sketch = linearise(parts if predict else _noting(parts, made), len(train), seed=seed + number)
         if deviation == "forgotten":
             sketch = replace(sketch, linear=torch.zeros_like(sketch.linear))
         picks = greedy(sketch, current.circuit.mask & free, excess, costs=costs)
         removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
-        predicted, additivity = _predictions(model, judged, current, before, removed, seed + number, shared)
+        predicted, additivity = Estimate(float("nan"), float("nan"), len(judged), unit), float("nan")
+        if predict:
+            parts = samples(model, judged, current, temperature=1.0, recall=of_judged, **here)
+            predicted, additivity = _predicted(_noting(parts, made), removed, len(judged), unit)
+        if found and seen:
+            found[-1] = replace(found[-1], measured=Estimate.of(Moments.merge(made), unit))
         current = current.with_circuit(current.circuit - Circuit(units, removed))
         if refit_steps:
             settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
             current = refit(model, current, train, judged, progress=False, **settings)
-        measured = risk(
-            model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
-        )
+        measured = predicted if seen else risk(model, current, judged, seed=seed, **drawn)
         order.append(picks)
         found.append(Round(current, predicted, measured, additivity))
     if sketch is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
+    if seen:
+        found[-1] = replace(found[-1], measured=risk(model, current, judged, seed=seed, **drawn))
     alive = current.circuit.mask & free
     rest = greedy(_after(sketch, order[-1]), alive, float("inf"), costs=costs)
     order += [rest, (current.circuit.mask & ~free).nonzero().flatten()]
@@ -345,27 +249,25 @@ def _after(linearisation: Linearisation, picks: Int[Tensor, "some"]) -> Linearis
     return replace(linearisation, linear=linearisation.linear + moved)
 
 
-def _predictions(
-    model: Model,
-    examples: Examples,
-    current: Reduction,
-    before: Reduction | None,
-    removed: Bool[Tensor, "units"],
-    seed: int,
-    shared: dict[str, Any],
-) -> tuple[Estimate, float]:
+def _noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:
+    """The same samples; notes the divergence already made on the way."""
+    for part in parts:
+        made.append(Moments.of(part.made.double()))
+        yield part
+
+
+def _predicted(parts: Iterator[Samples], removed: Bool[Tensor, "units"], n: int, unit: str) -> tuple[Estimate, float]:
     """The predicted joint risk after the removals, and how far their own part of it is from a sum over units."""
     made, alone = 0.0, 0.0
 
     def watched() -> Iterator[Samples]:
         nonlocal made, alone
-        for part in samples(model, examples, current, current=before, temperature=1.0, seed=seed, **shared):
-            made += float(part.offset.double().sum()) / len(examples)
+        for part in parts:
+            made += float(part.offset.double().sum()) / n
             each = part.linear.double() + part.effects.double().square().sum(0) / 2
-            alone += float(each[:, removed.to(each.device)].sum()) / len(examples)
+            alone += float(each[:, removed.to(each.device)].sum()) / n
             yield part
 
     total = joint_moments(watched(), removed)
     joint = float(total.mean) - made
-    unit = "nats" if shared["metric"] is None else "squared units"
     return Estimate.of(total, unit), (joint - alone) / joint if joint else 0.0
