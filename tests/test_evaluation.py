@@ -8,17 +8,37 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from by_hand import Fill, average, constant, measures, run, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import bridge, examples, fresh, unchanged, unchecked
+from models import random_values as other_values
+from models import reduction_of as bridged_reduction
+from models import units_of as units_on
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
-from tl_sparsify import Circuit, Examples, Reduction, Site, Units, Values, evaluate, fingerprint, heads, neurons, risk
+from tl_sparsify import (
+    Circuit,
+    Examples,
+    Reduction,
+    Site,
+    Units,
+    Values,
+    evaluate,
+    fingerprint,
+    heads,
+    neurons,
+    risk,
+)
+from tl_sparsify.constants import mean, neighbours, reduced, zero
 from tl_sparsify.evaluation import auroc, average_precision
 from tl_sparsify.measure import log_probability
+from tl_sparsify.resampling import weights
 
 VOCABULARY, POSITIONS, N = 9, 6, 12
 
@@ -208,10 +228,12 @@ def test_interchange_depends_on_the_seed_and_nothing_else_does():
     runs = [evaluate(native(), reduction_of(KEPT), data(), probability=0.5, seed=seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0].interchange_risk != runs[2].interchange_risk
+    assert runs[0].intervals != runs[2].intervals
     same = replace(
         runs[2],
         interchange_risk=runs[0].interchange_risk,
         interchange_agreement=runs[0].interchange_agreement,
+        intervals=runs[0].intervals,
     )
     assert same == runs[0]
 
@@ -270,8 +292,11 @@ def test_to_dict_is_flat_numbers():
     assert list(flat) == [
         "kept", "fraction", "kind", "risk", "risk_stderr", "accuracy", "original_accuracy", "agreement",
         "faithfulness", "completeness", "minimality", "interchange_risk", "interchange_risk_stderr",
-        "interchange_agreement", "probability",
+        "interchange_agreement", "probability", "risk_low", "risk_high", "accuracy_low", "accuracy_high",
+        "agreement_low", "agreement_high", "faithfulness_low", "faithfulness_high", "completeness_low",
+        "completeness_high",
     ]  # fmt: skip
+    assert (flat["faithfulness_low"], flat["faithfulness_high"]) == found.intervals["faithfulness"]
     assert (flat["risk"], flat["risk_stderr"]) == (found.risk.mean, found.risk.stderr)
     assert all(isinstance(value, float | int | str | None) for value in flat.values())
 
@@ -317,6 +342,186 @@ def test_the_model_is_left_as_it_was():
     assert fingerprint(model) == before and torch.equal(torch.get_rng_state(), state)
     assert not [name for name, hook in model.hook_dict.items() if hook.has_hooks()]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+# Intervals
+
+
+def test_intervals_are_those_of_a_loop_over_replicates():
+    examples, reduction = data(), reduction_of(KEPT)
+    found = evaluate(native(), reduction, examples, bootstrap=20, level=0.9, seed=6)
+    complement = [name for name in reduction.units.names if name not in KEPT]
+    each = [
+        [means(kept, reduction.values, examples[i : i + 1]) for kept in (None, [], KEPT, complement)] for i in range(N)
+    ]
+    replicates: dict[str, list[float]] = {name: [] for name in found.intervals}
+    for row in weights(torch.arange(N), 20, 6).T.tolist():
+        full, empty, here, there = (
+            {name: sum(w * each[i][k][name] for i, w in enumerate(row)) / sum(row) for name in each[0][k]}
+            for k in range(4)
+        )
+        for name in ("risk", "accuracy", "agreement"):
+            replicates[name].append(here[name])
+        for name, part in (("faithfulness", here), ("completeness", there)):
+            share = (part["log odds"] - empty["log odds"]) / (full["log odds"] - empty["log odds"])
+            replicates[name].append(share)
+    for name, drawn in replicates.items():
+        assert found.intervals[name] == pytest.approx(tuple(np.percentile(drawn, [5, 95])), rel=1e-6, abs=1e-12)
+    assert found.intervals["risk"][0] < found.risk.mean < found.intervals["risk"][1]
+
+
+def test_without_replicates_intervals_are_nan_and_the_rest_is_the_same():
+    some, none = (evaluate(native(), reduction_of(KEPT), data(), bootstrap=n) for n in (10, 0))
+    assert all(math.isnan(end) for ends in none.intervals.values() for end in ends)
+    assert replace(none, intervals=some.intervals) == some
+
+
+# Ablations
+
+
+def slow(batch: Examples, reduction: Reduction, fills: list[Fill]) -> tuple[dict[str, float], float, float]:
+    """The measures of the circuit, its faithfulness and completeness, by hand-written hooks."""
+    kept = list(reduction.circuit.names)
+    others = [name for name in reduction.units.names if name not in kept]
+    rows = table(bridge(), reduction.units, batch, [None, [], kept, others], fills.__getitem__)
+    even = [1.0] * len(batch)
+    full, empty, here, there = (average(rows, k, "metric", even) for k in range(4))
+    found = {name: average(rows, 2, name, even) for name in ("risk", "accuracy", "agreement")}
+    return found, (here - empty) / (full - empty), (there - empty) / (full - empty)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "counterfactual"])
+def test_ablations_replace_what_the_reduction_brings(kind: Any):
+    model, batch = bridge(), examples(8, answers=2)
+    reduction = bridged_reduction(model)
+    given = other_values(reduction.units, 7)
+    fills = [constant(given)] * 8
+    if kind == "zero":
+        fills = [{hook: torch.zeros_like(v) for hook, v in fills[0].items()}] * 8
+    if kind == "counterfactual":
+        assert batch.counterfactual_tokens is not None
+        fills = [run(model, reduction.units, tokens)[1] for tokens in batch.counterfactual_tokens]
+    with unchanged(model):
+        found = evaluate(model, reduction, batch, ablation=kind, values=given if kind == "mean" else None)
+    expected, faithfulness, completeness = slow(batch, reduction, fills)
+    assert found.kind == kind and (found.kept, found.fraction) == (len(reduction.circuit), reduction.circuit.fraction)
+    assert found.risk.mean == pytest.approx(expected["risk"], rel=1e-10) and found.risk.mean > 0.01
+    assert (found.accuracy, found.agreement) == pytest.approx((expected["accuracy"], expected["agreement"]))
+    assert (found.faithfulness, found.completeness) == pytest.approx((faithfulness, completeness), rel=1e-10)
+    assert found.risk.mean != pytest.approx(evaluate(model, reduction, batch).risk.mean, rel=0.01)
+
+
+def test_mean_ablation_without_values_is_to_the_baseline():
+    model, batch = bridge(), examples(8)
+    reduction, baseline = bridged_reduction(model), other_values(units_on(model), 8)
+    refitted = replace(reduction, kind="refit", reference=baseline)
+    found = evaluate(model, refitted, batch, ablation="mean")
+    assert found == evaluate(model, replace(reduction, values=baseline), batch) and found.kind == "mean"
+    assert found == evaluate(model, reduction, batch, ablation="mean", values=baseline)
+    own = evaluate(model, refitted, batch)
+    assert own.risk == evaluate(model, reduction, batch).risk != found.risk and own.completeness == found.completeness
+
+
+def test_zero_ablation_is_a_reduction_to_zeros():
+    model, batch = bridge(), examples(8)
+    reduction = bridged_reduction(model)
+    zeros = reduced(model, reduction.circuit, zero(model, batch, reduction.units), "zero")
+    assert evaluate(model, reduction, batch, ablation="zero") == evaluate(model, zeros, batch)
+
+
+def test_affine_replacements_are_left_out_under_another_ablation():
+    model, batch = bridge(), examples(24)
+    plain = Reduction(Circuit(units_on(model), torch.arange(14) % 3 > 0), mean(model, batch, units_on(model)))
+    affine = neighbours(model, plain, batch, nearest=None)
+    assert evaluate(model, affine, batch).risk != evaluate(model, plain, batch).risk
+    for kind in ("zero", "counterfactual"):
+        assert evaluate(model, affine, batch, ablation=kind) == evaluate(model, plain, batch, ablation=kind)
+
+
+def test_interchange_under_counterfactual_ablation_is_that_of_the_slow_computation():
+    """The partner's run is ablated too, to the values of the partner's counterfactual."""
+    model, two = bridge(), examples(2, answers=2)  # each one's only partner is the other
+    reduction = bridged_reduction(model)
+    units, kept = reduction.units, list(reduction.circuit.names)
+    found = evaluate(model, reduction, two, ablation="counterfactual", probability=1.0)
+    assert two.counterfactual_tokens is not None
+    fills = [run(model, units, tokens)[1] for tokens in two.counterfactual_tokens]
+    risks, agreements = [], []
+    for i, j in ((0, 1), (1, 0)):
+        clean = run(model, units, two.tokens[j])[1]
+        ablated = run(model, units, two.tokens[j], kept, fills[j])[1]
+        full = run(model, units, two.tokens[i], taken=kept, other=clean)[0]
+        reduced = run(model, units, two.tokens[i], kept, fills[i], taken=kept, other=ablated)[0]
+        here = measures(full, reduced, two.labels[i], list(range(11)))
+        risks.append(here["risk"])
+        agreements.append(here["agreement"])
+    assert found.interchange_risk.mean == pytest.approx(sum(risks) / 2, rel=1e-10)
+    assert found.interchange_agreement == pytest.approx(sum(agreements) / 2)
+    assert found.interchange_risk.mean != pytest.approx(found.risk.mean, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["zero", "counterfactual", "shuffled"])
+def test_batches_do_not_matter_under_any_ablation(kind: str):
+    model, batch = bridge(), examples(11, answers=2)
+    if kind == "shuffled":
+        batch = replace(batch, counterfactual_tokens=None, counterfactual_labels=None)
+    name: Any = "counterfactual" if kind == "shuffled" else kind
+    settings: dict[str, Any] = {"ablation": name, "probability": 0.5, "minimality": True, "bootstrap": 30}
+    whole, parts = (evaluate(model, bridged_reduction(model), batch, batch_size=b, **settings) for b in (None, 3))
+    assert whole.kind == parts.kind == kind
+    for key, value in whole.to_dict().items():
+        found = parts.to_dict()[key]
+        assert found == (value if isinstance(value, str | None) else pytest.approx(value, rel=1e-10, abs=1e-12))
+
+
+@pytest.mark.parametrize("kind", ["zero", "counterfactual"])
+def test_minimality_under_another_ablation(kind: Any):
+    model, batch = bridge(), examples(6)
+    whole = bridged_reduction(model)
+    found = evaluate(model, whole, batch, ablation=kind, minimality=True, bootstrap=0)
+    drops = []
+    for unit in whole.circuit.names:
+        less = replace(whole, circuit=whole.circuit - Circuit.of(whole.units, [unit]))
+        drops.append(found.faithfulness - evaluate(model, less, batch, ablation=kind, bootstrap=0).faithfulness)
+    assert len(drops) > 2 and found.minimality == pytest.approx(min(drops), rel=1e-10) and min(drops) < max(drops)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(None, 8), ("mean", 8), ("counterfactual", 11)])
+def test_each_pass_is_counted(kind: Any, passes: int):
+    model, batch = fresh(), examples(6)
+    reduction, calls = bridged_reduction(model), []
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args[0]))
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    evaluate(model, reduction, batch, ablation=kind, batch_size=4)
+    assert sum(calls) == passes * len(batch)
+
+
+def refused(reduction: Reduction, match: str, **settings: Any) -> None:
+    model = bridge()
+    with unchanged(model), unchecked(), pytest.raises(ValueError, match=match):
+        evaluate(model, reduction, examples(), **settings)
+
+
+def test_arguments_that_do_not_belong_are_refused():
+    reduction = bridged_reduction(bridge())
+    values = other_values(reduction.units, 1)
+    refused(reduction, "values are given, and no ablation", values=values)
+    refused(reduction, "values are given, and ablation is 'counterfactual'", values=values, ablation="counterfactual")
+    refused(reduction, "ablation is 'refit'; it is mean, zero or counterfactual", ablation="refit")
+    refused(reduction, r"sizes is \[0\.1\]; a reduction has one size", sizes=(0.1,))
+    refused(replace(reduction, kind="zero"), "ablation='mean' needs values", ablation="mean")
+    refused(reduction, "bootstrap is -2", bootstrap=-2)
+    refused(reduction, "level is 0; it lies between", level=0)
+    refused(reduction, "metric gave shape", metric=lambda logits, batch: logits)
+    alone = examples(1)
+    alone = replace(alone, counterfactual_tokens=None, counterfactual_labels=None)
+    with pytest.raises(ValueError, match="examples holds one, and no counterfactual_tokens"):
+        evaluate(bridge(), reduction, alone, ablation="counterfactual")
 
 
 # Against known truth

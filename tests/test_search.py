@@ -29,7 +29,7 @@ from models import (
 )
 
 from tl_sparsify import constants
-from tl_sparsify._passes import counted
+from tl_sparsify._cost import counted
 from tl_sparsify.circuit import Circuit, Reduction, fingerprint
 from tl_sparsify.intervene import ablate, answer_logits, intervened
 from tl_sparsify.measure import kl, log_odds, risk

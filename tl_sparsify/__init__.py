@@ -18,16 +18,20 @@ physical fold                                        0 or 1, put into the weight
 
 from tl_sparsify import baselines, basis, certificates, constants, curvature, pairing, plot, score, task
 from tl_sparsify.alignment import Found, align
+from tl_sparsify.benchmark import compare
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.compensating import compensating
+from tl_sparsify.curves import Curve
 from tl_sparsify.evaluation import Evaluation, evaluate
 from tl_sparsify.examples import Examples
 from tl_sparsify.folding import export_hf, fold, load_folded, save_folded
 from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, recorded, run_values
 from tl_sparsify.measure import InterventionDistribution, risk
+from tl_sparsify.methods import Method
 from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.polish import polish
+from tl_sparsify.resampling import Stability, stability
 from tl_sparsify.score import Scores
 from tl_sparsify.search import Path, sparsify
 from tl_sparsify.space import Space
@@ -52,6 +56,7 @@ __all__ = [
     "Alignment",
     "CausalModel",
     "Circuit",
+    "Curve",
     "Estimate",
     "Evaluation",
     "Evidence",
@@ -59,6 +64,7 @@ __all__ = [
     "Found",
     "Intervention",
     "InterventionDistribution",
+    "Method",
     "Moments",
     "Pairs",
     "Path",
@@ -66,6 +72,7 @@ __all__ = [
     "Scores",
     "Site",
     "Space",
+    "Stability",
     "Task",
     "Unit",
     "Units",
@@ -76,6 +83,7 @@ __all__ = [
     "baselines",
     "basis",
     "certificates",
+    "compare",
     "compensating",
     "constants",
     "curvature",
@@ -102,6 +110,7 @@ __all__ = [
     "save_folded",
     "score",
     "sparsify",
+    "stability",
     "stream_directions",
     "task",
     "verify",

@@ -1,8 +1,11 @@
-"""The command line: ``tl-sparsify run TASK`` finds, folds and verifies a circuit; ``tl-sparsify tasks`` lists tasks."""
+"""The command line: ``tl-sparsify run TASK`` finds, folds and verifies a circuit; ``tl-sparsify report DIR`` makes one
+HTML file of what was found; ``tl-sparsify bench`` compares methods; ``tl-sparsify tasks`` lists tasks."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,25 +14,35 @@ from typing import Annotated, Any, NoReturn
 import pandas as pd
 import torch
 import typer
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from tl_sparsify import constants, plot, score
+from tl_sparsify import baselines, constants, findings, plot, report, score
 from tl_sparsify._directory import check_free
 from tl_sparsify._files import write_text
 from tl_sparsify._folded import FOLDED
 from tl_sparsify._progress import step
-from tl_sparsify.circuit import Reduction
+from tl_sparsify._versions import versions
+from tl_sparsify.benchmark import compare_tasks, write_comparison
+from tl_sparsify.circuit import Circuit, Reduction, Values
 from tl_sparsify.evaluation import evaluate
 from tl_sparsify.examples import Examples
 from tl_sparsify.folding import fold, save_folded
 from tl_sparsify.intervene import ablate, answer_logits, device_of, intervened
+from tl_sparsify.measure import by_example, compared, correct, kl
+from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
 from tl_sparsify.search import sparsify
+from tl_sparsify.tables import markdown
 from tl_sparsify.task import list_tasks, load_task
 from tl_sparsify.units import heads, neurons
 from tl_sparsify.verification import Evidence, verify
 
 _SIZES = ("heads", "neurons", "parameters")
+_PAIRS = 512  # for verification
+_BESIDE_STEPS = 60  # of refit for each circuit of baselines.csv: enough to tell the orders apart
+_TEMPERATURE = 3.0  # of the probes
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -74,7 +87,7 @@ def run(
 
     with step("scoring units", not quiet):
         values = (constants.zero if loaded.ablation == "zero" else constants.mean)(model, train, units)
-        scores = score.risk(model, train, units, values=values, temperature=3.0, seed=seed)
+        scores = score.risk(model, train, units, values=values, temperature=_TEMPERATURE, seed=seed)
     _write_csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), folder / "scores.csv")
 
     path = sparsify(
@@ -82,6 +95,7 @@ def run(
         train,
         units,
         rounds=rounds,
+        temperature=_TEMPERATURE,
         smallest=min(keep, 0.01),
         values=values,
         held_out=validation,
@@ -97,18 +111,27 @@ def run(
     save_folded(small, folder / "folded")
     with step("evaluating the circuit", not quiet):
         found = evaluate(model, reduction, test, seed=seed)
-    _write_csv(pd.DataFrame([found.to_dict()]), folder / "evaluation.csv")
+    difference = _difference(model, reduction, small, test)
+    _write_csv(pd.DataFrame([found.to_dict() | {"folded_difference": difference}]), folder / "evaluation.csv")
     layers = _layers(model, small)
     _write_csv(layers, folder / "fold.csv")
     console.print(_table(f"Fold: {reduction.circuit!r}", _before_and_after(layers)))
     console.print(
         f"on {len(test)} test examples: accuracy {found.accuracy:.3f} (original {found.original_accuracy:.3f}), risk "
         f"{found.risk!r}, faithfulness {found.faithfulness:.3f}, completeness {found.completeness:.3f}\n"
-        f"folded against ablated: max |logit difference| {_difference(model, reduction, small, test):.1e}\n"
+        f"folded against ablated: max |logit difference| {difference:.1e}\n"
     )
 
+    with step("comparing with other orders", not quiet):
+        beside = _beside(model, reduction.circuit, values, loaded.ablation, (train, validation, test), seed)
+    last = {"method": f"{findings.FOUND}, as saved", "replacements": reduction.kind, "steps": math.nan}
+    last |= {"kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr, "accuracy": found.accuracy}
+    beside = pd.DataFrame([*beside, last])
+    _write_csv(beside, folder / "baselines.csv")
+    console.print(_table(f"Circuits of {found.kept:,} units: risk in nats on test examples", beside))
+
     with step("verifying the algorithm", not quiet):
-        pairs = loaded.pairs(512, seed)
+        pairs = loaded.pairs(_PAIRS, seed)
         evidence = verify(model, loaded.causal_model, loaded.alignment, pairs, reduced=small, seed=seed)
     _write_csv(evidence.to_frame(), folder / "evidence.csv")
     for part in _evidence(evidence):
@@ -116,7 +139,95 @@ def run(
 
     plot.save(plot.risk_curve(path), folder / "risk.png")
     plot.save(plot.unit_map(reduction, scores), folder / "map.png")
+    plot.save(plot.causal_graph(loaded.causal_model), folder / "causal.png")
+    about = {
+        "task": loaded.name,
+        "description": loaded.description,
+        "ablation": loaded.ablation,
+        "chance": loaded.chance,
+        "keep": keep,
+        "rounds": rounds,
+        "seed": seed,
+        "device": device,
+        "examples": {"train": len(train), "validation": len(validation), "test": len(test), "pairs": len(pairs)},
+        "score": {"name": scores.name, "measured_in": scores.measured_in, "temperature": _TEMPERATURE},
+        "baseline_refit_steps": _BESIDE_STEPS,
+        "evidence_level": evidence.level,
+        "versions": versions(),
+    }
+    write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")  # at last: it says that the run is complete
     console.print(f"written to {folder}")
+
+
+@app.command()
+def bench(
+    tasks: Annotated[list[str] | None, typer.Argument(help="names of tasks; six shipped ones by default")] = None,
+    methods: Annotated[str, typer.Option(help="names, with commas between; all by default")] = "",
+    seeds: Annotated[int, typer.Option(help="how many: of the data split and of everything random")] = 3,
+    out: Annotated[Path, typer.Option(help="where cells and tables go; finished cells are kept")] = Path(BENCH_FOLDER),
+    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    examples: Annotated[int, typer.Option(help="the most training and validation examples")] = 512,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a small subset: does everything work?")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
+) -> None:
+    """Compare methods on tasks with seeds, go on where an earlier call stopped, and write one table with pictures."""
+    wanted = tuple(tasks or (SMOKE_TASKS if smoke else BENCH_TASKS))
+    chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or (SMOKE_METHODS if smoke else ())
+    settings: dict[str, Any] = {"seeds": 1 if smoke else seeds, "workers": workers, "progress": not quiet}
+    settings |= {"examples": 128, "refit_steps": 20, "bootstrap": 100} if smoke else {"examples": examples}
+    table = compare_tasks(wanted, chosen, out=out, **settings)
+    console = Console(quiet=quiet)
+    for path in write_comparison(table, out):
+        console.print(f"written: {path}")
+    for measure in ("risk", "accuracy", "faithfulness"):
+        plot.save(plot.frontier(table, measure), out / f"{measure}.png")
+    for name in dict.fromkeys(table["task"]):
+        console.print(f"\n[bold]{name}[/]\n{markdown(table, name)}", soft_wrap=True)
+
+
+@app.command("report")
+def report_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where `run` or `bench` wrote, or both")],
+    out: Annotated[Path | None, typer.Option(help="the file to write; DIR/report.html by default")] = None,
+) -> None:
+    """Make one HTML file of what `run` found and `bench` measured in DIR: tables, figures, controls and limits."""
+    typer.echo(f"written to {report.write(folder, out)}")
+
+
+def _beside(
+    model: Any,
+    found: Circuit,
+    values: Values,
+    ablation: str,
+    splits: tuple[Examples, Examples, Examples],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Circuits of the same size in other orders, beside the one found: each with the same constants, and with the same
+    refit of them."""
+    train, validation, test = splits
+    orders = {
+        "random": baselines.random(model, train, found.units, seed=seed),
+        "activation variance": score.variance(model, train, found.units),
+        "gradient attribution": score.gradient(model, train, found.units, values=values).absolute,
+    }
+    circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {findings.FOUND: found}
+    rows: list[dict[str, Any]] = []
+    for name, circuit in circuits.items():
+        plain = constants.reduced(model, circuit, values, ablation)
+        again = constants.refit(model, plain, train, validation, steps=_BESIDE_STEPS, seed=seed, progress=False)
+        for reduction, steps in ((plain, 0), (again, _BESIDE_STEPS)):
+            moments = compared(model, reduction, test, _risk_and_right)
+            (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
+            row = {"method": name, "replacements": reduction.kind, "steps": steps, "kept": len(circuit)}
+            rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
+    return rows
+
+
+def _risk_and_right(
+    original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"], batch: Examples
+) -> Float[Tensor, "batch measures"]:
+    columns = (kl(original, reduced), correct(reduced, batch).double())
+    return torch.stack([by_example(column, batch) for column in columns], 1)
 
 
 def _writable(folder: Path) -> Path:

@@ -1,0 +1,348 @@
+"""Findings: what the files of a run and a benchmark's table say, as plain sentences made from their numbers.
+
+Nothing is escaped here, and nothing is drawn: :mod:`tl_sparsify.report` does both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from tl_sparsify.circuit import Reduction
+from tl_sparsify.evidence import NOTHING
+
+Frame = Any
+"""A ``pandas.DataFrame``, whose own annotations name every type that a cell may have."""
+GOAL, GOAL_CHANGED = 0.95, 0.9
+"""A variable is accepted at this interchange accuracy, and this one on the pairs whose answer should change: all that
+the first allows may be wrong on the half that should change."""
+FOUND = "found circuit"
+"""What the circuit of the search is called in ``baselines.csv``."""
+RUN_FILES = (
+    "run.json",
+    "scores.csv",
+    "path.csv",
+    "circuit.reduction",
+    "evaluation.csv",
+    "fold.csv",
+    "baselines.csv",
+    "evidence.csv",
+    "risk.png",
+    "causal.png",
+)
+TABLE = "table.csv"
+_OURS = ("joint", "compensating")
+_CONTROLS = ("do nothing", "random units", "norm-matched random subspace", "arbitrary labels")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What ``tl-sparsify run`` wrote in a folder.
+
+    Attributes:
+        about: the task, the settings and the versions (``run.json``).
+        reduction: the circuit.
+        scores, path, fold, baselines, evidence: the tables of these names.
+        evaluation: the one row of ``evaluation.csv``.
+    """
+
+    about: Mapping[str, Any]
+    reduction: Reduction
+    scores: Frame
+    path: Frame
+    fold: Frame
+    baselines: Frame
+    evidence: Frame
+    evaluation: Mapping[str, Any]
+
+    @staticmethod
+    def load(folder: Path) -> Run:
+        """Read the files of a complete run; a damaged one is a ``ValueError`` that names it."""
+        names = ("scores", "path", "fold", "baselines", "evidence")
+        tables = {name: read_table(folder / f"{name}.csv") for name in names}
+        try:
+            about = json.loads((folder / "run.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / 'run.json'} is damaged ({error}): run the task again") from error
+        evaluation = read_table(folder / "evaluation.csv").iloc[0].to_dict()
+        return Run(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)
+
+
+def read_table(path: Path) -> Frame:
+    """A table with at least one row.
+
+    Raises:
+        ValueError: no table, or an empty one.
+    """
+    try:
+        frame = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table ({error}): make it again") from error
+    if frame.empty:
+        raise ValueError(f"{path} has no rows: make it again")
+    return frame
+
+
+def share(value: float) -> str:
+    """``99.7%``."""
+    return f"{100 * value:.1f}%"
+
+
+def nats(value: float) -> str:
+    """``0.0158 nats``, without digits that say nothing."""
+    return f"{value:.3g} nats"
+
+
+def listed(names: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+
+
+def headline(run: Run) -> str:
+    """The whole run in a sentence or two."""
+    found, kept = run.evaluation, len(run.reduction.circuit)
+    verdict = verdicts(run.evidence)
+    passed = bool(verdict.accepted.all())
+    return (
+        f"{kept:,} of {len(run.reduction.units):,} units ({share(kept / len(run.reduction.units))}) answer "
+        f"{share(found['accuracy'])} of the test examples right, where the whole model answers "
+        f"{share(found['original_accuracy'])}. The hypothesised algorithm is "
+        f"{'accepted' if passed else 'not accepted'} on this evidence."
+    )
+
+
+def discovered(run: Run) -> list[str]:
+    """What was found: the circuit by layer and the size of the folded model."""
+    circuit, units = run.reduction.circuit, run.reduction.units
+    removed = len(units) - len(circuit)
+    said = [
+        f"The model has {units.describe()}. The search kept {units.describe(circuit.mask)}"
+        + (f"; the other {removed:,} are replaced by {_replacement(run.reduction)}." if removed else ": all of them.")
+    ]
+    for layer in sorted({site.layer for site in units.sites}):
+        parts: list[str] = []
+        for site, part in zip(units.sites, units.slices, strict=True):
+            if site.layer != layer:
+                continue
+            kept = circuit.mask[part].nonzero().flatten().tolist()
+            few = f" ({listed([str(i) for i in kept])})" if site.kind == "head" and 0 < len(kept) < site.size else ""
+            parts.append(f"{len(kept):,} of {site.size:,} {site.kind}{'s' if site.size != 1 else ''}{few}")
+        said.append(f"Layer {layer} keeps {listed(parts)}.")
+    whole = run.fold[run.fold.part == "whole model"].iloc[0]
+    before, after = int(whole.parameters), int(whole.parameters_kept)
+    text = f"Folded, it is a model of {after:,} parameters instead of {before:,} ({share(after / before)})"
+    if "folded_difference" in run.evaluation:
+        text += f", whose logits differ from the ablated model's by at most {run.evaluation['folded_difference']:.1e}"
+    return [*said, f"{text}."]
+
+
+def quality(run: Run) -> list[str]:
+    """How good the circuit is on the test examples."""
+    found, about = run.evaluation, run.about
+    risk = _interval(found["risk"], found["risk_stderr"])
+    swapped = _interval(found["interchange_risk"], found["interchange_risk_stderr"])
+    return [
+        f"On {about['examples']['test']:,} test examples, which neither the search nor the refit saw, the circuit "
+        f"answers {share(found['accuracy'])} right (the whole model {share(found['original_accuracy'])}, a constant "
+        f"answer {share(about['chance'])}), and {share(found['agreement'])} of its answers are the whole model's.",
+        f"Its risk, the mean KL divergence of its answers from the whole model's, is {risk}.",
+        f"Faithfulness is {found['faithfulness']:.3f} (1: the metric is the whole model's; 0: the empty circuit's) and "
+        f"completeness {found['completeness']:.3f} (the same for the removed units alone; near 0 nothing of the "
+        "behaviour is left in them).",
+        f"When each kept unit takes its value on another input with probability {found['probability']:g}, in both "
+        f"models alike, {share(found['interchange_agreement'])} of the answers agree and the risk is {swapped}.",
+    ]
+
+
+def compared(run: Run) -> list[str]:
+    """The found circuit beside circuits of the same size in other orders."""
+    said: list[str] = []
+    for kind, part in run.baselines.groupby("replacements", sort=False):
+        ours, others = part[part.method == FOUND], part[~part.method.str.startswith(FOUND)]
+        if ours.empty or others.empty:
+            continue
+        mine, best = ours.iloc[0], others.loc[others.risk.idxmin()]
+        steps = int(mine.steps)
+        how = f"With the same refit of {steps} steps for all" if steps else f"With {kind} constants for all"
+        text = (
+            f"{how}, the found circuit's risk is {nats(mine.risk)} (accuracy {share(mine.accuracy)}); the best of the "
+            f"other orders, {best.method}, has {nats(best.risk)} (accuracy {share(best.accuracy)})"
+        )
+        if mine.risk < best.risk:
+            text += f", {best.risk / mine.risk:.3g} times as much." if mine.risk > 0 else "."
+        else:
+            text += ": the search is not ahead of it here." if mine.risk > best.risk else ": the same."
+        said.append(text)
+    return said
+
+
+def verdicts(evidence: Frame) -> Frame:
+    """One row for each model (but untrained ones) and aligned variable or set of them: its accuracies, whether it is
+    accepted, the best control beside it, and which controls would be accepted too."""
+    rows: list[dict[str, Any]] = []
+    aligned = evidence[evidence.intervention.str.startswith("aligned units") & (evidence.model != "random weights")]
+    for row in aligned.itertuples():
+        same = evidence[evidence.variable == row.variable]
+        controls = same[(same.model == row.model) & same.intervention.isin(_CONTROLS)]
+        untrained = same[(same.model == "random weights") & (same.intervention == row.intervention)]
+        both: Frame = pd.concat([controls, untrained.assign(intervention="random weights")])
+        beside = cast(Frame, both.dropna(subset="accuracy"))
+        best = beside.loc[beside.accuracy.idxmax()] if len(beside) else None
+        rows.append(
+            {
+                "model": row.model,
+                "variable": row.variable + (" (a source each)" if row.intervention.endswith("each") else ""),
+                "accuracy": row.accuracy,
+                "changed": row.accuracy_changed,
+                "lower": row.lower,
+                "accepted": accepted(row.accuracy, row.accuracy_changed),
+                "control": "" if best is None else best.intervention,
+                "control_accuracy": float("nan") if best is None else best.accuracy,
+                "passing": [c.intervention for c in beside.itertuples() if accepted(c.accuracy, c.accuracy_changed)],
+                "units": row.units,
+                "removed": row.removed,
+                "retained": row.retained,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def accepted(accuracy: Any, changed: Any) -> bool:
+    """The criterion; accuracies over no pairs are NaN: rejected, and no objection where no answer should change."""
+    return bool(accuracy >= GOAL and (np.isnan(changed) or changed >= GOAL_CHANGED))
+
+
+def algorithm(run: Run) -> list[str]:
+    """The verdict on the causal model, for each network."""
+    said = [
+        f"A variable counts as accepted when at least {share(GOAL)} of the interchanged runs answer what the causal "
+        f"model answers, and at least {share(GOAL_CHANGED)} of those whose answer should change."
+    ]
+    for model, part in verdicts(run.evidence).groupby("model", sort=False):
+        fine, wrong = (", ".join(part.variable[part.accepted == side]) or "none" for side in (True, False))
+        text = f"On the {model} model, accepted: {fine}. Rejected: {wrong}."
+        beside = part.dropna(subset="control_accuracy")
+        if len(beside):
+            worst, best = beside.accuracy.min(), beside.loc[beside.control_accuracy.idxmax()]
+            text += (
+                f" The lowest accuracy of aligned units is {worst:.3f}, the highest of a control beside them "
+                f"{best.control_accuracy:.3f} ({best.control}, for {best.variable})."
+            )
+        said.append(text)
+    return said
+
+
+def limits(run: Run) -> list[str]:
+    """What these numbers do not show."""
+    found, about, table = run.evaluation, run.about, verdicts(run.evidence)
+    said = [
+        f"The kind of replacement is part of every number: here {_replacement(run.reduction)}, chosen among "
+        f"{about['ablation']}-ablated circuits. Numbers under another kind are not comparable.",
+        "Risk, accuracy and faithfulness are taken on the task's own inputs without interventions: a circuit that is "
+        "right there can be wrong under interventions, which the interchange figures measure.",
+        f"All of it is one seed ({about['seed']}) of the data's split, the probes and the random orders.",
+        f"In the comparison every circuit has {about['baseline_refit_steps']} refit steps; the saved circuit had more, "
+        "and the search refits in its rounds. `tl-sparsify bench` compares methods at equal budgets over seeds.",
+        "An accepted causal model is not proven: another that agrees on these interchanges is accepted as well, and "
+        "nothing is said about inputs outside the task.",
+    ]
+    if found["completeness"] > 0.2:
+        said.append(
+            f"Completeness is {found['completeness']:.3f}: what was removed carries part of the behaviour on its own."
+        )
+    for row in table[table.passing.map(bool)].itertuples():
+        said.append(
+            f"For {row.variable} ({row.model}) {listed(row.passing)} would be accepted too: its accuracy shows nothing."
+        )
+    for row in table[table.removed > 0].drop_duplicates(["model", "variable"]).itertuples():
+        said.append(
+            f"Of the units aligned with {row.variable}, the {row.model} model lacks {row.removed:.0f} of "
+            f"{row.units + row.removed:.0f}; they are not interchanged."
+        )
+    for model, retained in table.groupby("model", sort=False).retained.min().items():
+        if retained < 1:
+            said.append(
+                f"On the {model} model {share(1 - retained)} of the pairs do not count, because it is wrong on one of "
+                "their inputs."
+            )
+    outside = run.evidence[run.evidence.variable.eq(NOTHING) & run.evidence.intervention.eq("all unaligned units")]
+    for row in outside[outside.accuracy < GOAL].itertuples():
+        said.append(
+            f"Interchanging every unit that no variable is aligned with changes {share(1 - float(row.accuracy))} of "
+            f"the {row.model} model's answers: the alignment does not name all that the answer depends on."
+        )
+    return said
+
+
+def leading(table: Frame) -> Frame:
+    """For each task, kind of ablation and size the lowest mean risk of this package's methods and of the others."""
+    means = table.groupby(["task", "ablation", "size", "method"], sort=False)[["risk", "accuracy"]].mean().reset_index()
+    rows: list[dict[str, Any]] = []
+    for (task, ablation, size), part in means.dropna(subset="risk").groupby(["task", "ablation", "size"], sort=False):
+        mine = part[part.method.str.startswith(_OURS)]
+        row: dict[str, Any] = {"task": task, "ablation": ablation, "size": size}
+        for side, some in (("ours", mine), ("other", part.drop(mine.index))):
+            best = some.loc[some.risk.idxmin()] if len(some) else None
+            row |= {side: "" if best is None else best.method}
+            row |= {f"{side}_{name}": float("nan") if best is None else best[name] for name in ("risk", "accuracy")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary(table: Frame) -> list[str]:
+    """Who is ahead in a benchmark, by kind of ablation and size."""
+    best = leading(table)
+    said = [
+        f"{table.method.nunique()} methods on {table.task.nunique()} tasks, {table.seed.nunique()} seeds; risks are "
+        "means over seeds. This package's methods are those whose names begin with "
+        f"{listed([repr(name) for name in _OURS])}."
+    ]
+    both = best.dropna(subset=["ours_risk", "other_risk"])
+    for ablation, part in both.groupby("ablation", sort=False):
+        behind = part[part.ours_risk > part.other_risk]
+        counts = [
+            f"{len(some) - len(some.index.intersection(behind.index))} of {len(some)} tasks at {100 * size:g}%"
+            for size, some in part.groupby("size", sort=False)
+        ]
+        said.append(f"With {kind(ablation)} their best has the lowest risk on {listed(counts)} kept.")
+        where = [f"{row.task} at {100 * row.size:g}% ({row.other})" for row in behind.itertuples()]
+        if where:
+            said.append(f"With {kind(ablation)} another method is ahead on {listed(where)}.")
+    return said
+
+
+def kind(ablation: str) -> str:
+    """``mean ablation``, or ``refitted constants``."""
+    return "refitted constants" if ablation == "refitted" else f"{ablation} ablation"
+
+
+def methods(table: Frame) -> Frame:
+    """One row a method: mean risk and accuracy over seeds at each size, then what its curve and its run cost."""
+    sizes = sorted(table["size"].unique(), reverse=True)
+    order = list(dict.fromkeys(table.method))
+    found: Frame = pd.DataFrame(index=pd.Index(order, name="method"))
+    for size in sizes:
+        part = table[table["size"] == size].groupby("method")[["risk", "accuracy"]].mean().reindex(order)
+        cells = zip(part.risk, part.accuracy, strict=True)
+        found[f"{100 * size:g}% kept"] = ["" if np.isnan(r) else f"{r:.3g} ({a:.3f})" for r, a in cells]
+    extra = [name for name in ("cmd", "cpr", "auroc", "average_precision", "forward", "backward", "seconds", "peak_mb")]
+    costs = table[["method", *(name for name in extra if name in table)]].groupby("method").mean().reindex(order)
+    return found.join(costs.dropna(axis=1, how="all")).reset_index()
+
+
+def _replacement(reduction: Reduction) -> str:
+    kinds = {"mean": "their means", "zero": "zero", "refit": "refitted constants"}
+    if reduction.mixing is not None:
+        return "affine maps of kept units" + (", refitted" if reduction.kind.startswith("refit") else "")
+    return kinds.get(reduction.kind, f"constants ({reduction.kind})")
+
+
+def _interval(mean: float, stderr: float) -> str:
+    low, high = max(0.0, mean - 1.96 * stderr), mean + 1.96 * stderr
+    return f"{nats(mean)} (95% interval {low:.3g} to {high:.3g})"
