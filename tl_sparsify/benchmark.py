@@ -102,12 +102,13 @@ def compare(
         out: a folder for finished cells; those that it already has are not run again.
 
     Returns:
-        A row for each task, method, seed, ablation and size: ``task, method, setting, seed, ablation, size, kept,
-        fraction``; ``risk`` (nats), ``accuracy``, ``faithfulness``, each with ``_low`` and ``_high``; ``cpr, cmd``;
-        ``auroc, average_precision`` for the true units where they are known (those whose removal matters); the cost of
-        the chosen setting (``forward, backward`` passes, ``seconds``, ``peak_mb``) and of all that were tried
-        (``settings, all_forward, all_backward``). ``ablation`` is ``zero``, ``mean``, ``counterfactual``, or
-        ``refitted`` (from ``own_ablation``, which the task calls for).
+        A row for each task, method, seed, ablation and size: ``task, method, setting, seed, own_ablation, ablation,
+        size, kept, fraction``; ``risk`` (nats), ``accuracy`` and ``faithfulness``, each with ``_low`` and ``_high``;
+        ``cpr, cmd``;
+        ``auroc, average_precision`` for the true units where they are known (those whose removal matters, else those
+        whose weights do work); the cost of the chosen setting (``forward, backward`` passes, ``seconds``, ``peak_mb``)
+        and of all that were tried (``settings, all_forward, all_backward``). ``ablation`` is ``zero``, ``mean``,
+        ``counterfactual``, or ``refitted`` (from ``own_ablation``, which the task calls for).
 
     Raises:
         ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
@@ -325,7 +326,7 @@ def _reduction(data: _Data, found: Scores | Path, size: float) -> Reduction:
 
 def _truth(data: _Data, found: Scores | Path) -> dict[str, float]:
     """How well the order finds the units that are known to matter; NaN where none are known."""
-    names = data.task.truth.get("removal")
+    names = data.task.truth.get("removal", data.task.truth.get("weights"))
     if names is None:
         return {"auroc": float("nan"), "average_precision": float("nan")}
     truth = Circuit.of(data.units, list(names))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+_LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 _AREAS = {"cmd": 1, "cpr": -1, "auroc": -1}  # 1: lower is better
 
 
@@ -32,10 +33,12 @@ def markdown(table: pd.DataFrame, task: str) -> str:
         for size in sizes:
             here = [row for row in rows if row["ablation"] == kind and row["size"] == size]
             risk, accuracy = _means(here, "risk"), _means(here, "accuracy")
-            columns[f"{kind}, {size:.0%}"] = {m: (risk[m], f"{risk[m]:.2g} ({accuracy[m]:.3f})") for m in risk}
+            columns[f"{kind}, {size:.0%}"] = {
+                m: (max(risk[m], _LEAST), f"{_nats(risk[m])} ({accuracy[m]:.3f})") for m in risk
+            }
     for name, sign in _AREAS.items():
         found = _means([row for row in rows if row["ablation"] == own], name)
-        columns[name.upper()] = {m: (sign * value, f"{value:.3f}") for m, value in found.items()}
+        columns[name.upper()] = {m: (sign * round(value, 3), f"{value:.3f}") for m, value in found.items()}
     columns = {title: cells for title, cells in columns.items() if cells}
     best = {title: min(value for value, _ in cells.values()) for title, cells in columns.items()}
     cost = {name: _means(rows, name) for name in ("all_forward", "all_backward", "seconds", "peak_mb")}
@@ -59,6 +62,10 @@ def _means(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
         found.setdefault(row["method"], []).append(row[column])
     means = {method: sum(values) / len(values) for method, values in found.items()}
     return {method: mean for method, mean in means.items() if not math.isnan(mean)}
+
+
+def _nats(risk: float) -> str:
+    return f"{risk:.2g}" if risk >= _LEAST else f"< {_LEAST:g}"
 
 
 def _text(cell: tuple[float, str] | None, best: float) -> str:
