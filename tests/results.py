@@ -145,7 +145,7 @@ def baselines(found: float = 0.012, best: float = 0.5) -> pd.DataFrame:
         for replacements, steps, times in (("mean", 0, 3.0), ("refit", 60, 1.0)):
             row = {"method": method, "replacements": replacements, "steps": steps, "kept": 6, "risk": risk * times}
             rows.append(row | {"risk_stderr": risk / 10, "accuracy": 1 - risk / 2})
-    last = {"method": "found circuit, as saved", "replacements": "refit", "steps": float("nan"), "kept": 6}
+    last = {"method": "found circuit, as saved", "replacements": "refit", "steps": "", "kept": 6}
     return pd.DataFrame([*rows, last | {"risk": 0.0101, "risk_stderr": 0.001, "accuracy": 0.9973}])
 
 
@@ -161,7 +161,7 @@ def about(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "examples": {"train": 48, "validation": 24, "test": 1234, "pairs": 512},
         "score": {"name": "risk", "measured_in": "nats", "temperature": 3.0},
-        "baseline_refit_steps": 60,
+        "baseline_refit": {"steps": 60, "batch_size": 32, "learning_rate": 0.1},
         "evidence_level": 0.05,
         "versions": {"python": "3.11.0", "torch": "2.0"},
     } | changes

@@ -118,7 +118,7 @@ def test_every_picture_is_whole_has_a_size_and_says_what_it_shows(page: Page):
         "changes 56.7% of the original model's answers",
         "one seed (3)",
         "5 methods on 2 tasks, 3 seeds",
-        "With mean ablation their best has the lowest risk on 2 of 2 tasks at 20%",
+        "Tasks on which no other method has a lower risk, with mean ablation: 2 of 2 at 20%",
         "Settings and versions of the run",
     ],
 )
@@ -201,7 +201,7 @@ def test_an_unfinished_run_is_refused_by_what_is_missing(missing: tuple[str, ...
         ("circuit.reduction", "nothing", "is damaged or truncated"),
         ("scores.csv", "unit,kind,layer,index,score,stderr\nL0H0,head,0,0,1,0\n", "are of different units"),
         ("table.csv", "task,method\na,b\n", "table.csv has no column seed"),
-        ("bench.json", "[", "bench.json is damaged"),
+        ("settings.json", "[", "settings.json is damaged"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: str, said: str, tmp_path: Path):
@@ -247,7 +247,9 @@ def test_the_search_is_not_praised_where_it_is_not_ahead(tmp_path: Path):
     equal = findings.compared(Run.load(run_folder(tmp_path / "b", baselines=baselines(found=0.5, best=0.5))))
     assert all(said.endswith(": the same.") for said in equal)
     nothing = findings.compared(Run.load(run_folder(tmp_path / "c", baselines=baselines(found=0.0, best=0.5))))
-    assert all("times" not in said for said in nothing)
+    assert all("times" not in said and said.endswith(").") for said in nothing)
+    tiny = findings.compared(Run.load(run_folder(tmp_path / "d", baselines=baselines(found=3e-15, best=1e-15))))
+    assert all(said.endswith(": the same, up to rounding.") and "less than 1e-06 nats" in said for said in tiny)
 
 
 def test_a_benchmark_in_which_another_method_wins_says_where():
@@ -259,7 +261,7 @@ def test_a_benchmark_in_which_another_method_wins_says_where():
     for size, risk in means.items():
         assert best.loc[("one", size), "ours_risk"] == pytest.approx(risk)
     said = findings.summary(frame)
-    assert any("2 of 2 tasks at 20%, 1 of 2 tasks at 10%" in each for each in said)
+    assert any("2 of 2 at 20%, 1 of 2 at 10%" in each for each in said)
     assert any("another method is ahead on" in each and "two at 10% (EAP)" in each for each in said)
 
 
@@ -292,7 +294,7 @@ def test_a_browser_shows_the_text_every_picture_and_no_sideways_scrolling(width:
     shown = chromium(tmp_path / "probed.html", tmp_path / "one", size, "--dump-dom").stdout.decode()
     [found] = [a["data-found"] for tag, a in Page(shown).tags if tag == "body"]
     assert found == "[10,0,true]"
-    assert "6 of 19 units (31.6%)" in shown and "With mean ablation" in shown
+    assert "6 of 19 units (31.6%)" in shown and "with mean ablation" in shown
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium): not rendered")

@@ -50,7 +50,7 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
                 count[site.layer] += int(circuit.mask[part].sum())
         axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6 if width < 100 else 0)
         axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}: {count[layer]}" for layer in layers])
-        axes.set(xlabel=f"{kind} index", title=f"{sum(count.values())} {kind}s kept")
+        axes.set(xlabel=f"{kind} index", title=f"{(n := sum(count.values()))} {kind}{'s' * (n != 1)} kept")
         if width <= 16:
             _index_ticks(axes, width)
     return figure

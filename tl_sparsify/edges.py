@@ -265,13 +265,18 @@ def _edges(
             moves = _moves(units, own.read(), tuple(at_far))
         parts = [(_wide(g) * move).sum((0, 1, 3)) for g, move in zip(own.pull(slopes.gradients), moves, strict=True)]
         alone += torch.cat([part.cpu() for part in parts]).double() / steps
-        first = 0
+        end = 0
         for reader in readers:
-            for gradient in slopes.taken_in(reader, most):
+            first, end = end, end + len(reader.names)
+            writers = [
+                (part, move, weight)
+                for site, part, move, weight in zip(units.sites, units.slices, moves, weights, strict=True)
+                if reader.place > _place(site)
+            ]
+            for gradient in slopes.taken_in(reader, most) if writers else ():
                 columns = slice(first, first := first + gradient.shape[2])
-                for site, part, move, weight in zip(units.sites, units.slices, moves, weights, strict=True):
-                    if reader.place > _place(site):
-                        total[part, columns] += _contracted(move, weight, _wide(gradient)).cpu().double() / steps
+                for part, move, weight in writers:
+                    total[part, columns] += _contracted(move, weight, _wide(gradient)).cpu().double() / steps
     _check_sums(units, total, alone, 1e-3 if start.dtype in (torch.float32, torch.float64) else 5e-2)
     return total
 

@@ -6,14 +6,15 @@ that no answer is read there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-NO_LABEL = -100
+from tl_sparsify._prompts import NO_LABEL, column, encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,103 @@ class Examples:
             known = torch.isin(self.labels, self.choices) | (self.labels == NO_LABEL)
             if not bool(known.all()):
                 raise ValueError(f"labels holds {int(self.labels[~known][0])}, which is not among choices")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        tokenizer_or_model: Any,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        wrong_answers: Sequence[str] | None = None,
+        counterfactual_prompts: Sequence[str] | None = None,
+        counterfactual_answers: Sequence[str] | None = None,
+        choices: Sequence[str] | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        max_length: int | None = None,
+    ) -> Examples:
+        """Examples from text: each prompt is answered, at its last token, by the one token that comes next.
+
+        The text ``prompt + answer`` must have the prompt's tokens and one more, so the space between two words belongs
+        to the answer: ``("The capital of France is", " Paris")``. A tokenizer that drops spaces may do without it.
+
+        Args:
+            tokenizer_or_model: a Hugging Face tokenizer, or a model that has one as ``.tokenizer``. It is left as it
+                is, also where it has no padding token: padding is masked, and any token may stand there.
+            answers: the right answer to each prompt.
+            wrong_answers: what each answer is held against: ``counterfactual_labels``, where no
+                ``counterfactual_answers`` are given.
+            counterfactual_prompts: a paired prompt for each, of as many tokens, so that positions match.
+            counterfactual_answers: their right answers.
+            choices: the answer vocabulary, each one token after the first prompt; every token where not given.
+            prepend_bos: whether a beginning-of-sequence token goes before each prompt (never twice); where not given as
+                ``model.to_tokens`` has it, and with a tokenizer as that has it.
+            padding_side: where shorter prompts are filled up; the tokenizer's side where not given. Both give the same
+                numbers; positions counted from the end (``units.at(-1)``) need ``left``.
+            max_length: the most tokens that a prompt may have, where that is less than the model's context (or the
+                tokenizer's ``model_max_length``). Nothing is ever cut off.
+
+        Returns:
+            Tokens, labels and mask ``[n, longest prompt]``; no mask where all are equally long. No model pass.
+
+        Raises:
+            ValueError: no prompt, one without a token or longer than the context, lists of other lengths, an answer or
+                choice that is several tokens or unknown (with its pieces), or not among ``choices``, a wrong answer
+                that is the right one, a pair of other lengths, ``prepend_bos`` for a tokenizer without such a token.
+        """
+        texts = {
+            "prompts": prompts,
+            "answers": answers,
+            "wrong_answers": wrong_answers,
+            "counterfactual_prompts": counterfactual_prompts,
+            "counterfactual_answers": counterfactual_answers,
+            "choices": choices,
+        }
+        settings: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side, "max_length": max_length}
+        parts: dict[str, Any] = encoded(tokenizer_or_model, texts, **settings)
+        return cls(**parts)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        tokenizer_or_model: Any,
+        dataset: Any,
+        *,
+        prompt: str = "prompt",
+        answer: str = "answer",
+        wrong_answer: str | None = None,
+        counterfactual_prompt: str | None = None,
+        counterfactual_answer: str | None = None,
+        choices: Sequence[str] | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        max_length: int | None = None,
+    ) -> Examples:
+        """Examples from the columns of a ``datasets.Dataset``, as :meth:`from_prompts` makes them of lists.
+
+        Args:
+            dataset: one split, a row for each example.
+            prompt, answer, wrong_answer, counterfactual_prompt, counterfactual_answer: the columns' names; ``None``:
+                there is none.
+
+        The other arguments, what is returned and refused are those of :meth:`from_prompts`. No model pass.
+
+        Raises:
+            ValueError: also a column that there is not (with those that there are), several splits at once.
+        """
+        return cls.from_prompts(
+            tokenizer_or_model,
+            column(dataset, "prompt", prompt) or [],
+            column(dataset, "answer", answer) or [],
+            wrong_answers=column(dataset, "wrong_answer", wrong_answer),
+            counterfactual_prompts=column(dataset, "counterfactual_prompt", counterfactual_prompt),
+            counterfactual_answers=column(dataset, "counterfactual_answer", counterfactual_answer),
+            choices=choices,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            max_length=max_length,
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -37,7 +37,10 @@ RUN_FILES = (
     "causal.png",
 )
 TABLE = "table.csv"
+SETTINGS = "settings.json"
 _OURS = ("joint", "compensating")
+_LEAST = 1e-6  # nats; lower risks are told apart by rounding only
+_COSTS = ("cmd", "cpr", "auroc", "average_precision", "all_forward", "all_backward", "seconds", "peak_mb")
 _CONTROLS = ("do nothing", "random units", "norm-matched random subspace", "arbitrary labels")
 
 
@@ -96,7 +99,17 @@ def share(value: float) -> str:
 
 def nats(value: float) -> str:
     """``0.0158 nats``, without digits that say nothing."""
-    return f"{value:.3g} nats"
+    return f"less than {_LEAST:g} nats" if 0 < value < _LEAST else f"{value:.3g} nats"
+
+
+def rounded(value: float) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def counted(number: int, name: str) -> str:
+    """``1 task``, ``2 tasks``."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def listed(names: list[str]) -> str:
@@ -152,8 +165,8 @@ def quality(run: Run) -> list[str]:
         f"answers {share(found['accuracy'])} right (the whole model {share(found['original_accuracy'])}, a constant "
         f"answer {share(about['chance'])}), and {share(found['agreement'])} of its answers are the whole model's.",
         f"Its risk, the mean KL divergence of its answers from the whole model's, is {risk}.",
-        f"Faithfulness is {found['faithfulness']:.3f} (1: the metric is the whole model's; 0: the empty circuit's) and "
-        f"completeness {found['completeness']:.3f} (the same for the removed units alone; near 0 nothing of the "
+        f"Faithfulness is {rounded(found['faithfulness'])} (1: the metric is the whole model's; 0: the empty circuit's) and "
+        f"completeness {rounded(found['completeness'])} (the same for the removed units alone; near 0 nothing of the "
         "behaviour is left in them).",
         f"When each kept unit takes its value on another input with probability {found['probability']:g}, in both "
         f"models alike, {share(found['interchange_agreement'])} of the answers agree and the risk is {swapped}.",
@@ -174,8 +187,10 @@ def compared(run: Run) -> list[str]:
             f"{how}, the found circuit's risk is {nats(mine.risk)} (accuracy {share(mine.accuracy)}); the best of the "
             f"other orders, {best.method}, has {nats(best.risk)} (accuracy {share(best.accuracy)})"
         )
-        if mine.risk < best.risk:
-            text += f", {best.risk / mine.risk:.3g} times as much." if mine.risk > 0 else "."
+        if max(mine.risk, best.risk) < _LEAST:
+            text += ": the same, up to rounding."
+        elif mine.risk < best.risk:
+            text += f", {best.risk / mine.risk:.3g} times as much." if mine.risk > _LEAST else "."
         else:
             text += ": the search is not ahead of it here." if mine.risk > best.risk else ": the same."
         said.append(text)
@@ -247,8 +262,9 @@ def limits(run: Run) -> list[str]:
         "Risk, accuracy and faithfulness are taken on the task's own inputs without interventions: a circuit that is "
         "right there can be wrong under interventions, which the interchange figures measure.",
         f"All of it is one seed ({about['seed']}) of the data's split, the probes and the random orders.",
-        f"In the comparison every circuit has {about['baseline_refit_steps']} refit steps; the saved circuit had more, "
-        "and the search refits in its rounds. `tl-sparsify bench` compares methods at equal budgets over seeds.",
+        f"In the comparison every circuit has {about['baseline_refit']['steps']} refit steps of "
+        f"{about['baseline_refit']['batch_size']} examples, from {about['ablation']} constants; the saved circuit was "
+        "refitted in every round of its search and once more. `tl-sparsify bench` compares methods alike, over seeds.",
         "An accepted causal model is not proven: another that agrees on these interchanges is accepted as well, and "
         "nothing is said about inputs outside the task.",
     ]
@@ -280,15 +296,24 @@ def limits(run: Run) -> list[str]:
     return said
 
 
+def sizes(table: Frame) -> list[float]:
+    """The sizes that a benchmark is judged at, falling: those with refitted constants, else all below the whole model
+    (its areas are over further ones)."""
+    refitted = table[table.ablation == "refitted"]
+    given = refitted["size"] if len(refitted) else table["size"][table["size"] < 1]
+    return sorted(given.unique(), reverse=True)
+
+
 def leading(table: Frame) -> Frame:
     """For each task, kind of ablation and size the lowest mean risk of this package's methods and of the others."""
-    means = table.groupby(["task", "ablation", "size", "method"], sort=False)[["risk", "accuracy"]].mean().reset_index()
+    some = table[table["size"].isin(sizes(table))]
+    means = some.groupby(["task", "ablation", "size", "method"], sort=False)[["risk", "accuracy"]].mean().reset_index()
     rows: list[dict[str, Any]] = []
     for (task, ablation, size), part in means.dropna(subset="risk").groupby(["task", "ablation", "size"], sort=False):
         mine = part[part.method.str.startswith(_OURS)]
         row: dict[str, Any] = {"task": task, "ablation": ablation, "size": size}
-        for side, some in (("ours", mine), ("other", part.drop(mine.index))):
-            best = some.loc[some.risk.idxmin()] if len(some) else None
+        for side, methods in (("ours", mine), ("other", part.drop(mine.index))):
+            best = methods.loc[methods.risk.idxmin()] if len(methods) else None
             row |= {side: "" if best is None else best.method}
             row |= {f"{side}_{name}": float("nan") if best is None else best[name] for name in ("risk", "accuracy")}
         rows.append(row)
@@ -296,21 +321,22 @@ def leading(table: Frame) -> Frame:
 
 
 def summary(table: Frame) -> list[str]:
-    """Who is ahead in a benchmark, by kind of ablation and size."""
+    """Who is ahead in a benchmark, by kind of ablation and size; risks below a millionth of a nat count as equal."""
     best = leading(table)
     said = [
-        f"{table.method.nunique()} methods on {table.task.nunique()} tasks, {table.seed.nunique()} seeds; risks are "
-        "means over seeds. This package's methods are those whose names begin with "
+        f"{counted(table.method.nunique(), 'method')} on {counted(table.task.nunique(), 'task')}, "
+        f"{counted(table.seed.nunique(), 'seed')}; risks are means over seeds. This package's methods are those whose "
+        "names begin with "
         f"{listed([repr(name) for name in _OURS])}."
     ]
     both = best.dropna(subset=["ours_risk", "other_risk"])
     for ablation, part in both.groupby("ablation", sort=False):
-        behind = part[part.ours_risk > part.other_risk]
+        behind = part[part.ours_risk.clip(lower=_LEAST) > part.other_risk.clip(lower=_LEAST)]
         counts = [
-            f"{len(some) - len(some.index.intersection(behind.index))} of {len(some)} tasks at {100 * size:g}%"
-            for size, some in part.groupby("size", sort=False)
+            f"{len(some) - len(some.index.intersection(behind.index))} of {len(some)} at {100 * size:g}%"
+            for size, some in sorted(part.groupby("size"), reverse=True)
         ]
-        said.append(f"With {kind(ablation)} their best has the lowest risk on {listed(counts)} kept.")
+        said.append(f"Tasks on which no other method has a lower risk, with {kind(ablation)}: {listed(counts)} kept.")
         where = [f"{row.task} at {100 * row.size:g}% ({row.other})" for row in behind.itertuples()]
         if where:
             said.append(f"With {kind(ablation)} another method is ahead on {listed(where)}.")
@@ -323,17 +349,21 @@ def kind(ablation: str) -> str:
 
 
 def methods(table: Frame) -> Frame:
-    """One row a method: mean risk and accuracy over seeds at each size, then what its curve and its run cost."""
-    sizes = sorted(table["size"].unique(), reverse=True)
+    """One row a method: mean risk and accuracy over seeds at each size, then what its curve and its run cost, and the
+    setting that was chosen most often."""
     order = list(dict.fromkeys(table.method))
     found: Frame = pd.DataFrame(index=pd.Index(order, name="method"))
-    for size in sizes:
+    for size in sizes(table):
         part = table[table["size"] == size].groupby("method")[["risk", "accuracy"]].mean().reindex(order)
         cells = zip(part.risk, part.accuracy, strict=True)
         found[f"{100 * size:g}% kept"] = ["" if np.isnan(r) else f"{r:.3g} ({a:.3f})" for r, a in cells]
-    extra = [name for name in ("cmd", "cpr", "auroc", "average_precision", "forward", "backward", "seconds", "peak_mb")]
-    costs = table[["method", *(name for name in extra if name in table)]].groupby("method").mean().reindex(order)
-    return found.join(costs.dropna(axis=1, how="all")).reset_index()
+    extra = [name for name in _COSTS if name in table]
+    costs = table[["method", *extra]].groupby("method").mean().reindex(order)
+    found = found.join(costs.dropna(axis=1, how="all"))
+    if "setting" in table:
+        settings = table.setting.fillna("").groupby(table.method)
+        found["setting"] = settings.agg(lambda some: some.mode().iloc[0]).reindex(order)
+    return found.reset_index()
 
 
 def _replacement(reduction: Reduction) -> str:
@@ -345,4 +375,4 @@ def _replacement(reduction: Reduction) -> str:
 
 def _interval(mean: float, stderr: float) -> str:
     low, high = max(0.0, mean - 1.96 * stderr), mean + 1.96 * stderr
-    return f"{nats(mean)} (95% interval {low:.3g} to {high:.3g})"
+    return nats(mean) if high < _LEAST else f"{nats(mean)} (95% interval {low:.3g} to {high:.3g})"

@@ -107,11 +107,17 @@ METHODS: tuple[Method, ...] = (
     Method("exact, mean", {"default": baselines.exact_mean}),
     Method(
         "hard-concrete mask",
-        {f"penalty {penalty:g}": partial(baselines.hard_concrete, penalty=penalty) for penalty in (0.1, 1.0, 10.0)},
+        {
+            f"penalty {penalty:g}": partial(baselines.hard_concrete, penalty=penalty, learning_rate=0.15)
+            for penalty in (2.0, 10.0)
+        },
     ),
     Method(
         "top-k mask",
-        {f"rate {rate:g}": partial(baselines.top_k_gate, learning_rate=rate) for rate in (0.05, 0.2)},
+        {
+            f"temperature {temperature:g}": partial(baselines.top_k_gate, temperature=temperature, learning_rate=0.15)
+            for temperature in (0.2, 0.5)
+        },
     ),
     Method("activation norm", {"one shot": baselines.activation_norm, "in rounds": _rounds(baselines.activation_norm)}),
     Method("variance", {"one shot": score.variance, "in rounds": _rounds(score.variance, 63)}),

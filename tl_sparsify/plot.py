@@ -60,7 +60,9 @@ def risk_curve(path: Path, points: Mapping[str, pd.DataFrame] | None = None) -> 
     axes = figure.add_subplot()
     frame = path.to_frame()
     measured = frame.measured.clip(lower=_FLOOR)
-    axes.errorbar(frame.kept, measured, yerr=frame.measured_stderr, marker="o", ms=4, label="measured along the path")
+    ends = [(measured + sign * frame.measured_stderr).clip(lower=_FLOOR) for sign in (-1, 1)]
+    bars = [measured - ends[0], ends[1] - measured]  # none below the floor
+    axes.errorbar(frame.kept, measured, yerr=bars, marker="o", ms=4, label="measured along the path")
     axes.plot(frame.kept, frame.predicted.clip(lower=_FLOOR), "--", marker="x", ms=4, label="predicted before removing")
     for name, table in (points or {}).items():
         axes.errorbar(table.kept, table.risk.clip(lower=_FLOOR), yerr=table.stderr, marker="s", ms=4, label=name)
@@ -69,6 +71,7 @@ def risk_curve(path: Path, points: Mapping[str, pd.DataFrame] | None = None) -> 
     axes.set_xticks(ticks, [str(kept) for kept in ticks])
     axes.minorticks_off()
     axes.invert_xaxis()
+    axes.set_ylim(top=max(axes.get_ylim()[1], 1e3 * _FLOOR))  # also where all is on the floor
     axes.set_title(f"risk along the path (values below {_FLOOR:g} nats are drawn there)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -117,7 +120,7 @@ def frontier(
     styles = _styles(list(dict.fromkeys(rows.line)))
     panels = list(dict.fromkeys(zip(rows.task, rows.ablation, strict=True)))
     kinds = rows.ablation.nunique()
-    across = kinds if 1 < kinds <= 3 else 2 if len(panels) == 4 else min(3, len(panels))
+    across = kinds if 1 < kinds <= 4 else 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
     columns = max(1, int((4.1 * across + 1.5) / (0.55 + 0.075 * max(map(len, styles)))))
     size = (4.1 * across + 1.5 * (across == 1), 3.3 * down + 0.7 + 0.2 * -(-len(styles) // columns))

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from tl_sparsify import findings, plot
 from tl_sparsify._files import write_text
-from tl_sparsify.findings import RUN_FILES, TABLE, Frame, Run, read_table
+from tl_sparsify.findings import RUN_FILES, SETTINGS, TABLE, Frame, Run, read_table
 from tl_sparsify.scores import Scores
 
 _DPI = 150
@@ -95,8 +95,8 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     table = _benchmark_table(folder / TABLE) if measured else None
     body = [*(_of_run(run, folder) if run is not None else []), *(_of_benchmark(table) if table is not None else [])]
     about = {"run": run.about} if run is not None else {}
-    if measured and (folder / "bench.json").is_file():
-        about["benchmark"] = _json(folder / "bench.json")
+    if measured and (folder / SETTINGS).is_file():
+        about["benchmark"] = _json(folder / SETTINGS)
     body += _made(about)
     title = str(run.about["task"]) if run is not None else "Benchmark of circuit methods"
     write_text(target, _page(title, body))
@@ -197,15 +197,19 @@ def _verdicts(evidence: Frame) -> pd.DataFrame:
         {
             "variable": table.variable,
             "model": table.model,
-            "accuracy": table.accuracy,
-            "where it should change": table.changed,
-            "lower bound": table.lower,
+            "accuracy": _decimals(table.accuracy),
+            "where it should change": _decimals(table.changed),
+            "lower bound": _decimals(table.lower),
             "best control": [
                 f"{row.control_accuracy:.3f} ({row.control})" if row.control else "" for row in table.itertuples()
             ],
             "verdict": ["accepted" if fine else "rejected" for fine in table.accepted],
         }
     )
+
+
+def _decimals(column: Frame) -> list[str]:
+    return ["" if np.isnan(value) else f"{value:.3f}" for value in column]
 
 
 def _scores(run: Run) -> Scores:

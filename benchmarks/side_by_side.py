@@ -1,0 +1,107 @@
+"""Every method side by side: six tasks, all methods, three seeds. The tables of the README and of docs/benchmark.md.
+
+The cells and the whole table lie in ``results/bench`` (not in the repository); an interrupted run goes on. Writes
+``benchmarks/results/side_by_side.csv`` and ``side_by_side.md`` (the summary), ``docs/benchmark.md`` (a table for each
+task) and two figures in ``docs``.
+
+    python benchmarks/side_by_side.py [TASK ...] [--seeds 3] [--workers 2] [--out results/bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tl_sparsify import plot
+from tl_sparsify._files import write_text
+from tl_sparsify.benchmark import compare_tasks
+from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS
+from tl_sparsify.tables import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = (0.1, 0.05)
+OURS = ("joint", "compensating")
+
+
+def summary(table: pd.DataFrame) -> str:
+    """A row for each task and measure: joint risk, the lowest of ours, the lowest of the others, random; means over the
+    seeds."""
+    rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]
+    lines = ["| task | measure | joint risk | best of ours | best of the others | random |", "|---" * 6 + "|"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        part = [row for row in rows if row["task"] == task]
+        own = part[0]["own_ablation"]
+        for kind in (own, "refitted"):
+            for size in SIZES:
+                here = [row for row in part if row["ablation"] == kind and row["size"] == size]
+                lines.append(f"| {task} | risk, {kind}, {size:.0%} | " + " | ".join(_cells(here, "risk")) + " |")
+        here = [row for row in part if row["ablation"] == own]
+        lines.append(f"| {task} | CMD, {own} | " + " | ".join(_cells(here, "cmd")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(rows: list[dict[str, Any]], measure: str) -> list[str]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row[measure])
+    means = {method: sum(values) / len(values) for method, values in found.items()}
+
+    def least(names: list[str]) -> str:
+        name = min(names, key=lambda one: means[one], default="")
+        return f"{_number(means[name])} ({name})" if name else ""
+
+    ours = [name for name in means if name.startswith(OURS)]
+    others = [name for name in means if name not in ours and name != "random"]
+    one, last = (_number(means[name]) if name in means else "" for name in ("joint risk", "random"))
+    return [one, least(ours), least(others), last]
+
+
+def _number(value: float) -> str:
+    return "< 1e-6" if 0 <= value < 1e-6 else f"{value:.2g}"
+
+
+def page(table: pd.DataFrame, versions: dict[str, str]) -> str:
+    """The page with a table for each task."""
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        "# Side by side",
+        "",
+        "Every method orders the same units on the same examples; the circuits that it keeps are judged alike, on test",
+        "examples, with the constants that the task calls for and with the same refit. Cells are means over the seeds",
+        "(of the data, and of everything random): risk in nats, accuracy in brackets; the best of a column is bold.",
+        "CMD (lower is better) and CPR (higher is better) are areas over ten sizes. Passes, forward and backward, are",
+        "those of all settings among which validation chose; the setting chosen most often is in brackets, with its",
+        "seconds and memory. Made by `benchmarks/side_by_side.py` with " + made + ".",
+        "",
+    ]
+    for task in dict.fromkeys(table["task"]):
+        lines += [f"## {task}", "", markdown(table, task)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(BENCH_TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / BENCH_FOLDER)
+    arguments = parser.parse_args()
+    table = compare_tasks(arguments.tasks, seeds=arguments.seeds, workers=arguments.workers, out=arguments.out)
+    judged = table[table["size"].isin([0.2, 0.1, 0.05, 0.03])]
+    write_text(RESULTS / "side_by_side.csv", judged.to_csv(index=False, float_format="%.6g"))
+    write_text(RESULTS / "side_by_side.md", summary(table))
+    versions = json.loads((arguments.out / "settings.json").read_text())["versions"]
+    write_text(ROOT / "docs" / "benchmark.md", page(table, versions))
+    plot.save(
+        plot.frontier(table, "risk", tasks=arguments.tasks[:2], ablation="refitted"), ROOT / "docs" / "methods.png"
+    )
+    print(summary(table))
+
+
+if __name__ == "__main__":
+    main()
