@@ -6,6 +6,7 @@ The fast tests run a task of their own with a model of 28 units; the slow ones t
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -83,9 +84,10 @@ def task():
     )
 """
 FILES = (
-    "circuit.reduction", "evaluation.csv", "evidence.csv", "fold.csv", "folded/folded.safetensors", "map.png",
-    "path.csv", "risk.png", "scores.csv",
+    "baselines.csv", "causal.png", "circuit.reduction", "evaluation.csv", "evidence.csv", "fold.csv",
+    "folded/folded.safetensors", "map.png", "path.csv", "risk.png", "run.json", "scores.csv",
 )  # fmt: skip
+AT_LAST = ("causal.png", "map.png", "risk.png", "run.json")  # written after everything is computed
 UNITS = 28
 
 
@@ -141,6 +143,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ou
     out = tmp_path_factory.mktemp("done") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "refit", partial(constants.refit, steps=20))
+        patch.setattr(cli, "_BESIDE_STEPS", 15)
         return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--out", out)
 
 
@@ -227,8 +230,77 @@ def test_the_evidence_has_both_models_beside_the_controls(done: tuple[Path, Outc
     assert set(frame.variable) == {"odd", "(none)"}
 
 
+def test_other_orders_have_circuits_of_the_same_size_with_the_same_constants_and_refit(
+    tiny: Path, done: tuple[Path, Outcome]
+):
+    frame = pd.read_csv(done[0] / "baselines.csv")
+    orders = ["random", "activation variance", "gradient attribution", "found circuit"]
+    pairs = [(name, kind, steps) for name in orders for kind, steps in (("mean", 0.0), ("refit", 15.0))]
+    assert list(zip(frame.method, frame.replacements, frame.steps, strict=True))[:-1] == pairs
+    assert (frame.kept == 7).all() and bool(frame.risk.gt(0).all())
+    task = load_task(tiny)
+    model, (train, validation, test) = task.model(), task.examples(0)
+    units = heads(model) + neurons(model)
+    means = constants.mean(model, train, units)
+    gradient = score.gradient(model, train, units, values=means).absolute
+    circuits = {
+        "activation variance": score.variance(model, train, units).top(0.25),
+        "gradient attribution": gradient.top(0.25),
+        "found circuit": Reduction.load(done[0] / "circuit.reduction").circuit,
+    }
+    for name, circuit in circuits.items():
+        plain = constants.reduced(model, circuit, means)
+        settings = {"steps": 15, "batch_size": 32, "learning_rate": 0.1, "progress": False}
+        for kind, reduction in (
+            ("mean", plain),
+            ("refit", constants.refit(model, plain, train, validation, **settings)),
+        ):
+            [row] = frame[(frame.method == name) & (frame.replacements == kind)].itertuples()
+            expected = evaluate(model, reduction, test)
+            assert row.risk == pytest.approx(expected.risk.mean, rel=1e-6)
+            assert row.risk_stderr == pytest.approx(expected.risk.stderr, rel=1e-6)
+            assert row.accuracy == expected.accuracy
+    saved, found = frame.iloc[-1], pd.read_csv(done[0] / "evaluation.csv").iloc[0]
+    assert saved.method == "found circuit, as saved" and (saved.risk, saved.accuracy) == (found.risk, found.accuracy)
+
+
+def test_the_run_says_how_it_was_made(tiny: Path, done: tuple[Path, Outcome]):
+    about = json.loads((done[0] / "run.json").read_text())
+    assert (about["task"], about["description"], about["seed"], about["keep"]) == ("tiny", "a random model", 0, 0.25)
+    assert about["examples"] == {"train": 48, "validation": 24, "test": 32, "pairs": 64}
+    assert about["baseline_refit"] == {"steps": 15, "batch_size": 32, "learning_rate": 0.1}
+    assert about["versions"]["torch"] == torch.__version__ and str(tiny) not in json.dumps(about)
+    difference = pd.read_csv(done[0] / "evaluation.csv").folded_difference.iloc[0]
+    assert 0 <= difference <= 1e-4
+
+
+def test_a_report_of_a_run_is_one_file_with_its_numbers(done: tuple[Path, Outcome], tmp_path: Path):
+    outcome = command("report", done[0], "--out", tmp_path / "tiny.html")
+    assert outcome == Outcome(0, f"written to {tmp_path / 'tiny.html'}\n", "")
+    text = (tmp_path / "tiny.html").read_text()
+    found = pd.read_csv(done[0] / "evaluation.csv").iloc[0]
+    assert f"is {found.risk:.3g} nats" in text and "7 of 28 units (25.0%)" in text and "a random model" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.html"]
+
+
+def test_a_report_stands_beside_the_results_by_default(quick: Path, tmp_path: Path):
+    shutil.copytree(quick, tmp_path, dirs_exist_ok=True)
+    assert command("report", tmp_path) == Outcome(0, f"written to {tmp_path / 'report.html'}\n", "")
+    assert set(files_in(tmp_path)) == {*FILES, "report.html"}  # a model of which everything is kept
+
+
+def test_a_report_of_nothing_gets_one_sentence(quick: Path, tmp_path: Path):
+    line = sentence(command("report", tmp_path))
+    assert "holds no results" in line and f"tl-sparsify run TASK --out {tmp_path}" in line
+    for name in ("scores.csv", "path.csv"):
+        shutil.copy(quick / name, tmp_path)
+    line = sentence(command("report", tmp_path))
+    assert "unfinished run" in line and "evidence.csv" in line
+    assert "there is no folder" in sentence(command("report", quick, "--out", tmp_path / "far" / "report.html"))
+
+
 def test_the_figures_are_png_files(done: tuple[Path, Outcome]):
-    for name in ("risk.png", "map.png"):
+    for name in ("risk.png", "map.png", "causal.png"):
         content = (done[0] / name).read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
 
@@ -238,6 +310,7 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte_over_older_ones(
 ):
     before = files_in(done[0])
     monkeypatch.setattr(constants, "refit", partial(constants.refit, steps=20))
+    monkeypatch.setattr(cli, "_BESIDE_STEPS", 15)
     outcome = command("run", tiny, "--keep", "0.25", "--rounds", "2", "--seed", "0", "--quiet", "--out", done[0])
     assert outcome == Outcome(0, "", "")
     after = files_in(done[0])
@@ -272,7 +345,7 @@ def test_tasks_lists_the_shipped_tasks_with_a_line_each():
     assert "hierarchical_equality: is (a == b) the same as (c == d), over 32 symbols" in outcome.out.splitlines()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["tasks", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["tasks", "--help"]])
 def test_help_is_no_error(arguments: list[str]):
     outcome = command(*arguments)
     assert (outcome.code, outcome.err) == (0, "") and "Usage" in outcome.out
@@ -400,8 +473,10 @@ def torn_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         (torn_write, "path.csv", ["scores.csv"]),
         (torn_write, "circuit.reduction", ["path.csv", "scores.csv"]),
         (torn_write, "folded.safetensors", ["circuit.reduction", "path.csv", "scores.csv"]),
-        (torn_work, "verify", [name for name in FILES if name not in ("evidence.csv", "map.png", "risk.png")]),
-        (torn_figure, "risk.png", [name for name in FILES if not name.endswith(".png")]),
+        (torn_work, "_beside", [name for name in FILES if name not in ("baselines.csv", "evidence.csv", *AT_LAST)]),
+        (torn_work, "verify", [name for name in FILES if name not in ("evidence.csv", *AT_LAST)]),
+        (torn_figure, "risk.png", [name for name in FILES if name not in AT_LAST]),
+        (torn_write, "run.json", [name for name in FILES if name != "run.json"]),
     ],
 )
 def test_an_interruption_leaves_complete_files_only(

@@ -24,9 +24,10 @@ from models import (
 )
 
 from tl_sparsify import constants
+from tl_sparsify._cost import counted
 from tl_sparsify.circuit import Circuit, Reduction, fingerprint
 from tl_sparsify.examples import Examples
-from tl_sparsify.measure import log_odds, risk
+from tl_sparsify.measure import computed, log_odds, risk
 from tl_sparsify.units import attentions, mlps, neurons
 
 SEEDS = st.integers(0, 2**31)
@@ -220,3 +221,18 @@ def test_the_model_leaves_as_it_came_in():
     with unchanged(model), pytest.raises(RuntimeError, match="no more"):
         constants.refit(model, reduction, data, data, steps=3, metric=broken, progress=False)
     assert len(calls) == 5
+
+
+def test_a_refit_knows_the_originals_answers(monkeypatch: pytest.MonkeyPatch):
+    settings: dict[str, Any] = {"steps": 8, "batch_size": 5, "seed": 3}
+    model, start = bridge(), mean_ablation()
+    with counted(model) as passes:
+        found = refit(start, **settings)
+    n, v = len(train()), len(validation())
+    # the deviations and the original's answers, a batch a step; on validation the answers, before, and after each step
+    assert passes == {"forward": 2 * n + 8 * 5 + (1 + 1 + 8) * v, "backward": 8 * 5}
+    monkeypatch.setattr(constants, "remembered", lambda *_: None)
+    monkeypatch.setattr(constants, "remembering", lambda: computed)
+    again = refit(start, **settings)
+    for mine, other in zip(found.values.tensors, again.values.tensors, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)

@@ -262,6 +262,25 @@ def test_law_6_a_reduction_is_what_was_saved(tmp_path_factory: pytest.TempPathFa
     assert all(torch.equal(a, b) for a, b in zip(loaded.values.tensors, reduction.values.tensors, strict=True))
 
 
+def test_padding_left_or_right_changes_no_draw():
+    model = bridge()
+    right = examples(N, answers=2)
+    empty = torch.zeros(N, 2, dtype=torch.long)
+    seen = torch.ones_like(right.tokens, dtype=torch.bool)
+
+    def padded_by(tokens: torch.Tensor, fill: torch.Tensor, left: bool) -> torch.Tensor:
+        return torch.cat([fill, tokens] if left else [tokens, fill], 1)
+
+    found = []
+    for left in (True, False):
+        parts = ((right.tokens, empty), (right.labels, empty - 100), (seen, empty.bool()))
+        tokens, labels, mask = (padded_by(tokens, fill, left) for tokens, fill in parts)
+        data = Examples(tokens, labels, mask)
+        for probes in (2, 10):  # sampled and exact
+            found.append(score.risk(model, data, units_of(model), probes=probes, seed=1).scores)
+    assert close(found[0], found[2], 1e-9) and close(found[1], found[3], 1e-9)
+
+
 # 7. For a linear model and a quadratic divergence, predicted risks equal the measured ones.
 
 

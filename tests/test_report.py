@@ -241,6 +241,16 @@ def test_a_control_that_passes_is_a_limit_and_so_is_what_is_left_in_the_rest(tmp
     assert any("Completeness is 0.410" in each for each in said)
 
 
+def test_intervals_of_resampled_examples_go_before_those_by_standard_errors(tmp_path: Path):
+    plain = findings.quality(Run.load(run_folder(tmp_path / "plain")))
+    assert any("is 0.0101 nats (95% interval 0.00814 to 0.0121)" in said for said in plain)
+    resampled = run_folder(tmp_path / "resampled", evaluation={"risk_low": 0.0021, "risk_high": 0.0391})
+    assert any("0.0101 nats (95% interval 0.0021 to 0.0391)" in said for said in findings.quality(Run.load(resampled)))
+    none = run_folder(tmp_path / "none", evaluation={"risk": 3e-9, "risk_stderr": 1e-9, "completeness": -1e-9})
+    said = " ".join(findings.quality(Run.load(none)))
+    assert "is less than 1e-06 nats." in said and "completeness 0.000" in said
+
+
 def test_the_search_is_not_praised_where_it_is_not_ahead(tmp_path: Path):
     behind = findings.compared(Run.load(run_folder(tmp_path / "a", baselines=baselines(found=0.6, best=0.5))))
     assert all("the search is not ahead of it here" in said for said in behind) and len(behind) == 2
@@ -267,11 +277,12 @@ def test_a_benchmark_in_which_another_method_wins_says_where():
 
 def test_methods_has_a_row_for_each_with_means_over_seeds():
     frame = table(tasks=("a", "b"), methods=("joint risk", "EAP"))
-    part = frame[frame.task == "b"]
+    part = frame[frame.task == "b"].assign(setting=lambda some: some.seed.map({0: "one", 1: "two", 2: "two"}))
     found = findings.methods(part).set_index("method")
     joint = part[(part.method == "joint risk") & (part["size"] == 0.05)]
     assert found.loc["joint risk", "5% kept"] == f"{joint.risk.mean():.3g} ({joint.accuracy.mean():.3f})"
     assert found.loc["EAP", "auroc"] == pytest.approx(part[part.method == "EAP"].auroc.mean())
+    assert found.loc["EAP", "setting"] == "two"
     assert "auroc" not in findings.methods(frame[frame.task == "a"])  # where the true units are not known
 
 

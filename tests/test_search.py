@@ -32,8 +32,8 @@ from tl_sparsify import constants
 from tl_sparsify._cost import counted
 from tl_sparsify.circuit import Circuit, Reduction, fingerprint
 from tl_sparsify.intervene import ablate, answer_logits, intervened
-from tl_sparsify.measure import kl, log_odds, risk
-from tl_sparsify.probes import Linearisation, remembering
+from tl_sparsify.measure import kl, log_odds, remembering, risk
+from tl_sparsify.probes import Linearisation
 from tl_sparsify.search import Path, greedy, sparsify
 
 CHOICES = (1, 4, 7, 8)

@@ -138,6 +138,9 @@ def exact_zero(
     """:func:`score.exact` with zeros: the KL divergence (nats), or the drop of ``metric``, when one unit is zero.
 
     One forward pass over the data for each unit and one for the original; one of one example.
+
+    Raises:
+        ValueError: as :func:`score.exact`.
     """
     check_model(model)
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
@@ -160,6 +163,9 @@ def exact_mean(
     one unit is at its mean.
 
     One forward pass over the data for each unit and one for the original; one for the means where not given.
+
+    Raises:
+        ValueError: as :func:`score.exact`.
     """
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     return replace(exact(model, examples, units, values=values, **settings), name="exact, mean")

@@ -55,7 +55,7 @@ class Comparison:
     """
 
     sizes: tuple[float, ...] = (0.2, 0.1, 0.05, 0.03)
-    refit_steps: int = 80
+    refit_steps: int = 60
     examples: int = 512
     bootstrap: int = 1000
     versions: dict[str, str] = field(default_factory=versions)
@@ -83,7 +83,7 @@ def compare(
     units: Units | None = None,
     sizes: Sequence[float] = (0.2, 0.1, 0.05, 0.03),
     seeds: int | Sequence[int] = 3,
-    refit_steps: int = 80,
+    refit_steps: int = 60,
     examples: int = 512,
     bootstrap: int = 1000,
     out: str | FilePath | None = None,

@@ -33,7 +33,17 @@ from tl_sparsify.intervene import (
     recorded,
     unit_positions,
 )
-from tl_sparsify.measure import NONE, InterventionDistribution, Metric, divergence, drawn_interventions, risk
+from tl_sparsify.measure import (
+    NONE,
+    InterventionDistribution,
+    Metric,
+    computed,
+    divergence,
+    drawn_interventions,
+    remembered,
+    remembering,
+    risk,
+)
 from tl_sparsify.moments import Moments
 from tl_sparsify.probes import output_probes, pulled
 from tl_sparsify.units import Model, Units
@@ -109,8 +119,10 @@ def refit(
     than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
     ``interventions``, drawn anew in every step.
 
-    About ``steps * batch_size`` examples of two forward and one backward pass, one forward pass over ``train`` and
-    22 over ``validation``; two forward passes more for each ``interchange`` in the distribution.
+    About ``steps * batch_size`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
+    over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
+    than a pass over ``train`` they are computed anew: two forward passes then, and 22 over ``validation``; two more for
+    each ``interchange`` in the distribution.
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, fewer than one step.
@@ -144,12 +156,17 @@ def refit(
         values, kind = Values(reduction.units, moved), "refit" if reduction.mixing is None else "refitted neighbours"
         return replace(reduction, values=values, kind=kind, reference=reduction.baseline, mixing=kept_affine)
 
+    clean = interventions == NONE
+    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
+    judging |= {"recall": remembering() if clean else computed}
+
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
-        return risk(model, at(parameters), validation, metric=metric, interventions=interventions, seed=seed).mean
+        return risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
     size = batch_size_for(model, train, None if batch_size is None else min(batch_size, len(train)))
     per_epoch = max(1, len(train) // size)
+    known = remembered(model, train) if clean and steps * size > len(train) else None
     every = max(1, steps // 10)
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -161,7 +178,7 @@ def refit(
             same = (interventions, model, reduction, train, index, seed + step)
             with torch.no_grad():
                 with intervened(model, *drawn_interventions(*same)):
-                    original = answer_logits(model, batch)
+                    original = answer_logits(model, batch) if known is None else known(index)
                 with intervened(model, ablate(here)):
                     drawn = drawn_interventions(*same)
             with torch.enable_grad(), intervened(model, *drawn, ablate(here)):

@@ -6,6 +6,7 @@ Nothing is escaped here, and nothing is drawn: :mod:`tl_sparsify.report` does bo
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,16 +159,16 @@ def discovered(run: Run) -> list[str]:
 def quality(run: Run) -> list[str]:
     """How good the circuit is on the test examples."""
     found, about = run.evaluation, run.about
-    risk = _interval(found["risk"], found["risk_stderr"])
-    swapped = _interval(found["interchange_risk"], found["interchange_risk_stderr"])
+    risk = _interval(found, "risk")
+    swapped = _interval(found, "interchange_risk")
     return [
         f"On {about['examples']['test']:,} test examples, which neither the search nor the refit saw, the circuit "
         f"answers {share(found['accuracy'])} right (the whole model {share(found['original_accuracy'])}, a constant "
         f"answer {share(about['chance'])}), and {share(found['agreement'])} of its answers are the whole model's.",
         f"Its risk, the mean KL divergence of its answers from the whole model's, is {risk}.",
-        f"Faithfulness is {rounded(found['faithfulness'])} (1: the metric is the whole model's; 0: the empty circuit's) and "
-        f"completeness {rounded(found['completeness'])} (the same for the removed units alone; near 0 nothing of the "
-        "behaviour is left in them).",
+        f"Faithfulness is {rounded(found['faithfulness'])} (1: the metric is the whole model's; 0: that of no units) "
+        f"and completeness {rounded(found['completeness'])} (the same for the removed units alone; near 0 nothing of "
+        "the behaviour is left in them).",
         f"When each kept unit takes its value on another input with probability {found['probability']:g}, in both "
         f"models alike, {share(found['interchange_agreement'])} of the answers agree and the risk is {swapped}.",
     ]
@@ -361,8 +362,10 @@ def methods(table: Frame) -> Frame:
     costs = table[["method", *extra]].groupby("method").mean().reindex(order)
     found = found.join(costs.dropna(axis=1, how="all"))
     if "setting" in table:
-        settings = table.setting.fillna("").groupby(table.method)
-        found["setting"] = settings.agg(lambda some: some.mode().iloc[0]).reindex(order)
+        chosen = zip(table.method, table.setting, strict=True)
+        often = Counter((method, setting) for method, setting in chosen if isinstance(setting, str))
+        first = {method: setting for (method, setting), _ in reversed(often.most_common())}
+        found["setting"] = [first.get(method, "") for method in order]
     return found.reset_index()
 
 
@@ -373,6 +376,8 @@ def _replacement(reduction: Reduction) -> str:
     return kinds.get(reduction.kind, f"constants ({reduction.kind})")
 
 
-def _interval(mean: float, stderr: float) -> str:
-    low, high = max(0.0, mean - 1.96 * stderr), mean + 1.96 * stderr
+def _interval(found: Mapping[str, Any], name: str) -> str:
+    """An estimate with its interval: the one of resampled examples where there is one, else by its standard error."""
+    mean, error = found[name], 1.96 * found[f"{name}_stderr"]
+    low, high = found.get(f"{name}_low", max(0.0, mean - error)), found.get(f"{name}_high", mean + error)
     return nats(mean) if high < _LEAST else f"{nats(mean)} (95% interval {low:.3g} to {high:.3g})"

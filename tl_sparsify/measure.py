@@ -34,6 +34,8 @@ from tl_sparsify.intervene import (
 from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.units import Model
 
+_REMEMBERED = 2**24  # numbers
+
 Metric = Callable[[Float[Tensor, "rows choices"], Examples], Float[Tensor, "rows"]]
 """One number for each labelled position, from the logits there (:func:`intervene.answer_logits`) and the batch."""
 
@@ -191,6 +193,54 @@ def drawn_interventions(
     return tuple(drawn)
 
 
+Recall = Callable[[int, Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
+"""The logits of the batch that begins with this example: from memory, or computed."""
+
+
+def computed(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+    """Remember nothing."""
+    return compute()
+
+
+def remembering(numbers: int = _REMEMBERED) -> Recall:
+    """Remember the logits of the batches that come first, up to so many numbers in all: what is kept does not grow
+    with the number of examples. For calls with the same model, examples and batch size only."""
+    kept: dict[int, Float[Tensor, "rows choices"]] = {}
+
+    def recall(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+        if start in kept:
+            return kept[start]
+        logits = compute()
+        if sum(part.numel() for part in kept.values()) + logits.numel() <= numbers:
+            kept[start] = logits
+        return logits
+
+    return recall
+
+
+def remembered(
+    model: Model, examples: Examples, *, batch_size: int | None = None, numbers: int = _REMEMBERED
+) -> Callable[[Int[Tensor, "batch"]], Float[Tensor, "rows choices"]] | None:
+    """The model's logits for any of the examples (:func:`intervene.answer_logits`), from one forward pass over all of
+    them; ``None`` where they are more than so many numbers."""
+    count = torch.bincount(answer_rows(examples)[0], minlength=len(examples))
+    start = count.cumsum(0) - count
+    kept: list[Float[Tensor, "rows choices"]] = []
+    with torch.no_grad():
+        for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            kept.append(answer_logits(model, batch))
+            if kept[0].shape[1] * int(count.sum()) > numbers:
+                return None
+    table = torch.cat(kept)
+
+    def of(index: Int[Tensor, "batch"]) -> Float[Tensor, "rows choices"]:
+        many = count[index]
+        within = torch.arange(int(many.sum())) - (many.cumsum(0) - many).repeat_interleave(many)
+        return table[(start[index].repeat_interleave(many) + within).to(table.device)]
+
+    return of
+
+
 def compared(
     model: Model,
     reduction: Reduction,
@@ -200,10 +250,12 @@ def compared(
     interventions: InterventionDistribution = NONE,
     batch_size: int | None = None,
     seed: int = 0,
+    recall: Recall = computed,
 ) -> Moments:
     """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
 
-    Two forward passes over the data; two more for each ``interchange`` in the distribution.
+    Two forward passes over the data (one where ``recall`` knows the original's logits from an earlier call under the
+    same interventions); two more for each ``interchange`` in the distribution.
     """
     check_model(model)
     check_fingerprint(model, reduction)
@@ -213,7 +265,7 @@ def compared(
             removed = ablate(reduction.for_examples(index))
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
-                original = answer_logits(model, batch)
+                original = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
             with intervened(model, removed):
                 drawn = drawn_interventions(*same)
             with intervened(model, *drawn, removed):
@@ -231,11 +283,13 @@ def risk(
     metric: Metric | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    recall: Recall = computed,
 ) -> Estimate:
     """Measured interventional risk of a reduction: mean KL(original || reduced) in nats, or half the mean squared
     error of ``metric``, with both models under the same interventions.
 
-    Two forward passes over the data; two more for each ``interchange`` in the distribution.
+    Two forward passes over the data; two more for each ``interchange`` in the distribution. ``recall`` may know the
+    original's logits from an earlier call (:func:`remembering`).
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.
@@ -244,6 +298,6 @@ def risk(
     def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:
         return divergence(original, reduced, batch, metric)
 
-    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed}
+    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
     moments = compared(model, reduction, examples, compare, **settings)
     return Estimate.of(moments, "nats" if metric is None else "squared units")

@@ -108,14 +108,14 @@ METHODS: tuple[Method, ...] = (
     Method(
         "hard-concrete mask",
         {
-            f"penalty {penalty:g}": partial(baselines.hard_concrete, penalty=penalty, learning_rate=0.15)
+            f"penalty {penalty:g}": partial(baselines.hard_concrete, penalty=penalty, per_step=64)
             for penalty in (2.0, 10.0)
         },
     ),
     Method(
         "top-k mask",
         {
-            f"temperature {temperature:g}": partial(baselines.top_k_gate, temperature=temperature, learning_rate=0.15)
+            f"temperature {temperature:g}": partial(baselines.top_k_gate, temperature=temperature, per_step=64)
             for temperature in (0.2, 0.5)
         },
     ),

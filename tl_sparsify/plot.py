@@ -43,6 +43,7 @@ _MEASURES = {
     "accuracy": "accuracy (share right)",
     "faithfulness": "faithfulness (share of the metric)",
 }
+_WIDE = 100  # scores that span more are drawn on logarithmic axes
 _SEEN = (-0.5, 1.5)  # of faithfulness, which has no bounds
 _OURS = ("joint", "compensating")  # how the names of this package's methods begin
 _BOLD = ("#d55e00", "#0072b2", "#009e73", "#000000")  # Okabe and Ito's colours; then Tol's
@@ -146,7 +147,8 @@ def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
     """One method's scores against another's, by rank (1: needed most) and by value, kinds of units by colour.
 
     ``labels`` units are named: those whose ranks differ by the largest factor. Spearman's rank correlation is in the
-    title. Values are on logarithmic axes where all are positive and span more than a factor of a hundred.
+    title. Where values span more than a factor of a hundred axes are logarithmic (signed ones: linear up to 1e-4 of the
+    largest).
 
     Raises:
         ValueError: scores of other units.
@@ -164,8 +166,11 @@ def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
     for axes, (x, y) in ((left, ("rank_x", "rank_y")), (right, ("x", "y"))):
         for axis, column in (("x", x), ("y", y)):
             values = frame[column]
-            if (values > 0).all() and values.max() / values.min() > 100:
+            sizes = values.abs()
+            if (values > 0).all() and values.max() / values.min() > _WIDE:
                 axes.set(**{f"{axis}scale": "log"})
+            elif sizes.max() > _WIDE * sizes.median():
+                getattr(axes, f"set_{axis}scale")("symlog", linthresh=1e-4 * sizes.max())
         for kind, part in frame.groupby("kind", sort=False):
             size = 26 if len(part) <= 200 else 9
             colour = _KINDS.get(str(kind), "#777777")

@@ -19,7 +19,7 @@ An expansion says nothing about large steps: it has a third-order remainder. Mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -43,7 +43,15 @@ from tl_sparsify.intervene import (
     intervened,
     recorded,
 )
-from tl_sparsify.measure import NONE, InterventionDistribution, Metric, divergence, drawn_interventions
+from tl_sparsify.measure import (
+    NONE,
+    InterventionDistribution,
+    Metric,
+    Recall,
+    computed,
+    divergence,
+    drawn_interventions,
+)
 from tl_sparsify.moments import Moments
 from tl_sparsify.units import Model
 
@@ -71,31 +79,6 @@ class Samples:
     made: Float[Tensor, "batch"]
 
 
-Recall = Callable[[int, Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
-"""The logits of the batch that begins with this example: from memory, or computed."""
-
-
-def computed(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
-    """Remember nothing."""
-    return compute()
-
-
-def remembering(numbers: int = 2**24) -> Recall:
-    """Remember the logits of the batches that come first, up to so many numbers in all: what is kept does not grow
-    with the number of examples. For calls with the same model, examples and batch size only."""
-    kept: dict[int, Float[Tensor, "rows choices"]] = {}
-
-    def recall(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
-        if start in kept:
-            return kept[start]
-        logits = compute()
-        if sum(part.numel() for part in kept.values()) + logits.numel() <= numbers:
-            kept[start] = logits
-        return logits
-
-    return recall
-
-
 def fisher_probes(
     logits: Float[Tensor, "rows choices"],
     batch: Examples,
@@ -112,11 +95,11 @@ def fisher_probes(
     gradient of ``log p(y)`` at a sampled ``y``. With ``temperature`` other than 1 the risk that they give is
     ``temperature**2`` times the risk at that temperature.
     """
-    example, position = answer_rows(batch)
+    example, _ = answer_rows(batch)
     scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
     scale = scale.to(logits)[:, None]
     p = (logits / temperature).softmax(1)
-    place = (index[example], position)
+    place = (index[example], _number(example))
     if logits.shape[1] - 1 <= probes:
         columns = _covariance_root(p)
         signs = [_random.signs(seed, 5, *place, column)[:, None].to(logits) for column in range(len(columns))]
@@ -128,6 +111,11 @@ def fisher_probes(
         answer = torch.searchsorted(total, u * total[:, -1:]).clamp_max(p.shape[1] - 1)
         found.append(-p.scatter_add(1, answer, -torch.ones_like(u)) * scale / math.sqrt(probes))
     return found
+
+
+def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+    """Which of its example's answers each row is: draws by this and not by position know nothing of padding."""
+    return torch.arange(len(example)) - torch.searchsorted(example, example)
 
 
 def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "rows choices"]]:
@@ -147,9 +135,9 @@ def metric_probe(
     logits: Float[Tensor, "rows choices"], batch: Examples, index: Int[Tensor, "batch"], *, metric: Metric, seed: int
 ) -> list[Float[Tensor, "rows choices"]]:
     """The one probe of a scalar metric: its gradient, with a random sign for each of several labelled positions."""
-    example, position = answer_rows(batch)
+    example, _ = answer_rows(batch)
     scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
-    sign = _random.signs(seed, 5, index[example], position, 0)
+    sign = _random.signs(seed, 5, index[example], _number(example), 0)
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(metric(z, batch).sum(), z)

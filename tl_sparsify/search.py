@@ -19,10 +19,10 @@ from tl_sparsify._progress import progress as bar
 from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.constants import mean, refit
 from tl_sparsify.examples import Examples
-from tl_sparsify.measure import NONE, InterventionDistribution, Metric, risk
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric, computed, remembering, risk
 from tl_sparsify.moments import Estimate, Moments
 from tl_sparsify.path import Path, Round
-from tl_sparsify.probes import Linearisation, Samples, computed, joint_moments, linearise, remembering, samples
+from tl_sparsify.probes import Linearisation, Samples, joint_moments, linearise, samples
 from tl_sparsify.scores import kept_count
 from tl_sparsify.units import Model, Units
 
