@@ -23,7 +23,7 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(BIN)/python
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(READY)
 	$(PY) benchmarks/speed.py
@@ -38,6 +38,7 @@ results: demo bench
 	$(PY) benchmarks/variants.py
 	$(PY) benchmarks/truth.py
 	$(PY) benchmarks/algorithms.py
+	$(PY) benchmarks/side_by_side.py
 	$(PY) benchmarks/readme.py
 
 venv: $(READY)

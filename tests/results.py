@@ -161,7 +161,7 @@ def about(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "examples": {"train": 48, "validation": 24, "test": 1234, "pairs": 512},
         "score": {"name": "risk", "measured_in": "nats", "temperature": 3.0},
-        "baseline_refit": {"steps": 60, "batch_size": 32, "learning_rate": 0.1},
+        "baseline_refit": {"steps": 60, "batch_size": 128},
         "evidence_level": 0.05,
         "versions": {"python": "3.11.0", "torch": "2.0"},
     } | changes

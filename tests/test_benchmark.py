@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from models import unchanged
+from typer.testing import CliRunner
 
 import tl_sparsify as tls
-from tl_sparsify import baselines, score
+from tl_sparsify import baselines, cli, score
 from tl_sparsify._cost import cost_of, counted
 from tl_sparsify.benchmark import cell_file, compare_tasks, gathered, write_comparison
 from tl_sparsify.methods import METHODS, Method, named, run
@@ -59,8 +60,8 @@ def test_a_row_for_each_method_seed_ablation_and_size():
 def test_a_row_is_what_evaluate_measures():
     train, _, test = task().examples(1)
     units = tls.heads(model()) + tls.neurons(model())
-    scores = score.variance(model(), train[:64], units)
-    values = tls.constants.mean(model(), train[:64], units)
+    scores = score.variance(model(), train.sample(64, seed=1), units)
+    values = tls.constants.mean(model(), train.sample(64, seed=1), units)
     row = of(table(), method="variance", seed=1, ablation="mean", size=0.1).iloc[0]
     expected = tls.evaluate(model(), tls.constants.reduced(model(), scores.top(0.1), values), test)
     assert row.kept == expected.kept == 7
@@ -73,7 +74,7 @@ def test_a_row_is_what_evaluate_measures():
 
 def test_every_circuit_gets_the_same_refit():
     train, validation, test = task().examples(0)
-    train, validation = train[:64], validation[:64]
+    train, validation = train.sample(64, seed=0), validation.sample(64, seed=0)
     units = tls.heads(model()) + tls.neurons(model())
     values = tls.constants.mean(model(), train, units)
     start = tls.constants.reduced(model(), baselines.random(model(), train, units, seed=0).top(0.2), values)
@@ -217,3 +218,15 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
         compare_tasks(["planted_backup"], out=tmp_path, workers=0)
     with pytest.raises(FileNotFoundError, match="no finished cells in"):
         gathered(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_smoke_benchmark_and_its_report(tmp_path: Path):
+    outcome = CliRunner().invoke(cli.app, ["bench", "--smoke", "--out", str(tmp_path), "--quiet"])
+    assert outcome.exit_code == 0, outcome.output
+    names = {"settings.json", "table.csv", "table.parquet", "table.md", "risk.png", "accuracy.png", "faithfulness.png"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    frame = pd.read_csv(tmp_path / "table.csv")
+    risks = of(frame, ablation="mean", size=0.05).set_index("method").risk
+    assert risks["joint risk"] < 1e-3 < risks["random"]
+    assert "planted_backup" in tls.report.write(tmp_path).read_text()

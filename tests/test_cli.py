@@ -250,7 +250,7 @@ def test_other_orders_have_circuits_of_the_same_size_with_the_same_constants_and
     }
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, means)
-        settings = {"steps": 15, "batch_size": 32, "learning_rate": 0.1, "progress": False}
+        settings = {"steps": 15, "batch_size": 128, "progress": False}
         for kind, reduction in (
             ("mean", plain),
             ("refit", constants.refit(model, plain, train, validation, **settings)),
@@ -268,7 +268,7 @@ def test_the_run_says_how_it_was_made(tiny: Path, done: tuple[Path, Outcome]):
     about = json.loads((done[0] / "run.json").read_text())
     assert (about["task"], about["description"], about["seed"], about["keep"]) == ("tiny", "a random model", 0, 0.25)
     assert about["examples"] == {"train": 48, "validation": 24, "test": 32, "pairs": 64}
-    assert about["baseline_refit"] == {"steps": 15, "batch_size": 32, "learning_rate": 0.1}
+    assert about["baseline_refit"] == {"steps": 15, "batch_size": 128}
     assert about["versions"]["torch"] == torch.__version__ and str(tiny) not in json.dumps(about)
     difference = pd.read_csv(done[0] / "evaluation.csv").folded_difference.iloc[0]
     assert 0 <= difference <= 1e-4

@@ -104,3 +104,16 @@ def test_partners_are_each_others_counterfactuals():
     assert paired.counterfactual_tokens[:, 0].tolist() == [6, 0, 9, 3]
     assert paired.counterfactual_labels[:, 2].tolist() == [2, 0, 3, 1]
     assert paired.tokens is plain.tokens and plain.counterfactual_tokens is None
+
+
+def test_a_sample_is_a_random_part_in_order():
+    data = Examples(torch.arange(40).view(20, 2), torch.arange(40).view(20, 2))
+    some = data.sample(8, seed=3)
+    rows = some.tokens[:, 0]
+    assert len(some) == 8 and torch.equal(rows, rows.unique()) and torch.equal(some.labels, some.tokens)
+    assert torch.equal(data.sample(8, seed=3).tokens, some.tokens)
+    assert not torch.equal(data.sample(8, seed=4).tokens, some.tokens)
+    assert int(rows.max()) > 15  # not the first ones
+    assert data.sample(20) is data
+    with pytest.raises(ValueError, match="n is 0; at least one"):
+        data.sample(0)

@@ -97,7 +97,7 @@ def compare(
         sizes: fractions of units at which circuits are judged; the areas CPR and CMD are over :data:`curves.SIZES`.
         seeds: how many, or which: of the data split and of everything random.
         refit_steps: of :func:`constants.refit` on 128 examples each, the same for every method's circuits; 0: none.
-        examples: use at most so many training and validation examples; test examples are all used.
+        examples: use at most so many training and validation examples, drawn at random; test examples are all used.
         bootstrap: replicates for the intervals; 0: none.
         out: a folder for finished cells; those that it already has are not run again.
 
@@ -231,7 +231,7 @@ def _prepared(folder: FilePath, shared: Comparison) -> FilePath:
 
 def _data(model: Model, task: Task, units: Units, seed: int, most: int) -> _Data:
     train, validation, test = task.examples(seed)
-    train, validation = train[:most], validation[:most]
+    train, validation = train.sample(most, seed=seed), validation.sample(most, seed=seed)
     values = (constants.zero if task.ablation == "zero" else constants.mean)(model, train, units)
     return _Data(task, model, units, train, validation, test, values, seed)
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify import _random
 from tl_sparsify._prompts import NO_LABEL, column, encoded
 
 
@@ -179,6 +180,14 @@ class Examples:
     def __getitem__(self, index: slice | Int[Tensor, "some"] | Bool[Tensor, "n"]) -> Examples:
         """The examples at ``index`` (a slice, an index tensor or a mask)."""
         return replace(self, **{name: value[index] for name, value in self._tensors() if name != "choices"})
+
+    def sample(self, n: int, *, seed: int = 0) -> Examples:
+        """A random ``n`` of the examples, in their order; all of them where there are no more."""
+        if n >= len(self):
+            return self
+        if n < 1:
+            raise ValueError(f"n is {n}; at least one example is needed")
+        return self[_random.permutation(len(self), seed, 79)[:n].sort().values]
 
     def with_partners(self, partner: Int[Tensor, "n"]) -> Examples:
         """The same examples, each with the one numbered ``partner`` as its counterfactual."""
