@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-
-from results import (
+from written import (
     BENCHED,
     KEPT,
     MEASURED,
@@ -36,6 +35,7 @@ from results import (
     scores,
     table,
 )
+
 from tl_sparsify import CausalModel, Circuit, Reduction, Scores, Site, Units, plot
 from tl_sparsify.diagrams import KEPT as DARK
 

@@ -18,8 +18,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from written import METHODS, UNITS, about, affine, baselines, evidence, reduction_of, row, run_folder, table
 
-from results import METHODS, UNITS, about, affine, baselines, evidence, reduction_of, row, run_folder, table
 from tl_sparsify import Circuit, Evidence, findings, report
 from tl_sparsify.findings import RUN_FILES, Run
 
