@@ -224,7 +224,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
 def test_the_smoke_benchmark_and_its_report(tmp_path: Path):
     outcome = CliRunner().invoke(cli.app, ["bench", "--smoke", "--out", str(tmp_path), "--quiet"])
     assert outcome.exit_code == 0, outcome.output
-    names = {"settings.json", "table.csv", "table.parquet", "table.md", "risk.png", "accuracy.png", "faithfulness.png"}
+    names = {"settings.json", "table.csv", "table.parquet", "table.md"}
+    names |= {f"methods_{measure}.png" for measure in ("risk", "accuracy", "faithfulness")}
     assert names <= {path.name for path in tmp_path.iterdir()}
     frame = pd.read_csv(tmp_path / "table.csv")
     risks = of(frame, ablation="mean", size=0.05).set_index("method").risk

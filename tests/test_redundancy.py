@@ -25,7 +25,7 @@ ALLOWED = 0.01  # nats
 
 Method = Callable[..., Scores]
 IN_NATS: dict[str, Method] = {
-    "single-unit risk": score.risk,
+    "single-unit risk": partial(score.risk, probes=15),  # exact: there are sixteen answers
     "exact effect of the mean": partial(baselines.exact_mean, progress=False),
     "exact effect of zero": partial(baselines.exact_zero, progress=False),
 }

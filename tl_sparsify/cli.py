@@ -179,7 +179,7 @@ def bench(
     for path in write_comparison(table, out):
         console.print(f"written: {path}")
     for measure in ("risk", "accuracy", "faithfulness"):
-        plot.save(plot.frontier(table, measure), out / f"{measure}.png")
+        plot.save(plot.frontier(table, measure), out / f"methods_{measure}.png")
     for name in dict.fromkeys(table["task"]):
         console.print(f"\n[bold]{name}[/]\n{markdown(table, name)}", soft_wrap=True)
 
