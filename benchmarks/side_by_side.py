@@ -93,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = compare_tasks(arguments.tasks, seeds=arguments.seeds, workers=arguments.workers, out=arguments.out)
     judged = table[table["size"].isin([0.2, 0.1, 0.05, 0.03])]
-    write_text(RESULTS / "side_by_side.csv", judged.to_csv(index=False, float_format="%.6g"))
+    write_text(RESULTS / "side_by_side.csv", judged.to_csv(index=False, float_format="%.4g"))
     write_text(RESULTS / "side_by_side.md", summary(table))
     versions = json.loads((arguments.out / "settings.json").read_text())["versions"]
     write_text(ROOT / "docs" / "benchmark.md", page(table, versions))

@@ -1,8 +1,8 @@
 """Methods: what the benchmark compares, by name, each with the settings among which validation chooses.
 
 Ours run with their defaults, and once with more rounds. Every other method gets at least as many passes over the data
-as ``sparsify`` takes (about 27 forward and 100 backward), by iterating it or by exact patching where it is cheaper than
-that, and its setting is chosen on validation examples.
+as ``sparsify`` takes (about 27 forward and 100 backward), by iterating it (at most once for each unit) or by exact
+patching where it is cheaper than that, and its setting is chosen on validation examples.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ METHODS: tuple[Method, ...] = (
         {
             "T = 1": score.risk,
             "T = 3": partial(score.risk, temperature=3.0),
-            "in rounds": _rounds(score.risk, 20, temperature=3.0),
+            "in rounds": _rounds(score.risk, 32, temperature=3.0),
         },
     ),
     Method(
@@ -120,7 +120,9 @@ METHODS: tuple[Method, ...] = (
             for temperature in (0.2, 0.5)
         },
     ),
-    Method("activation norm", {"one shot": baselines.activation_norm, "in rounds": _rounds(baselines.activation_norm)}),
+    Method(
+        "activation norm", {"one shot": baselines.activation_norm, "in rounds": _rounds(baselines.activation_norm, 126)}
+    ),
     Method("variance", {"one shot": score.variance, "in rounds": _rounds(score.variance, 63)}),
     Method("scaled variance", {"one shot": score.scaled_variance, "in rounds": _rounds(score.scaled_variance, 63)}),
     Method("random", {"default": baselines.random}),

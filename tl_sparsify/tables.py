@@ -49,7 +49,7 @@ def markdown(table: pd.DataFrame, task: str) -> str:
         cells = [_text(cells.get(method), best[title]) for title, cells in columns.items()]
         cells.append(f"{cost['all_forward'][method]:,.0f} + {cost['all_backward'][method]:,.0f}")
         cells.append(f"{cost['seconds'][method]:.1f}")
-        cells.append(f"{cost['peak_mb'][method]:.0f}" if method in cost["peak_mb"] else "")
+        cells.append(f"{max(0.0, cost['peak_mb'][method]):.0f}" if method in cost["peak_mb"] else "")
         name = method if setting == "default" else f"{method} ({setting})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
