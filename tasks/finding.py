@@ -66,6 +66,13 @@ def table(model: Any, causal_model: tls.CausalModel, pairs: tls.Pairs, sets: Set
     return pd.DataFrame(rows).T.round(3)
 
 
+def among(pairs: tls.Pairs, chosen: Bool[np.ndarray, "n"]) -> tls.Pairs:
+    """The pairs that are chosen."""
+    base, source = ({name: x[chosen] for name, x in side.items()} for side in (pairs.base_inputs, pairs.source_inputs))
+    mask = torch.from_numpy(chosen)
+    return tls.Pairs(base, source, pairs.base[mask], pairs.source[mask], pairs.answers)
+
+
 def layers(model: Any, position: int | slice, where: str) -> dict[str, list[tls.Unit]]:
     """All heads, all neurons and the residual stream of each layer at a position."""
     found: dict[str, list[tls.Unit]] = {}
