@@ -39,6 +39,8 @@ results: demo bench
 	$(PY) benchmarks/truth.py
 	$(PY) benchmarks/algorithms.py
 	$(PY) benchmarks/side_by_side.py
+	$(PY) benchmarks/overlap.py
+	$(PY) benchmarks/tasks.py
 	$(PY) benchmarks/readme.py
 
 venv: $(READY)

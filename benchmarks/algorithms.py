@@ -121,6 +121,25 @@ def worst(part: pd.DataFrame) -> str:
     return f"{row.original:.3f} ({row.variable}; changed {part.changed.min():.3f}); folded {part.folded.min():.3f}"
 
 
+def judgement(part: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """The rows that decide on a causal model, and whether it is accepted."""
+    shipped, found = (part[part.alignment == source] for source in ("shipped", "found"))
+    decisive = shipped if len(shipped) and shipped.complete.all() else found
+    fine = (decisive.original >= GOAL) & ((decisive.changed >= GOAL_CHANGED) | decisive.changed.isna())
+    return decisive, bool(fine.all())
+
+
+def verdicts(frame: pd.DataFrame) -> dict[str, str]:
+    """For each task which causal models were accepted and rejected, with the lowest accuracy that decided."""
+    said: dict[str, list[str]] = {}
+    for (task, name), part in frame.groupby(["task", "causal_model"], sort=False):
+        decisive, accepted = judgement(part)
+        supposed = "" if part.supposed.iloc[0] == "right" else " (wrong)"
+        verdict = "accepted" if accepted else "rejected"
+        said.setdefault(str(task), []).append(f"{name}{supposed} {verdict} {decisive.original.min():.3f}")
+    return {task: ", ".join(some) for task, some in said.items()}
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """One row a causal model: the lowest accuracies over its variables, and the controls' highest."""
     lines = [
@@ -130,9 +149,8 @@ def markdown(frame: pd.DataFrame) -> str:
     ]
     for (task, name), part in frame.groupby(["task", "causal_model"], sort=False):
         shipped, found = (part[part.alignment == source] for source in ("shipped", "found"))
-        decisive = shipped if len(shipped) and shipped.complete.all() else found
-        fine = (decisive.original >= GOAL) & ((decisive.changed >= GOAL_CHANGED) | decisive.changed.isna())
-        verdict = "accepted" if fine.all() else "rejected"
+        decisive, accepted = judgement(part)
+        verdict = "accepted" if accepted else "rejected"
         controls = [number(decisive[column].max()) for column in ("do_nothing", "random_units", "random_weights")]
         cells = [f"{task} ({part.kept.iloc[0]})", name, part.supposed.iloc[0], worst(shipped), worst(found)]
         lines.append("| " + " | ".join([*cells, *controls, verdict]) + " |")

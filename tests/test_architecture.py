@@ -13,9 +13,9 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE
 # import nothing of the package but each other. cli uses the package as anyone does: after __init__.
 ORDER = """
     units causal examples moments circuit intervene basis measure probes affine constants scores attribution score
-    curvature path search compensating polish folding export certificates subjects evidence controls verification learnt
-    alignment resampling curves evaluation pairing space task compiled readers edges masks baselines methods tables
-    benchmark diagrams plot findings report __init__ cli __main__
+    curvature path search compensating polish folding export certificates subjects evidence controls verification
+    learnt alignment resampling curves evaluation pairing space text task overview compiled readers edges masks
+    baselines methods tables benchmark diagrams plot findings report __init__ cli __main__
 """.split()
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"diagrams", "plot", "report", "cli"}

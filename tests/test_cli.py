@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from tl_sparsify import (
     fingerprint,
     heads,
     intervened,
+    list_tasks,
     load_folded,
     load_task,
     neurons,
@@ -342,7 +344,14 @@ def test_there_are_no_bars_where_nobody_looks(done: tuple[Path, Outcome]):
 def test_tasks_lists_the_shipped_tasks_with_a_line_each():
     outcome = command("tasks")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "hierarchical_equality: is (a == b) the same as (c == d), over 32 symbols" in outcome.out.splitlines()
+    heading, *lines = outcome.out.splitlines()
+    assert heading.split()[:4] == ["task", "accuracy", "chance", "units"]
+    assert [line.split()[0] for line in lines] == list(list_tasks())
+    found = {line.split()[0]: re.split(r"\s{2,}", line) for line in lines}
+    assert found["hierarchical_equality"][1:] == [
+        "1.000", "0.500", "780", "-", "is (a == b) the same as (c == d), over 32 symbols",
+    ]  # fmt: skip
+    assert found["planted_gate"][4] == "weights, removal" and found["tracr_sort"][4] == "weights, removal"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["tasks", "--help"]])

@@ -40,7 +40,7 @@ from tl_sparsify import (
 from tl_sparsify.units import select
 
 FOLDER = Path(__file__).parent.parent / "tasks"
-NAMES = list_tasks()
+NAMES = tuple(name for name in list_tasks() if (FOLDER / name / "model").is_dir())  # text: test_text_tasks.py
 SPLITS = ("train", "validation", "test")
 KINDS = ("trained", "compiled", "planted")
 HEADINGS = ("Data", "Model", "Where the variables live", "Limits", "Licence")
@@ -118,7 +118,7 @@ def metrics(name: str) -> dict[str, Any]:
 
 
 def test_there_are_tasks():
-    assert {path.parent.name for path in FOLDER.glob("*/task.py")} == set(NAMES) != set()
+    assert {path.parent.name for path in FOLDER.glob("*/task.py")} == set(list_tasks()) > set(NAMES) != set()
 
 
 @every_task

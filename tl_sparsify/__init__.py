@@ -16,7 +16,7 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, basis, certificates, constants, curvature, pairing, plot, report, score, task
+from tl_sparsify import baselines, basis, certificates, constants, curvature, pairing, plot, report, score, task, text
 from tl_sparsify.alignment import Found, align
 from tl_sparsify.benchmark import compare
 from tl_sparsify.causal import CausalModel
@@ -114,5 +114,6 @@ __all__ = [
     "stability",
     "stream_directions",
     "task",
+    "text",
     "verify",
 ]

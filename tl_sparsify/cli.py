@@ -24,6 +24,7 @@ from tl_sparsify._files import write_text
 from tl_sparsify._folded import FOLDED
 from tl_sparsify._progress import step
 from tl_sparsify._versions import versions
+from tl_sparsify.alignment import align
 from tl_sparsify.benchmark import compare_tasks, write_comparison
 from tl_sparsify.circuit import Circuit, Reduction, Values
 from tl_sparsify.evaluation import evaluate
@@ -32,6 +33,7 @@ from tl_sparsify.folding import fold, save_folded
 from tl_sparsify.intervene import ablate, answer_logits, device_of, intervened
 from tl_sparsify.measure import by_example, compared, correct, kl
 from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
+from tl_sparsify.overview import overview
 from tl_sparsify.search import sparsify
 from tl_sparsify.tables import markdown
 from tl_sparsify.task import list_tasks, load_task
@@ -42,6 +44,7 @@ _SIZES = ("heads", "neurons", "parameters")
 _PAIRS = 512  # for verification
 _BESIDE_STEPS, _BESIDE_BATCH = 300, 128  # of the refits for baselines.csv: as by default, on fewer examples a step
 _TEMPERATURE = 3.0  # of the probes
+_LINE = "{:<24} {:>8} {:>6} {:>6}  {:<16} {}"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -55,16 +58,25 @@ def _app() -> None:
 
 @app.command()
 def tasks() -> None:
-    """List the tasks that ship with the package."""
+    """List the tasks that ship with the package: accuracy of their models on test examples beside chance, heads and
+    neurons, and how the true circuit is known."""
+    typer.echo(_LINE.format("task", "accuracy", "chance", "units", "truth by", "what it is"))
     for name in list_tasks():
-        typer.echo(f"{name}: {load_task(name).description}")
+        found = overview(load_task(name))
+        truth = ", ".join(found.truth) or "-"
+        numbers = (f"{found.accuracy:.3f}", f"{found.chance:.3f}", f"{found.units:,}")
+        typer.echo(_LINE.format(name, *numbers, truth, found.description))
 
 
 @app.command()
 def run(
     task: Annotated[str, typer.Argument(help="a task's name, or a folder of your own")],
+    model_: Annotated[
+        str | None, typer.Option("--model", help="for tasks of text: a Hugging Face name or folder (gpt2)")
+    ] = None,
     keep: Annotated[float, typer.Option(help="the fraction of units to keep and to fold")] = 0.05,
     rounds: Annotated[int, typer.Option(help="rounds of removing units")] = 20,
+    steps: Annotated[int | None, typer.Option(help="of each refit of constants; 300 by default")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     out: Annotated[Path | None, typer.Option(help="where to write; results/TASK by default")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -75,7 +87,11 @@ def run(
         raise ValueError(f"--keep is {keep}; a fraction of the units must lie in (0, 1]")
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; at least one is needed")
-    loaded = load_task(task)
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps is {steps}; at least one is needed")
+    fitting: dict[str, Any] = {} if steps is None else {"steps": steps}
+    beside_steps = _BESIDE_STEPS if steps is None else steps
+    loaded = load_task(task, model=model_)
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)
     where, model = _device(device), loaded.model()
@@ -83,6 +99,13 @@ def run(
     train, validation, test = loaded.examples(seed)
     units = heads(model) + neurons(model)
     console.print(f"[bold]{loaded.name}[/]: {loaded.description}\n{units!r}, {train!r} to search")
+
+    pairs, alignment = loaded.pairs(_PAIRS, seed), loaded.alignment
+    if not alignment.units:  # nobody has looked yet where this model's variables are
+        both = loaded.pairs(2 * _PAIRS, seed)  # drawn at once: padded alike, so that positions are the same
+        pairs, searching = both[:_PAIRS], both[_PAIRS:]
+        with step("looking for the causal model's variables", not quiet):
+            alignment = align(model, loaded.causal_model, searching, pairs).alignment
 
     with step("scoring units", not quiet):
         values = (constants.zero if loaded.ablation == "zero" else constants.mean)(model, train, units)
@@ -104,7 +127,7 @@ def run(
     _write_csv(path.to_frame(), folder / "path.csv")
     console.print(_table(f"Path: risk in nats on {len(validation)} validation examples", path.to_frame()))
 
-    reduction = constants.refit(model, path.at(keep), train, validation, seed=seed, progress=not quiet)
+    reduction = constants.refit(model, path.at(keep), train, validation, seed=seed, progress=not quiet, **fitting)
     reduction.save(folder / "circuit.reduction")
     small = fold(model, reduction)
     save_folded(small, folder / "folded")
@@ -122,7 +145,8 @@ def run(
     )
 
     with step("comparing with other orders", not quiet):
-        beside = _beside(model, reduction.circuit, values, loaded.ablation, (train, validation, test), seed)
+        splits = (train, validation, test)
+        beside = _beside(model, reduction.circuit, values, loaded.ablation, splits, seed, beside_steps)
     last = {"method": f"{findings.FOUND}, as saved", "replacements": reduction.kind, "steps": ""}
     last |= {"kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr, "accuracy": found.accuracy}
     beside = pd.DataFrame([*beside, last])
@@ -130,8 +154,7 @@ def run(
     console.print(_table(f"Circuits of {found.kept:,} units: risk in nats on test examples", beside))
 
     with step("verifying the algorithm", not quiet):
-        pairs = loaded.pairs(_PAIRS, seed)
-        evidence = verify(model, loaded.causal_model, loaded.alignment, pairs, reduced=small, seed=seed)
+        evidence = verify(model, loaded.causal_model, alignment, pairs, reduced=small, seed=seed)
     _write_csv(evidence.to_frame(), folder / "evidence.csv")
     for part in _evidence(evidence):
         console.print(part)
@@ -150,10 +173,14 @@ def run(
         "device": device,
         "examples": {"train": len(train), "validation": len(validation), "test": len(test), "pairs": len(pairs)},
         "score": {"name": scores.name, "measured_in": scores.measured_in, "temperature": _TEMPERATURE},
-        "baseline_refit": {"steps": _BESIDE_STEPS, "batch_size": _BESIDE_BATCH},
+        "baseline_refit": {"steps": beside_steps, "batch_size": _BESIDE_BATCH},
         "evidence_level": evidence.level,
         "versions": versions(),
     }
+    if model_ is not None:
+        about |= {"model": model_}
+    if not loaded.alignment.units:
+        about |= {"alignment": {name: [unit.name for unit in chosen] for name, chosen in alignment.units.items()}}
     write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")  # at last: it says that the run is complete
     console.print(f"written to {folder}")
 
@@ -200,6 +227,7 @@ def _beside(
     ablation: str,
     splits: tuple[Examples, Examples, Examples],
     seed: int,
+    steps: int,
 ) -> list[dict[str, Any]]:
     """Circuits of the same size in other orders, beside the one found: each with the same constants, and with the same
     refit of them."""
@@ -218,15 +246,15 @@ def _beside(
             plain,
             train,
             validation,
-            steps=_BESIDE_STEPS,
+            steps=steps,
             batch_size=_BESIDE_BATCH,
             seed=seed,
             progress=False,
         )
-        for reduction, steps in ((plain, 0), (again, _BESIDE_STEPS)):
+        for reduction, fitted in ((plain, 0), (again, steps)):
             moments = compared(model, reduction, test, _risk_and_right)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
-            row = {"method": name, "replacements": reduction.kind, "steps": steps, "kept": len(circuit)}
+            row = {"method": name, "replacements": reduction.kind, "steps": fitted, "kept": len(circuit)}
             rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
     return rows
 

@@ -102,7 +102,27 @@ def balanced(
     candidates = max(20_000, 40 * n)
     base = rng.integers(size, size=candidates)
     source = (base + rng.integers(1, size, size=candidates)) % size
-    changed = _changed(causal_model, _at(inputs, base), _at(inputs, source), variables)
+    targets = [(causal_model, variable) for variable in variables]
+    index = _balanced(_at(inputs, base), _at(inputs, source), targets, n, rng)
+    return base[index], source[index]
+
+
+def balanced_among(
+    base: Inputs, source: Inputs, targets: Sequence[tuple[CausalModel, str]], *, n: int, seed: int
+) -> Int[np.ndarray, "k"]:
+    """Numbers of ``n`` of the given pairs, balanced for each variable (of a causal model of its own), in random order.
+
+    Raises:
+        ValueError: as :func:`pairs`.
+    """
+    return _balanced(base, source, targets, n, np.random.default_rng([seed, 47]))
+
+
+def _balanced(
+    base: Inputs, source: Inputs, targets: Sequence[tuple[CausalModel, str]], n: int, rng: np.random.Generator
+) -> Int[np.ndarray, "k"]:
+    variables = [variable for _, variable in targets]
+    changed = _changed(base, source, targets)
     pattern = changed @ (1 << np.arange(len(variables)))
     present, counts = np.unique(pattern, return_counts=True)
     bits = (present[:, None] >> np.arange(len(variables)) & 1).astype(bool)
@@ -120,17 +140,16 @@ def balanced(
             "more or fewer than half, because of the other variables: balance fewer variables"
         )
     chosen = [rng.choice(np.flatnonzero(pattern == p), k, replace=False) for p, k in zip(present, wanted, strict=True)]
-    index = rng.permutation(np.concatenate(chosen))
-    return base[index], source[index]
+    return rng.permutation(np.concatenate(chosen))
 
 
-def _changed(
-    causal_model: CausalModel, base: Inputs, source: Inputs, variables: Sequence[str]
-) -> Bool[np.ndarray, "n v"]:
+def _changed(base: Inputs, source: Inputs, targets: Sequence[tuple[CausalModel, str]]) -> Bool[np.ndarray, "n v"]:
     """Whether the causal model's answer changes when each variable alone is taken from the source."""
-    output = causal_model.output
-    before = causal_model.run(base)[output]
-    return np.stack([causal_model.interchange(base, {v: source})[output] != before for v in variables], 1)
+    columns: list[Bool[np.ndarray, "n"]] = []
+    for model, variable in targets:
+        after = model.interchange(base, {variable: source})[model.output]
+        columns.append(after != model.run(base)[model.output])
+    return np.stack(columns, 1)
 
 
 def _quotas(bits: Bool[np.ndarray, "p v"], counts: Int[np.ndarray, "p"], n: int) -> Int[np.ndarray, "p"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,12 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from tl_sparsify._native import load_native
+from tl_sparsify._native import load_native, save_native
 from tl_sparsify.causal import CausalModel
 from tl_sparsify.examples import Examples
 from tl_sparsify.verification import Alignment, Pairs
 
-__all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth"]
+__all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth", "own_language_model", "save_native"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,16 @@ def list_tasks() -> tuple[str, ...]:
     return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
 
 
-def load_task(name: str | Path) -> Task:
+def load_task(name: str | Path, *, model: Any = None) -> Task:
     """Load a task by name, or from a folder of your own (which runs its ``task.py``).
 
+    Args:
+        model: for tasks of text the language model to ask: a Hugging Face name or folder, or a bridge. It is loaded
+            when ``task.model()`` is called. Where not given, the one that comes with the package.
+
     Raises:
-        ValueError: an unknown name (with the near ones), or a folder without its parts.
+        ValueError: an unknown name (with the near ones), a folder without its parts, a ``model`` for a task that has
+            its own.
     """
     here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
     path = here[0] if here and Path(name).name == str(name) else Path(name)
@@ -90,10 +96,18 @@ def load_task(name: str | Path) -> Task:
             raise ValueError(f"task folder {path} has no {part}")
     module = _module(path / "task.py")
     function = getattr(module, "task", None)
-    made = function() if callable(function) else None
+    if model is not None and callable(function) and "model" not in inspect.signature(function).parameters:
+        raise ValueError(f"model is given, but the task {path.name} has a model of its own: leave it out")
+    made = (function() if model is None else function(model=model)) if callable(function) else None
     if not isinstance(made, Task):
         raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
     return made
+
+
+def own_language_model() -> Path:
+    """The folder of the small language model that comes with the package, in Hugging Face format."""
+    here = [folder / "language_model" / "model" for folder in _folders()]
+    return next((folder for folder in here if folder.is_dir()), here[-1])
 
 
 def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,101 @@
+"""Every shipped task in one table: accuracy and chance, risk along the path, and which causal models hold.
+
+For each task the default search on 256 training examples; its circuits at 20, 10, 5 and 3 % kept, refitted, judged on
+the test split. The verdicts on causal models are those of ``algorithms.csv``
+(``python benchmarks/algorithms.py``). Tasks done before are kept. Writes ``benchmarks/results/tasks.csv`` and
+``tasks.md``.
+
+    python benchmarks/tasks.py [--task NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from algorithms import verdicts
+
+import tl_sparsify as tls
+from tl_sparsify._files import write_text
+from tl_sparsify.overview import overview
+
+SIZES = (0.2, 0.1, 0.05, 0.03)
+EXAMPLES = 256  # for training, and for validation
+STEPS, BATCH = 60, 128  # of the refit
+RESULTS = Path(__file__).parent / "results"
+
+
+def row(name: str) -> dict[str, Any]:
+    """What there is to say of a task."""
+    started = time.perf_counter()
+    task = tls.load_task(name)
+    model = task.model()
+    train, validation, test = task.examples(0)
+    seconds = time.perf_counter() - started
+    examples, about = len(train) + len(validation) + len(test), overview(task)
+    train, validation = train.sample(EXAMPLES), validation.sample(EXAMPLES)
+    units = tls.heads(model) + tls.neurons(model)
+    values = tls.constants.zero(model, train, units) if task.ablation == "zero" else None
+    same: dict[str, Any] = {"held_out": validation, "predict": False, "progress": False}
+    path = tls.sparsify(model, train, units, smallest=0.03, values=values, **same)
+    found: dict[str, Any] = {
+        "task": task.name,
+        "units": about.units,
+        "kinds": about.kinds,
+        "chance": about.chance,
+        "accuracy": about.accuracy,
+        "truth": " ".join(about.truth),
+        "examples": examples,
+        "load_seconds": seconds,
+    }
+    for size in SIZES:
+        plain = path.at(size)
+        fit: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "progress": False}
+        outcome = tls.evaluate(model, tls.constants.refit(model, plain, train, validation, **fit), test)
+        found |= {f"kept_{size:g}": len(plain.circuit), f"risk_{size:g}": outcome.risk.mean}
+        found |= {f"accuracy_{size:g}": outcome.accuracy}
+    return found
+
+
+def markdown(frame: pd.DataFrame, verdict: dict[str, str]) -> str:
+    """One row a task."""
+    sizes = [f"{size:.0%}" for size in SIZES]
+    lines = [
+        "| task | units | chance | accuracy | task, model and examples loaded in | risk (accuracy), refitted: "
+        + " | ".join(sizes)
+        + " | causal models |",
+        "|---" * (6 + len(SIZES)) + "|",
+    ]
+    rows: list[dict[str, Any]] = [dict(row) for row in frame.sort_values("task").to_dict("records")]
+    for one in rows:
+        cells = [one["task"], f"{one['kinds']}", f"{one['chance']:.3f}", f"{one['accuracy']:.3f}"]
+        cells.append(f"{one['load_seconds']:.1f} s, {one['examples']:,}")
+        for size in SIZES:
+            risk, right = one[f"risk_{size:g}"], one[f"accuracy_{size:g}"]
+            shown = "< 1e-6" if risk < 1e-6 else f"{risk:.2g}"
+            cells.append(f"{shown} ({right:.3f})")
+        lines.append("| " + " | ".join([*cells, verdict.get(one["task"], "")]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
+    arguments = parser.parse_args()
+    table = RESULTS / "tasks.csv"
+    done = pd.read_csv(table, keep_default_na=False) if table.is_file() else pd.DataFrame({"task": []})
+    wanted = arguments.task or [name for name in tls.list_tasks() if name not in set(done.task)]
+    for name in wanted:
+        new = pd.DataFrame([row(name)])
+        done = pd.concat([done.loc[done.task != name], new], ignore_index=True)
+        write_text(table, done.to_csv(index=False))
+        print(new.T.to_string(), flush=True)
+    algorithms = pd.read_csv(RESULTS / "algorithms.csv")
+    write_text(RESULTS / "tasks.md", markdown(done, verdicts(algorithms)))
+
+
+if __name__ == "__main__":
+    main()

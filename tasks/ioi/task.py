@@ -1,0 +1,166 @@
+"""Indirect object identification: who is given something? Data and causal models, for any language model.
+
+After Wang, Variengien, Conmy, Shlegeris and Steinhardt, *Interpretability in the Wild* (2023). Two names are told, one
+of them comes again; the answer is the other one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+import tl_sparsify as tls
+
+SHARED = Path(__file__).parents[1]
+WORDS = json.loads((SHARED / "words.json").read_text())
+MODEL = SHARED / "language_model" / "model"
+NAMES = sorted(WORDS["men"] + WORDS["women"])
+# The second half is the same in all, so that the third name is always five tokens from the end.
+TEMPLATES = (
+    "When {first} and {second} went to the {place}, {third} gave a {object} to",
+    "Then, {first} and {second} went to the {place}. {third} gave a {object} to",
+    "After {first} and {second} met at the {place}, {third} gave a {object} to",
+    "While {first} and {second} were at the {place}, {third} gave a {object} to",
+    "Yesterday {first} and {second} had a long day at the {place}. {third} gave a {object} to",
+)
+FIELDS = {
+    "template": TEMPLATES,
+    "first": NAMES,
+    "second": NAMES,
+    "repeated": (0, 1),
+    "place": WORDS["places"],
+    "object": WORDS["objects"],
+}
+Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+
+
+def rows(n: int, seed: int = 0) -> Rows:
+    """Rows with two names, the third name being the first or the second again."""
+    found = tls.text.drawn(FIELDS, n, seed)
+    different = found["first"] != found["second"]
+    found = {name: values[different] for name, values in found.items()}
+    found["third"] = np.where(found.pop("repeated") == 0, found["first"], found["second"])
+    return found
+
+
+def key(inputs: Rows) -> Int[np.ndarray, "n"]:
+    """What decides the split: the two names, whatever their order, and the object."""
+    names = np.sort(np.stack([inputs["first"], inputs["second"]]), 0)
+    words = {"first": names[0], "second": names[1], "object": inputs["object"]}
+    return tls.text.keys(words, {"first": NAMES, "second": NAMES, "object": WORDS["objects"]})
+
+
+def prompts(inputs: Rows) -> list[str]:
+    """The sentences up to the answer."""
+    return tls.text.filled(inputs["template"].tolist(), inputs)
+
+
+INPUTS = ("sentence", "first", "second", "third")
+Words = Shaped[np.ndarray, "n"]
+
+
+def place(first: Words, second: Words, third: Words) -> Int[np.ndarray, "n"]:
+    """Which of the two names comes again: 0 the first, 1 the second."""
+    return np.where(third == second, 1, 0)
+
+
+# Which *name* is told again: the one that is not it is the answer, wherever it stands.
+TOKEN = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "name": lambda third: third,
+        "receiver": lambda name, first, second: np.where(first == name, second, first),
+    },
+    output="receiver",
+)
+# The same answers, but which of the two *places* is told again: the name at the other place is the answer, whatever
+# the names are. Larger models are said to do this in part; the package's own does not.
+POSITION = tls.CausalModel(
+    inputs=INPUTS,
+    mechanisms={
+        "position": place,
+        "receiver": lambda position, first, second: np.where(position == 1, first, second),
+    },
+    output="receiver",
+)
+# Wrong: the one that was named first; the one that was named last.
+FIRST = tls.CausalModel(inputs=INPUTS, mechanisms={"receiver": lambda first: first}, output="receiver")
+RECENT = tls.CausalModel(inputs=INPUTS, mechanisms={"receiver": lambda third: third}, output="receiver")
+
+
+def swapped(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:
+    """The other one gives: ABB becomes ABA."""
+    return {
+        **rows,
+        "third": np.where(place(rows["first"], rows["second"], rows["third"]) == 1, rows["first"], rows["second"]),
+    }
+
+
+def another(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:
+    """A third person gives: ABB becomes ABC, which has no right answer."""
+    third = rng.choice(words["third"], len(rows["third"]))
+    while (clash := (third == rows["first"]) | (third == rows["second"])).any():
+        third[clash] = rng.choice(words["third"], int(clash.sum()))
+    return {**rows, "third": third}
+
+
+def sources(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:
+    """The same two names in any order, either of which comes again, in a sentence of any form: so that place and name
+    can be told apart."""
+    n = len(rows["first"])
+    turned, repeated = rng.integers(2, size=(2, n))
+    first = np.where(turned == 1, rows["second"], rows["first"])
+    second = np.where(turned == 1, rows["first"], rows["second"])
+    others = {"template": rng.choice(TEMPLATES, n), "place": rng.choice(words["place"], n)}
+    return {**rows, **others, "first": first, "second": second, "third": np.where(repeated == 1, second, first)}
+
+
+SENTENCES = tls.text.Sentences(
+    causal_model=TOKEN,
+    rows=rows,
+    slots={
+        "first": NAMES,
+        "second": NAMES,
+        "third": NAMES,
+        "place": WORDS["places"],
+        "object": WORDS["objects"],
+    },
+    outputs={name: f" {name}" for name in NAMES},
+    key=key,
+    cell=lambda rows: place(rows["first"], rows["second"], rows["third"]),
+    counterfactuals={"swapped": swapped, "another": another},
+    held_against=lambda rows: rows["third"],
+    sources=sources,
+    rivals=(POSITION,),
+)
+
+
+def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
+    """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
+    package: see the card, README.md."""
+    data = tls.text.TextTask(SENTENCES, MODEL if model is None else model, padding_side)
+    return tls.Task(
+        name="ioi",
+        description="to whom something is given, by two names one of which comes again",
+        model=data.model,
+        dataset=data.dataset,
+        examples=data.examples,
+        causal_model=TOKEN,
+        alignment=alignment() if model is None else tls.Alignment({}),
+        pairs=data.pairs,
+        chance=1 / len(NAMES),
+        causal_models={"token": TOKEN, "position": POSITION, "first": FIRST, "recent": RECENT},
+        wrong=("first", "recent", *(("position",) if model is None else ())),  # other models may go by the place
+    )
+
+
+def alignment() -> tls.Alignment:
+    """The unit of the package's own language model that carries the name (found by find_alignment.py): a head of
+    layer 0, which brings it to the word after it, four tokens from the end."""
+    heads = tls.Site(kind="head", layer=0, hook="blocks.0.attn.hook_z", size=6, positions=-4)
+    return tls.Alignment({"name": [tls.Unit(heads, 2)]})
