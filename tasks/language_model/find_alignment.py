@@ -41,6 +41,15 @@ def main() -> None:
         for position in range(-1, -LAST - 1, -1):
             places |= layers(model, position, str(position))
         places |= heads(model, -1, "-1", 1)
+        for layer in range(model.cfg.n_layers):
+            site = tls.Site(
+                kind="residual",
+                layer=layer,
+                hook=f"blocks.{layer}.hook_resid_post",
+                size=1,
+                positions=slice(-LAST, -1),
+            )
+            places[f"residual stream after layer {layer} at -{LAST} to -2"] = [tls.Unit(site, 0)]
         sites = tls.heads(model).at(-1).sites
         for last in range(1, len(sites)):
             units = [tls.Unit(site, index) for site in sites[: last + 1] for index in range(site.size)]
