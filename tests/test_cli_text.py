@@ -48,6 +48,9 @@ def test_run_takes_a_checkpoint_and_looks_for_the_variables(
     assert set(pd.read_csv(out / "scores.csv").unit) == set(units.names) and len(units) == 4 + 128
     evidence = pd.read_csv(out / "evidence.csv", keep_default_na=False)
     assert set(evidence.variable) >= {"gender"} and set(evidence.model) >= {"original", "reduced"}
+    sizes = pd.read_csv(out / "fold.csv").set_index("part")
+    own = sum(parameter.numel() for parameter in GPT2LMHeadModel.from_pretrained(checkpoint).parameters())
+    assert (sizes.loc["whole model", ["parameters", "parameters_kept"]] == own).all()  # nothing was removed
     small = load_folded(out / "folded")
     with torch.no_grad():
         logits = [m(test.tokens, attention_mask=test.attention_mask.long())[:, -1] for m in (model, small)]
@@ -71,3 +74,8 @@ def test_a_model_that_cannot_do_the_task_is_said_before_the_search(checkpoint: P
 def test_a_model_that_is_none_gets_one_sentence(task: str, model: str, said: str, tmp_path: Path):
     outcome = command("run", task, "--model", model, "--out", tmp_path)
     assert outcome.code == 2 and outcome.err.count("\n") == 1 and said in outcome.err
+
+
+def test_steps_of_refits_are_positive(tmp_path: Path):
+    outcome = command("run", "hierarchical_equality", "--steps", "0", "--out", tmp_path)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1) and "--steps is 0; at least one is needed" in outcome.err

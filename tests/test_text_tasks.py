@@ -454,6 +454,7 @@ def carried(name: str, model: CausalModel, variable: str, units: Sequence[Unit],
     return float((said == pairs.expected(model, (variable,))).double().mean())
 
 
+@pytest.mark.slow
 @every_task
 def test_the_language_model_does_not_implement_the_wrong_models(name: str):
     """A wrong model gives other answers than the network; or one of its variables is at no place of one position."""

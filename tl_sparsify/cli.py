@@ -29,7 +29,7 @@ from tl_sparsify.benchmark import compare_tasks, write_comparison
 from tl_sparsify.circuit import Circuit, Reduction, Values
 from tl_sparsify.evaluation import evaluate
 from tl_sparsify.examples import Examples
-from tl_sparsify.folding import fold, save_folded
+from tl_sparsify.folding import fold, parameter_count, save_folded
 from tl_sparsify.intervene import ablate, answer_logits, device_of, intervened
 from tl_sparsify.measure import by_example, compared, correct, kl
 from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
@@ -331,7 +331,7 @@ def _layers(model: Any, small: Any) -> pd.DataFrame:
         return {
             "heads": sum("H" in unit for unit in inside),
             "neurons": sum("N" in unit for unit in inside),
-            "parameters": _parameters(of.blocks[layer]),
+            "parameters": parameter_count(of.blocks[layer]),
         }
 
     def heads_and_neurons(of: Any) -> tuple[str, ...]:
@@ -345,7 +345,7 @@ def _layers(model: Any, small: Any) -> pd.DataFrame:
             | {f"{k}{end}": v[k] for k in before for end, v in (("", before), ("_kept", after))}
         )
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
-    total |= {"parameters": _parameters(model), "parameters_kept": _parameters(small)}
+    total |= {"parameters": parameter_count(model), "parameters_kept": parameter_count(small)}
     return pd.DataFrame([*rows, {"part": "whole model"} | total])
 
 
@@ -355,10 +355,6 @@ def _before_and_after(layers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {"part": layers.part} | {name: [f"{a:,} to {b:,}" for a, b in c] for name, c in columns.items()}
     )
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    return sum({p.data_ptr(): p.numel() for p in module.parameters()}.values())
 
 
 def _difference(model: Any, reduction: Reduction, small: Any, examples: Examples) -> float:
