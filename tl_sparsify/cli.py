@@ -44,7 +44,7 @@ _SIZES = ("heads", "neurons", "parameters")
 _PAIRS = 512  # for verification
 _BESIDE_STEPS, _BESIDE_BATCH = 300, 128  # of the refits for baselines.csv: as by default, on fewer examples a step
 _TEMPERATURE = 3.0  # of the probes
-_LINE = "{:<24} {:>8} {:>6} {:>6}  {:<16} {}"
+_LINE = "{:<24} {:>8} {:>6} {:>6}  {:<17} {}"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
