@@ -16,9 +16,7 @@ from jaxtyping import Int, Shaped
 
 import tl_sparsify as tls
 
-SHARED = Path(__file__).parents[1]
-WORDS = json.loads((SHARED / "words.json").read_text())
-MODEL = SHARED / "language_model" / "model"
+WORDS = json.loads((Path(__file__).parents[1] / "words.json").read_text())
 NAMES = sorted(WORDS["men"] + WORDS["women"])
 TEMPLATES = (
     "So {name} is a {adjective} friend of {other}, isn't",
@@ -85,12 +83,11 @@ def other_gender(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.
     name = rows["name"].copy()
     usable = np.array(words["name"])
     for sex in ("he", "she"):
-        here = gender(name) == sex
         names = usable[gender(usable) != sex]
         drawn = rng.choice(names, len(name))
         while (clash := drawn == rows["other"]).any():
             drawn[clash] = rng.choice(names, int(clash.sum()))
-        name = np.where((gender(rows["name"]) == sex) & here, drawn, name)
+        name = np.where(gender(rows["name"]) == sex, drawn, name)
     return {**rows, "name": name}
 
 
@@ -117,7 +114,7 @@ SENTENCES = tls.text.Sentences(
 def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
     """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
     package: see the card, README.md."""
-    data = tls.text.TextTask(SENTENCES, MODEL if model is None else model, padding_side)
+    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model, padding_side)
     return tls.Task(
         name="gendered_pronoun",
         description="he or she, by the first of two names",

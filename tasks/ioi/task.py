@@ -16,9 +16,7 @@ from jaxtyping import Int, Shaped
 
 import tl_sparsify as tls
 
-SHARED = Path(__file__).parents[1]
-WORDS = json.loads((SHARED / "words.json").read_text())
-MODEL = SHARED / "language_model" / "model"
+WORDS = json.loads((Path(__file__).parents[1] / "words.json").read_text())
 NAMES = sorted(WORDS["men"] + WORDS["women"])
 # The second half is the same in all, so that the third name is always five tokens from the end.
 TEMPLATES = (
@@ -143,7 +141,7 @@ SENTENCES = tls.text.Sentences(
 def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
     """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
     package: see the card, README.md."""
-    data = tls.text.TextTask(SENTENCES, MODEL if model is None else model, padding_side)
+    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model, padding_side)
     return tls.Task(
         name="ioi",
         description="to whom something is given, by two names one of which comes again",

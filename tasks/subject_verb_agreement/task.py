@@ -15,9 +15,7 @@ from jaxtyping import Bool, Int, Shaped
 
 import tl_sparsify as tls
 
-SHARED = Path(__file__).parents[1]
-WORDS = json.loads((SHARED / "words.json").read_text())
-MODEL = SHARED / "language_model" / "model"
+WORDS = json.loads((Path(__file__).parents[1] / "words.json").read_text())
 NOUNS = [word for pair in WORDS["nouns"] for word in pair]
 TEMPLATES = (
     "The {noun} {preposition} the {other}",
@@ -114,7 +112,7 @@ SENTENCES = tls.text.Sentences(
 def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
     """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
     package: see the card, README.md."""
-    data = tls.text.TextTask(SENTENCES, MODEL if model is None else model, padding_side)
+    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model, padding_side)
     return tls.Task(
         name="subject_verb_agreement",
         description="is or are, by the first of two nouns",
