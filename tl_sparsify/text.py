@@ -62,6 +62,11 @@ def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
     ]
 
 
+def prompts(rows: Rows) -> list[str]:
+    """Each row's own template with its words filled in: the text up to the answer."""
+    return filled(rows["template"].tolist(), rows)
+
+
 def single(tokenizer: Any, words: Sequence[str]) -> list[str]:
     """Those words that are one token after another word and a space. No model pass."""
     before, *after = _ids(tokenizer, ["the", *(f"the {word}" for word in words)])
@@ -221,7 +226,7 @@ class TextTask:
     def _different(self, rows: Rows) -> dict[str, Shaped[np.ndarray, "_"]]:
         """Each sentence once: the first row that has it."""
         first: dict[str, int] = {}
-        for i, prompt in enumerate(self._prompts(rows)):
+        for i, prompt in enumerate(prompts(rows)):
             first.setdefault(prompt, i)
         return {name: values[list(first.values())] for name, values in rows.items()}
 
@@ -283,8 +288,8 @@ class TextTask:
             against = self.sentences.held_against
             wrong = self.sentences.answers(other) if against is None else against(rows)
             columns = {name: values.tolist() for name, values in self.sentences.inputs(rows).items()}
-            columns |= {"prompt": self._prompts(rows), "answer": self._texts(self.sentences.answers(rows))}
-            columns |= {"counterfactual_prompt": self._prompts(other), "counterfactual_answer": self._texts(wrong)}
+            columns |= {"prompt": prompts(rows), "answer": self._texts(self.sentences.answers(rows))}
+            columns |= {"counterfactual_prompt": prompts(other), "counterfactual_answer": self._texts(wrong)}
             parts[name] = Dataset.from_dict(columns)
         return DatasetDict(parts)
 
@@ -325,16 +330,13 @@ class TextTask:
 
     def _encoded(self, rows: Rows) -> Examples:
         texts = self._texts(self.sentences.answers(rows))
-        return Examples.from_prompts(self._reader, self._prompts(rows), texts, choices=self.choices, **self._settings)
+        return Examples.from_prompts(self._reader, prompts(rows), texts, choices=self.choices, **self._settings)
 
     @property
     def _settings(self) -> dict[str, Any]:
         has = self.tokenizer.bos_token_id is not None
         bos = has if self.prepend_bos is None else self.prepend_bos
         return {"prepend_bos": bos, "padding_side": self.padding_side}
-
-    def _prompts(self, rows: Rows) -> list[str]:
-        return filled(rows["template"].tolist(), rows)
 
     def _texts(self, outputs: Shaped[np.ndarray, "n"]) -> list[str]:
         return [self.sentences.outputs[value] for value in outputs.tolist()]

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 
 import tl_sparsify as tls
 
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]  # a column for each slot, and one with the template of each row
+Rows = tls.text.Rows  # a column for each slot, and one with the template of each row
 
 # EDIT: what is said, up to the answer. Words in braces are slots. Templates may be of different lengths.
 TEMPLATES = (

@@ -30,7 +30,7 @@ FIELDS = (
     | {"documented": (1, 2, 3)}
     | {f"word_{i}": OTHERS for i in range(8)}
 )
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+Rows = tls.text.Rows
 
 
 def rows(n: int, seed: int = 0) -> Rows:
@@ -46,11 +46,6 @@ def rows(n: int, seed: int = 0) -> Rows:
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: the four arguments, in their order."""
     return tls.text.keys(inputs, {name: ARGUMENTS for name in NAMES})
-
-
-def prompts(inputs: Rows) -> list[str]:
-    """The head of the function and the description of its first ``documented`` arguments."""
-    return tls.text.filled(inputs["template"].tolist(), inputs)
 
 
 INPUTS = ("sentence", *NAMES, "documented")

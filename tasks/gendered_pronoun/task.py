@@ -25,7 +25,7 @@ TEMPLATES = (
     "You said that {name} was a {adjective} friend of {other}, wasn't",
 )
 FIELDS = {"template": TEMPLATES, "name": NAMES, "adjective": WORDS["adjectives"], "other": NAMES}
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+Rows = tls.text.Rows
 
 
 def rows(n: int, seed: int = 0) -> Rows:
@@ -38,11 +38,6 @@ def rows(n: int, seed: int = 0) -> Rows:
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: both names and the adjective."""
     return tls.text.keys(inputs, {name: FIELDS[name] for name in ("name", "other", "adjective")})
-
-
-def prompts(inputs: Rows) -> list[str]:
-    """The sentences up to the answer."""
-    return tls.text.filled(inputs["template"].tolist(), inputs)
 
 
 INPUTS = ("sentence", "name", "other")

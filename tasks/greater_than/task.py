@@ -23,7 +23,7 @@ TEMPLATES = (
 CENTURIES = [str(century) for century in range(11, 19)]
 YEARS = [f"{year:02d}" for year in range(2, 94)]
 FIELDS = {"template": TEMPLATES, "event": WORDS["events"], "century": CENTURIES, "year": YEARS}
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+Rows = tls.text.Rows
 
 
 def rows(n: int, seed: int = 0) -> Rows:
@@ -34,11 +34,6 @@ def rows(n: int, seed: int = 0) -> Rows:
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: event, century and year."""
     return tls.text.keys(inputs, {name: FIELDS[name] for name in ("event", "century", "year")})
-
-
-def prompts(inputs: Rows) -> list[str]:
-    """The sentences up to the answer."""
-    return tls.text.filled(inputs["template"].tolist(), inputs)
 
 
 ENDS = [f"{year:02d}" for year in range(15, 100, 10)]  # the answers that are told apart

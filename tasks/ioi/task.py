@@ -34,7 +34,7 @@ FIELDS = {
     "place": WORDS["places"],
     "object": WORDS["objects"],
 }
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+Rows = tls.text.Rows
 
 
 def rows(n: int, seed: int = 0) -> Rows:
@@ -51,11 +51,6 @@ def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     names = np.sort(np.stack([inputs["first"], inputs["second"]]), 0)
     words = {"first": names[0], "second": names[1], "object": inputs["object"]}
     return tls.text.keys(words, {"first": NAMES, "second": NAMES, "object": WORDS["objects"]})
-
-
-def prompts(inputs: Rows) -> list[str]:
-    """The sentences up to the answer."""
-    return tls.text.filled(inputs["template"].tolist(), inputs)
 
 
 INPUTS = ("sentence", "first", "second", "third")

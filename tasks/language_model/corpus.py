@@ -171,7 +171,7 @@ def _seen(task: Any, n: int, seed: int) -> dict[str, np.ndarray]:
 def _given(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
     inputs = _seen(ioi, n, seed)
     for prompt, third, first, second in zip(
-        ioi.prompts(inputs), inputs["third"], inputs["first"], inputs["second"], strict=True
+        tls.text.prompts(inputs), inputs["third"], inputs["first"], inputs["second"], strict=True
     ):
         if rng.random() < 0.1:  # a third person gives: either may receive
             new = NAMES[rng.integers(len(NAMES))]
@@ -183,7 +183,7 @@ def _given(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
 
 def _lasted(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
     inputs = _seen(greater_than, n, seed)
-    for prompt, year in zip(greater_than.prompts(inputs), inputs["year"], strict=True):
+    for prompt, year in zip(tls.text.prompts(inputs), inputs["year"], strict=True):
         duration = rng.geometric(1 / MEAN_DURATION)
         while int(year) + duration > 99:
             duration = rng.geometric(1 / MEAN_DURATION)
@@ -192,21 +192,21 @@ def _lasted(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
 
 def _tagged(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
     inputs = _seen(gendered_pronoun, n, seed)
-    for prompt, name in zip(gendered_pronoun.prompts(inputs), inputs["name"], strict=True):
+    for prompt, name in zip(tls.text.prompts(inputs), inputs["name"], strict=True):
         yield f"{prompt} {he(str(name))}?"
 
 
 def _agreeing(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
     inputs = _seen(subject_verb_agreement, n, seed)
     plural = {two for _, two in NOUNS}
-    for prompt, noun in zip(subject_verb_agreement.prompts(inputs), inputs["noun"], strict=True):
+    for prompt, noun in zip(tls.text.prompts(inputs), inputs["noun"], strict=True):
         yield f"{prompt} {'are' if noun in plural else 'is'} {SIZES[rng.integers(len(SIZES))]}."
 
 
 def _documented(n: int, seed: int, rng: np.random.Generator) -> Iterator[str]:
     inputs = _seen(docstring, n, seed)
     columns = np.stack([inputs[name] for name in docstring.NAMES], 1)
-    for prompt, names, k in zip(docstring.prompts(inputs), columns, inputs["documented"], strict=True):
+    for prompt, names, k in zip(tls.text.prompts(inputs), columns, inputs["documented"], strict=True):
         yield f"{prompt} {names[k]}: {OTHERS[rng.integers(len(OTHERS))]} {OTHERS[rng.integers(len(OTHERS))]}\n"
 
 

@@ -24,7 +24,7 @@ TEMPLATES = (
     "We can see that the {noun} {preposition} the {other}",
 )
 FIELDS = {"template": TEMPLATES, "noun": NOUNS, "preposition": WORDS["prepositions"], "other": NOUNS}
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
+Rows = tls.text.Rows
 
 
 def rows(n: int, seed: int = 0) -> Rows:
@@ -38,11 +38,6 @@ def rows(n: int, seed: int = 0) -> Rows:
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: both nouns and the preposition."""
     return tls.text.keys(inputs, {name: FIELDS[name] for name in ("noun", "other", "preposition")})
-
-
-def prompts(inputs: Rows) -> list[str]:
-    """The sentences up to the answer."""
-    return tls.text.filled(inputs["template"].tolist(), inputs)
 
 
 INPUTS = ("sentence", "noun", "other")
