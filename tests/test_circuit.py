@@ -61,7 +61,7 @@ def test_full_and_empty_are_complements():
 def test_the_repr_is_one_line_with_the_numbers():
     a = Circuit.of(units_of(bridge()), ["L0H1", "L1N0", "L1N3"])
     assert repr(a) == "Circuit(3 of 14 units: 1 head, 2 neurons)"
-    assert repr(Reduction(a, random_values(a.units))) == f"Reduction({a!r}, mean values)"
+    assert repr(Reduction(a, random_values(a.units))) == f"Reduction({a!r}, given values)"
 
 
 def test_circuits_over_other_units_are_refused():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from tl_sparsify import (
     neurons,
     risk,
 )
-from tl_sparsify.constants import mean, neighbours, reduced, zero
+from tl_sparsify.constants import mean, neighbours, reduced, refit, zero
 from tl_sparsify.evaluation import auroc, average_precision
 from tl_sparsify.measure import log_probability
 from tl_sparsify.resampling import weights
@@ -158,7 +159,7 @@ def test_every_measure_is_that_of_the_slow_computation(choices: bool):
     assert found.accuracy == pytest.approx(here["accuracy"])
     assert found.agreement == pytest.approx(here["agreement"])
     assert found.original_accuracy == pytest.approx(means(None, reduction.values, examples)["accuracy"])
-    assert (found.kept, found.fraction, found.kind) == (7, 7 / 24, "mean")
+    assert (found.kept, found.fraction, found.kind) == (7, 7 / 24, "given")
 
 
 def test_faithfulness_and_completeness_are_those_of_the_slow_computation():
@@ -303,7 +304,7 @@ def test_to_dict_is_flat_numbers():
 
 def test_the_repr_is_one_line():
     text = repr(evaluate(native(), reduction_of(KEPT), data()))
-    assert text.startswith("Evaluation(7 units, mean: risk ") and "\n" not in text
+    assert text.startswith("Evaluation(7 units, given: risk ") and "\n" not in text
 
 
 def test_a_model_in_training_mode_is_refused():
@@ -416,10 +417,21 @@ def test_mean_ablation_without_values_is_to_the_baseline():
     reduction, baseline = bridged_reduction(model), other_values(units_on(model), 8)
     refitted = replace(reduction, kind="refit", reference=baseline)
     found = evaluate(model, refitted, batch, ablation="mean")
-    assert found == evaluate(model, replace(reduction, values=baseline), batch) and found.kind == "mean"
+    assert found == evaluate(model, replace(reduction, values=baseline, kind="mean"), batch) and found.kind == "mean"
     assert found == evaluate(model, reduction, batch, ablation="mean", values=baseline)
     own = evaluate(model, refitted, batch)
     assert own.risk == evaluate(model, reduction, batch).risk != found.risk and own.completeness == found.completeness
+
+
+def test_zeros_are_not_taken_for_means(tmp_path: Path):
+    model, batch = bridge(), examples(8)
+    reduction = reduced(model, bridged_reduction(model).circuit, zero(model, batch, units_on(model)))
+    refitted = refit(model, reduction, batch, batch, steps=1, progress=False)
+    refitted.save(tmp_path / "refitted")
+    for zeros in (reduction, refitted, Reduction.load(tmp_path / "refitted")):
+        with pytest.raises(ValueError, match="ablation='mean' needs values"):
+            evaluate(model, zeros, batch, ablation="mean")
+    assert evaluate(model, reduction, batch).kind == "zero"
 
 
 def test_zero_ablation_is_a_reduction_to_zeros():

@@ -149,6 +149,12 @@ def test_a_fraction_outside_nought_and_one_is_refused(fraction: float):
         made_up([1.0]).top(fraction)
 
 
+def test_a_score_that_is_no_number_has_no_place():
+    scores = made_up([3.0, float("nan"), 1.0, float("nan")])
+    with pytest.raises(ValueError, match=rf"{scores.units.names[1]} \(and of 1 other units\) is NaN"):
+        scores.top(0.5)
+
+
 def test_the_frame_has_a_row_a_unit():
     model, data = bridge(), examples(3)
     found = score.risk(model, data, units_of(model))

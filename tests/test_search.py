@@ -30,7 +30,7 @@ from models import (
 
 from tl_sparsify import constants
 from tl_sparsify._cost import counted
-from tl_sparsify.circuit import Circuit, Reduction, fingerprint
+from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
 from tl_sparsify.intervene import ablate, answer_logits, intervened
 from tl_sparsify.measure import kl, log_odds, remembering, risk
 from tl_sparsify.probes import Linearisation
@@ -285,6 +285,21 @@ def test_a_refit_in_the_rounds_lowers_the_risk():
     assert refitted.rounds[-1].reduction.baseline == plain.rounds[-1].reduction.values
     with pytest.raises(ValueError, match="refit_steps needs held_out"):
         found(refit_steps=10)
+
+
+@pytest.mark.parametrize("kind", ["mean", "zero", "curvature", "given"])
+def test_a_path_says_how_its_values_were_made(kind: str):
+    model, data, units = bridge(), examples(10), units_of(bridge())
+    zeros = constants.zero(model, data, units)
+    made = {
+        "mean": lambda: None,
+        "zero": lambda: zeros,
+        "curvature": lambda: constants.curvature(model, data, units),
+        "given": lambda: Values(units, tuple(tensor + 1 for tensor in zeros.tensors)),
+    }
+    path = found(values=made[kind]())
+    assert path.at(0.5).kind == kind == path.rounds[-1].reduction.values.kind
+    assert found(start=path.at(0.5), values=zeros).at(0.2).kind == "zero"
 
 
 def test_given_values_are_what_removed_units_are_set_to():

@@ -75,8 +75,8 @@ def neighbours(
         values.append(c.clone().index_copy_(0, removed.to(c.device), constant[:, None].to(c)))
         mixing.append(replace(weights, weights=weights.weights.to(c)))
     affine_part = tuple(mixing) if any(part is not None for part in mixing) else None
-    new = Values(reduction.units, tuple(values))
-    return replace(reduction, values=new, kind="neighbours", reference=reduction.baseline, mixing=affine_part)
+    new = Values(reduction.units, tuple(values), "neighbours")
+    return replace(reduction, values=new, kind=new.kind, reference=reduction.baseline, mixing=affine_part)
 
 
 def _covariances(

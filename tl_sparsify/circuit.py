@@ -109,10 +109,11 @@ class Circuit:
 @dataclass(frozen=True, eq=False)
 class Values:
     """One value for every unit: per site a tensor ``[units, width]`` (a constant), or ``[batch, pos, units, width]``
-    (the values of another run). Only constants fold."""
+    (the values of another run). Only constants fold. ``kind`` says how they were made, and is not compared."""
 
     units: Units
     tensors: tuple[Float[Tensor, "..."], ...]
+    kind: str = "given"
 
     def __post_init__(self) -> None:
         if len(self.tensors) != len(self.units.sites):
@@ -202,7 +203,8 @@ class Reduction:
         circuit: the kept units.
         values: a constant for every unit; the kept units' are not used by the reduction itself.
         reference: the constants of the empty circuit that faithfulness is measured from (``values`` before a refit).
-        kind: how the values were made (``"mean"``, ``"zero"``, ``"refit"``): part of every number.
+        kind: how the values were made (``"mean"``, ``"zero"``, ``"refit"``; ``"given"``: by the user): part of every
+            number.
         fingerprint: of the model, checked by everything that takes both; ``None`` is never refused.
         mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
             the affine fold into neighbours. Made for this circuit only.
@@ -210,7 +212,7 @@ class Reduction:
 
     circuit: Circuit
     values: Values
-    kind: str = "mean"
+    kind: str = "given"
     reference: Values | None = None
     fingerprint: str | None = None
     mixing: tuple[Mixing | None, ...] | None = None
@@ -259,8 +261,8 @@ class Reduction:
         units = self.units.for_examples(index)
         if units is self.units:
             return self
-        reference = None if self.reference is None else Values(units, self.reference.tensors)
-        circuit, values = Circuit(units, self.circuit.mask), Values(units, self.values.tensors)
+        reference = None if self.reference is None else replace(self.reference, units=units)
+        circuit, values = Circuit(units, self.circuit.mask), replace(self.values, units=units)
         return replace(self, circuit=circuit, values=values, reference=reference)
 
     def save(self, path: str | Path) -> None:
@@ -270,6 +272,7 @@ class Reduction:
         tensors = {"mask": self.circuit.mask}
         tensors |= {f"values.{i}": tensor for i, tensor in enumerate(self.values.tensors)}
         if self.reference is not None:
+            header["reference_kind"] = self.reference.kind
             tensors |= {f"reference.{i}": tensor for i, tensor in enumerate(self.reference.tensors)}
         tensors |= {f"basis.{i}": site.basis for i, site in enumerate(self.units.sites) if site.basis is not None}
         for i, part in enumerate(self.mixing or ()):
@@ -291,8 +294,10 @@ class Reduction:
         sites = [_site_from_json(site, basis) for site, basis in zip(header["sites"], bases, strict=True)]
         units = Units(tuple(sites))
         n = range(len(sites))
-        reference = Values(units, tuple(tensors[f"reference.{i}"] for i in n)) if "reference.0" in tensors else None
-        values = Values(units, tuple(tensors[f"values.{i}"] for i in n))
+        reference = None
+        if "reference.0" in tensors:
+            reference = Values(units, tuple(tensors[f"reference.{i}"] for i in n), header["reference_kind"])
+        values = Values(units, tuple(tensors[f"values.{i}"] for i in n), header["kind"])
         mixing = tuple(
             Mixing(sites[i].size, *(tensors[f"mixing.{i}.{part}"] for part in ("rows", "columns", "weights")))
             if f"mixing.{i}.rows" in tensors

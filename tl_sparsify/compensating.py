@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tl_sparsify._progress import progress as bar
 from tl_sparsify.affine import MIXABLE, neighbours
-from tl_sparsify.circuit import Circuit, Reduction, fingerprint
-from tl_sparsify.constants import mean
+from tl_sparsify.circuit import Circuit, Reduction
+from tl_sparsify.constants import mean, reduced
 from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import (
     ablate,
@@ -120,8 +120,7 @@ def compensating(
     check_model(model)
     if not sizes or list(sizes) != sorted(sizes, reverse=True):
         raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
-    constant = Reduction(Circuit.full(units), mean(model, train, units, batch_size=batch_size))
-    constant = Reduction(constant.circuit, constant.values, fingerprint=fingerprint(model))
+    constant = reduced(model, Circuit.full(units), mean(model, train, units, batch_size=batch_size))
     current, judged = constant, train if held_out is None else held_out
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
     order: list[Int[Tensor, "picked"]] = []

@@ -84,17 +84,19 @@ def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
     """The means in ``moments``, in the model's precision (float32 at least)."""
     dtype = next(iter(model.parameters())).dtype
     dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    return Values(units, tuple(part.mean.to(dtype) for part in moments))
+    return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")
 
 
 def zero(model: Model, examples: Examples, units: Units) -> Values:
     """Zero for every unit, of the width that the model shows. One forward pass of one example."""
-    return Values(units, tuple(torch.zeros_like(tensor) for tensor in mean(model, examples[:1], units).tensors))
+    shapes = mean(model, examples[:1], units).tensors
+    return Values(units, tuple(torch.zeros_like(tensor) for tensor in shapes), "zero")
 
 
-def reduced(model: Model, circuit: Circuit, values: Values, kind: str = "mean") -> Reduction:
-    """The reduction of ``model`` to a circuit of the user's own, bound to the model by its fingerprint."""
-    return Reduction(circuit, values, kind, fingerprint=fingerprint(model))
+def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = None) -> Reduction:
+    """The reduction of ``model`` to a circuit of the user's own, bound to the model by its fingerprint; ``kind`` is
+    that of the values where not given."""
+    return Reduction(circuit, values, values.kind if kind is None else kind, fingerprint=fingerprint(model))
 
 
 def refit(
@@ -153,8 +155,8 @@ def refit(
             for part, scale in zip(mixing, slopes, strict=True)
         )
         kept_affine = None if reduction.mixing is None else mixed
-        values, kind = Values(reduction.units, moved), "refit" if reduction.mixing is None else "refitted neighbours"
-        return replace(reduction, values=values, kind=kind, reference=reduction.baseline, mixing=kept_affine)
+        values = Values(reduction.units, moved, "refit" if reduction.mixing is None else "refitted neighbours")
+        return replace(reduction, values=values, kind=values.kind, reference=reduction.baseline, mixing=kept_affine)
 
     clean = interventions == NONE
     judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
@@ -247,7 +249,7 @@ def curvature(
         ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-300
         damped = a + torch.diag_embed(ridge.expand(-1, width))
         found.append(torch.linalg.solve(damped, b + ridge * m.double()).to(m))
-    return Values(units, tuple(found))
+    return Values(units, tuple(found), "curvature")
 
 
 def newton(
@@ -312,7 +314,7 @@ def newton(
         warnings.warn(
             f"Newton constants of {outside} of {len(units)} units left the data's range, {done}", stacklevel=2
         )
-    return Values(units, tuple(found))
+    return Values(units, tuple(found), "newton")
 
 
 def _gradients(

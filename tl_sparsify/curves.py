@@ -334,7 +334,7 @@ def ablated(
     if values is None and kind in (None, "mean") and any(baseline != first.baseline for baseline in others):
         raise ValueError("the path's reductions have several baselines, so m(0) is not one number: name the ablation")
     if kind is not None:
-        baseline = None if first.kind == "zero" else first.baseline
+        baseline = None if "zero" in (first.kind, first.baseline.kind) else first.baseline
         by = Ablation.of(kind, model, examples, first.units, values=values, baseline=baseline, seed=seed)
         return [part.circuit for part in reductions], by
     if values is not None:

@@ -80,7 +80,7 @@ class Path:
         larger = [r for r in self.rounds if len(r.reduction.circuit) >= count]
         reduction = (larger[-1] if larger else self.rounds[0]).reduction
         if self.values is not None:
-            reduction = replace(reduction, values=self.values, kind="mean", reference=None, mixing=None)
+            reduction = replace(reduction, values=self.values, kind=self.values.kind, reference=None, mixing=None)
         return reduction.with_circuit(Circuit(self.units, mask))
 
     def within(self, model: Model, validation: Examples, nats: float) -> Reduction:

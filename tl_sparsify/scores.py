@@ -37,7 +37,17 @@ class Scores:
 
     @property
     def order(self) -> Int[Tensor, "units"]:
-        """Unit indices from the least to the most needed (ties in flat order)."""
+        """Unit indices from the least to the most needed (ties in flat order).
+
+        Raises:
+            ValueError: a score that is NaN, which has no place.
+        """
+        if bool((unknown := self.scores.isnan()).any()):
+            first = self.units.names[int(unknown.nonzero()[0])]
+            raise ValueError(
+                f"the score of {first} (and of {int(unknown.sum()) - 1} other units) is NaN, which has no place in an "
+                "order: look at what it is made of (the metric, the values, the model's output)"
+            )
         return self.scores.argsort(stable=True)
 
     @property

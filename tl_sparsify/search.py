@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._progress import progress as bar
-from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
-from tl_sparsify.constants import mean, refit
+from tl_sparsify.circuit import Circuit, Reduction, Values
+from tl_sparsify.constants import mean, reduced, refit
 from tl_sparsify.examples import Examples
 from tl_sparsify.measure import NONE, InterventionDistribution, Metric, computed, remembering, risk
 from tl_sparsify.moments import Estimate, Moments
@@ -180,9 +180,9 @@ def sparsify(
         raise ValueError(f"pinned units come to {held:g}, the smallest size leaves {targets[-1]:g}: pin fewer")
     if start is None:
         values = mean(model, train, units, batch_size=batch_size) if values is None else values
-        current = Reduction(first, values, fingerprint=fingerprint(model))
+        current = reduced(model, first, values)
     else:
-        current = start if values is None else replace(start, values=values)
+        current = start if values is None else replace(start, values=values, kind=values.kind)
     free = torch.ones(len(units), dtype=torch.bool) if pinned is None else ~pinned.mask
     judged = train if held_out is None else held_out
     predict = held_out is not None or metric is not None if predict is None else predict
