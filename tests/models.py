@@ -158,8 +158,8 @@ def exclusive_or_inputs(n: int = 32, seed: int = 0) -> Examples:
 
 
 class NoCasts(TorchFunctionMode):
-    """Norms cast to float32 in float64 models too, and a last digit may round either way. Here they stay in float64,
-    so that 1e-10 can be asked for."""
+    """Norms and softmax cast to float32 in float64 models too, and a last digit may round either way. Here they stay in
+    float64, so that 1e-10 can be asked for."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def wide(value: Any) -> Any:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import unchanged
-from test_verification import (
+from equality import (
     BOTH,
     EQUALITY,
     FIRST,
@@ -27,6 +26,7 @@ from test_verification import (
     pairs_of,
     removal,
 )
+from models import unchanged
 from torch import Tensor
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 

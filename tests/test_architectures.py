@@ -7,26 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CONFIGS, batch, bridge, padded
 from models import NoCasts, fisher, softened
-from test_folding_architectures import CONFIGS, bridge
-from torch import Tensor
 
 from tl_sparsify import constants, score
 from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.examples import Examples
 from tl_sparsify.intervene import answer_logits
 from tl_sparsify.measure import risk
 from tl_sparsify.probes import joint_moments, samples
 from tl_sparsify.search import sparsify
 from tl_sparsify.units import Units, directions, heads, mlps, neurons, stream_directions
-
-
-def batch(n: int = 4, length: int = 6, choices: tuple[int, ...] = (3, 5, 9)) -> Examples:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, 17, (n, length), generator=generator)
-    labels = torch.full((n, length), -100)
-    labels[:, -1] = torch.tensor(choices)[torch.randint(len(choices), (n,), generator=generator)]
-    return Examples(tokens, labels, choices=torch.tensor(choices))
 
 
 def every_kind(model: Any) -> Units:
@@ -37,14 +27,6 @@ def every_kind(model: Any) -> Units:
     return (
         heads(model) + neurons(model) + mlps(model) + directions(model, hook, basis) + stream_directions(model, basis)
     )
-
-
-def padded(examples: Examples, side: str, by: int = 3) -> Examples:
-    def fill(tensor: Tensor, value: int) -> Tensor:
-        return torch.nn.functional.pad(tensor, (by, 0) if side == "left" else (0, by), value=value)
-
-    mask = fill(torch.ones_like(examples.tokens), 0).bool()
-    return Examples(fill(examples.tokens, 0), fill(examples.labels, -100), mask, choices=examples.choices)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

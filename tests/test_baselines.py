@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import batch as prompts
+from architectures import bridge as architecture
+from architectures import padded as padded_prompts
 from kinds import N, close, data, padded
 from models import (
     NoCasts,
@@ -25,9 +28,6 @@ from models import (
     unchecked,
     units_of,
 )
-from test_architectures import batch as prompts
-from test_architectures import padded as padded_prompts
-from test_folding_architectures import bridge as architecture
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint

@@ -5,7 +5,6 @@ The fast tests run a task of their own with a model of 28 units; the slow ones t
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,8 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from commands import QUICK, Outcome, command
 from matplotlib.figure import Figure
 
 from tl_sparsify import (
@@ -93,35 +91,6 @@ AT_LAST = ("causal.png", "map.png", "risk.png", "run.json")  # written after eve
 UNITS = 28
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-class Terminal(io.StringIO):
-    """A stream that says that somebody looks at it."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def command(*arguments: str | Path, terminal: bool = False) -> Outcome:
-    """Run the command in this process."""
-    out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["tl-sparsify", *map(str, arguments)])
-        patch.setenv("TERM", "xterm-256color")
-        patch.setenv("COLUMNS", "300")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
 def task_folder(parent: Path, code: str = TASK) -> Path:
     folder = parent / "tiny"
     folder.mkdir()
@@ -147,9 +116,6 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ou
         patch.setattr(constants, "refit", partial(constants.refit, steps=20))
         patch.setattr(cli, "_BESIDE_STEPS", 15)
         return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--out", out)
-
-
-QUICK = ("--keep", "1.0", "--rounds", "1")  # nothing is removed, so there are no constants to refit
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import bridge as hugging_face
 from models import bridge, exclusive_or, fresh, reduction_of, seeded, unchanged, units_of
-from test_folding_architectures import bridge as hugging_face
 from torch import Tensor
 from transformer_lens.tools.analysis.interchange import arbitrary_targets, reinitialized
 

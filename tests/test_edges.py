@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import batch as prompts
+from architectures import bridge as architecture
+from architectures import fresh as fresh_architecture
+from architectures import padded
 from kinds import close
 from models import NoCasts, bridge, examples, fresh, linear, reduction_of, unchanged, unchecked, units_of
-from test_architectures import batch as prompts
-from test_architectures import padded
-from test_folding_architectures import bridge as architecture
-from test_folding_architectures import fresh as fresh_architecture
 from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, Node, attribution_patch
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh
+from files import full_disk, word_tokenizer
 from hypothesis import given, settings
+from models import NoCasts
+from native import PATTERNS, SEEDS, mask, native, reduction_of, tokens, units_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_folding import PATTERNS, SEEDS, NoCasts, mask, native, reduction_of, tokens, units_of
-from test_folding_architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh
-from test_folding_files import full_disk, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from tl_sparsify.circuit import Circuit, Reduction, Values

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from files import LOAD, full_disk, word_tokenizer
+from native import VARIANTS, distance, fresh, mask, native, reduction_of, tokens, units_of
 from safetensors.torch import load_file
-from test_folding import VARIANTS, distance, fresh, mask, native, reduction_of, tokens, units_of
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_sparsify.circuit import fingerprint
 from tl_sparsify.folding import fold, load_folded, save_folded
-
-
-def word_tokenizer(path: Path) -> Any:
-    words = {word: i for i, word in enumerate(["<s>", "</s>", *"abcdefghijklmno"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
-    return AutoTokenizer.from_pretrained(str(path))
-
-
-LOAD = """
-import sys, torch
-from safetensors.torch import save_file
-from tl_sparsify.folding import load_folded
-torch.set_num_threads(int(sys.argv[2]))
-tokens = torch.tensor(eval(sys.argv[1]))
-for path in sys.argv[3:]:
-    save_file({"logits": load_folded(path)(tokens).detach()}, path + "/logits")
-"""
 
 
 @pytest.mark.slow
@@ -112,19 +88,6 @@ def test_damaged_files_are_refused(tmp_path: Path):
     reduction_of(native(), ["L0H1"]).save(file)
     with pytest.raises(ValueError, match="holds a reduction, not a folded model"):
         load_folded(tmp_path / "model")
-
-
-@contextmanager
-def full_disk(room: int = 4096) -> Iterator[None]:
-    """No file can grow past ``room`` bytes here: writing fails as on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_nothing_half_written_and_nothing_of_others_overwritten(tmp_path: Path):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CONFIGS, UNEVEN, bridge, fresh, one_by_one
 from hypothesis import given, settings
-from test_folding import PATTERNS, SEEDS, VARIANTS, NoCasts, ablated, distance, mask, native, tokens, units_of
-from test_folding_architectures import CONFIGS, UNEVEN, bridge, fresh, one_by_one
+from models import NoCasts
+from native import PATTERNS, SEEDS, VARIANTS, ablated, distance, mask, native, tokens, units_of
 from torch import Tensor
 
 from tl_sparsify.circuit import Circuit, Mixing, Reduction, Values, fingerprint

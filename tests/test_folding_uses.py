@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_folding import NoCasts, distance, fresh, mask, native, reduction_of, removed, tokens, units_of
-from test_folding_architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge
-from test_folding_architectures import fresh as fresh_bridge
+from architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge
+from architectures import fresh as fresh_bridge
+from models import NoCasts
+from native import distance, fresh, mask, native, reduction_of, removed, tokens, units_of
 from torch import Tensor, nn
 from transformer_lens.patching import generic_activation_patch, get_act_patch_resid_pre, layer_head_vector_patch_setter
 

@@ -12,12 +12,12 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cards import FOLDER, HEADINGS, card, crowded, section, single
 from safetensors import safe_open
 
 from tl_sparsify import (
@@ -39,11 +39,9 @@ from tl_sparsify import (
 )
 from tl_sparsify.units import select
 
-FOLDER = Path(__file__).parent.parent / "tasks"
 NAMES = tuple(name for name in list_tasks() if (FOLDER / name / "model").is_dir())  # text: test_text_tasks.py
 SPLITS = ("train", "validation", "test")
 KINDS = ("trained", "compiled", "planted")
-HEADINGS = ("Data", "Model", "Where the variables live", "Limits", "Licence")
 
 every_task = pytest.mark.parametrize("name", NAMES)
 
@@ -75,12 +73,6 @@ def answers(name: str, inputs: dict[str, np.ndarray]) -> list[int]:
     return [tokens[value] for value in model.run(inputs)[model.output].tolist()]
 
 
-def single(labels: torch.Tensor) -> list[int]:
-    """The one label of each row."""
-    assert bool(((labels != -100).sum(1) == 1).all())
-    return labels[labels != -100].tolist()
-
-
 def rows(tokens: torch.Tensor, labels: torch.Tensor) -> list[tuple[int, ...]]:
     """Each example's tokens, and behind them the position at which it is answered."""
     where = (labels != -100).double().argmax(1)
@@ -96,10 +88,6 @@ def sources_of(examples: Examples) -> list[tuple[int, ...]]:
     return rows(examples.counterfactual_tokens, examples.counterfactual_labels)
 
 
-def section(name: str, heading: str) -> str:
-    return card(name).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-
-
 def balanced_variables(name: str) -> tuple[str, ...]:
     """The variables for which doing nothing must be right for half of the pairs. In a compiled program there may be
     variables that no single interchange shows."""
@@ -107,10 +95,6 @@ def balanced_variables(name: str) -> tuple[str, ...]:
     if metrics(name)["kind"] != "compiled":
         return task.causal_model.variables
     return tuple(dict.fromkeys((*task.alignment.variables, task.causal_model.output)))
-
-
-def card(name: str) -> str:
-    return (FOLDER / name / "README.md").read_text()
 
 
 def metrics(name: str) -> dict[str, Any]:
@@ -392,12 +376,6 @@ def test_competing_models_have_the_same_inputs_and_one_of_them_is_the_tasks_own(
         found = model.run(base)[model.output]
         assert found.shape == right.shape and set(found.tolist()) <= set(task.pairs(16, 0).answers)
         assert rival in task.wrong or (found == right).all(), f"{rival} answers otherwise: it is wrong"
-
-
-def crowded(units: Sequence[Unit]) -> bool:
-    """Whether a site has fewer units outside the set than inside, so that random units are partly the same ones."""
-    sites, mask = select(units)
-    return any(2 * int(taken.sum()) > site.size for site, taken in zip(sites.sites, sites.split(mask), strict=True))
 
 
 @every_task

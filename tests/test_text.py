@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from architectures import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Bool, Shaped
 from models import NoCasts, unchanged, unchecked
-from test_folding import randomised
-from test_folding_architectures import CONFIGS
-from test_prompts import bridge
+from native import randomised
+from tokenized import bridge
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

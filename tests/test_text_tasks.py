@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_tasks import HEADINGS, card, crowded, section, single
+from cards import HEADINGS, card, crowded, section, single
 
 from tasks.docstring import task as docstring
 from tasks.gendered_pronoun import task as gendered_pronoun

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_readme import blocks
+from code_blocks import blocks
 
 import tl_sparsify as tls
 from tl_sparsify.pairing import split_of
