@@ -1,7 +1,8 @@
 # make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
 # make test    lint, types and every test
 # make bench   how fast scores, search and folded models are (about a quarter of an hour, alone on the machine)
-# make results the tables and figures of README.md, in benchmarks/results and docs (a few hours)
+# make results the tables and figures of README.md and docs (a few hours; variants, neighbours, prediction and tasks go on
+#              from what is in benchmarks/results)
 #
 # Everything runs in .venv, whatever environment is activated. PYTHON (3.11 or newer) makes it, TORCH_ARGS goes to the
 # installation of torch. On Linux the plain package index serves torch with several GB of GPU libraries; for the CPU
@@ -36,6 +37,7 @@ results: demo bench
 	$(PY) benchmarks/prediction.py
 	$(PY) benchmarks/perceptron.py
 	$(PY) benchmarks/variants.py
+	$(PY) benchmarks/neighbours.py
 	$(PY) benchmarks/truth.py
 	$(PY) benchmarks/algorithms.py
 	$(PY) benchmarks/side_by_side.py

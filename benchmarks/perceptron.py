@@ -3,8 +3,10 @@
 A 64-512-512-10 perceptron is trained on scikit-learn's digits (which come with the package) for each seed. Of the 512
 units of its last hidden layer some are kept, and original and reduced model are compared on test digits while every
 kept unit takes, with a probability, its value on another digit. The table gives the share of top-1 *disagreements*.
-The first three rows are the published rules, redone; the last two are selected and fitted under the probability that
-they are judged under. Writes ``benchmarks/results/perceptron.csv`` and ``.md``.
+The first three rows are the published rules, redone; from "the same p" on they are selected and fitted under the
+probability that they are judged under. The last two rows are limits for the units that "compensating, fitted under
+the same p" keeps: what a linear readout of them reaches that is trained for long on just this, and a bound that no
+function of them, linear or not, can beat. Writes ``benchmarks/results/perceptron.csv`` and ``.md``.
 
     python benchmarks/perceptron.py [--seeds 3]
 """
@@ -33,6 +35,7 @@ SIZES = (384, 256, 128, 64, 32)
 PROBABILITIES = (0.1, 0.2, 0.5)
 WIDTH = 512
 DRAWS = 10
+STEPS = 3000  # of the readout's training
 RESULTS = Path(__file__).parent / "results"
 Method = Callable[[int, float], Reduction]
 FITTED = tls.InterventionDistribution.mixture(
@@ -123,7 +126,7 @@ def methods(model: Any, train: tls.Examples, units: tls.Units, seed: int) -> dic
 
     return {
         "published: variance, mean": top(variance, values),
-        "published: risk, affine fold into 8": folded(top(single, values), 8),
+        "published: risk, affine fold into 8": folded(top(single, values), 8, weighting="uniform"),
         "published: risk, Newton constant": top(single, newton),
         "joint risk, mean": along(path),
         "joint risk under interchange, mean": along(swapped),
@@ -132,6 +135,15 @@ def methods(model: Any, train: tls.Examples, units: tls.Units, seed: int) -> dic
         "compensating, fitted under interchange": lambda size, p: mixed[size],
         "compensating, fitted under the same p": lambda size, p: same[p][size],
         "the same, refitted under the same p": refitted,
+        "compensating, maps of 16 draws of the same p": lambda size, p: tls.constants.neighbours(
+            model,
+            tls.constants.reduced(model, same[p][size].circuit, values),
+            train,
+            nearest=None,
+            interventions=judged_under(p),
+            draws=16,
+            seed=seed,
+        ),
     }
 
 
@@ -146,17 +158,88 @@ def disagreement(model: Any, reduction: Reduction, test: tls.Examples, probabili
     return sum(float(moments.mean) for moments in found) / DRAWS
 
 
+def hidden(model: Perceptron, examples: tls.Examples) -> Tensor:
+    """The last hidden layer's values, ``[examples, WIDTH]``."""
+    with torch.no_grad():
+        return model.second(model.first(examples.tokens).relu()).relu()
+
+
+@torch.no_grad()
+def exchanged(
+    model: Perceptron, values: Tensor, kept: Tensor, p: float, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """One draw for each row: another row, which kept units it gives, the kept units' values, the original's logits."""
+    other = values[torch.randperm(len(values), generator=generator)]
+    given = torch.rand(values.shape, generator=generator).lt(p) & kept
+    mixed = torch.where(given, other, values)
+    return other, given, mixed[:, kept], model.last(mixed)
+
+
+def readout(model: Perceptron, train: tls.Examples, kept: Tensor, p: float, seed: int) -> torch.nn.Linear:
+    """A linear readout of the kept units, trained to answer as the original does under the probability."""
+    values, generator = hidden(model, train), torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(int(kept.sum()), 10)
+    with torch.no_grad():
+        linear.weight.copy_(model.last.weight[:, kept])
+        linear.bias.copy_(model.last.bias + model.last.weight[:, ~kept] @ values[:, ~kept].mean(0))
+    optimizer = torch.optim.Adam(linear.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        rows = values[torch.randint(len(values), (256,), generator=generator)]
+        _, _, visible, logits = exchanged(model, rows, kept, p if step % 4 else 0.0, generator)
+        loss = torch.nn.functional.kl_div(linear(visible).log_softmax(1), logits.softmax(1), reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return linear
+
+
+def limits(
+    model: Perceptron, train: tls.Examples, test: tls.Examples, kept: Tensor, p: float, seed: int
+) -> dict[str, float]:
+    """Disagreement of the trained readout, and the bound for every function of the kept units.
+
+    The bound: exchange the two digits, and every choice among the units in which they differ; the kept units have the
+    same values as before. Where the original then answers differently, no function of them is right both times, and at
+    least the less probable of the two is lost.
+    """
+    values, linear = hidden(model, test), readout(model, train, kept, p, seed)
+    generator = torch.Generator().manual_seed(seed)
+    wrong, lost = 0.0, 0.0
+    for _ in range(DRAWS):
+        other, given, visible, logits = exchanged(model, values, kept, p, generator)
+        differ = (values != other) & kept
+        back = torch.where(kept, torch.where(given, other, values), other)
+        with torch.no_grad():
+            conflict = model.last(back).argmax(1) != logits.argmax(1)
+            wrong += float((linear(visible).argmax(1) != logits.argmax(1)).double().mean())
+        odds = ((differ & ~given).sum(1) - (differ & given).sum(1)).abs() * torch.tensor((1 - p) / p).log()
+        lost += float((conflict * torch.sigmoid(-odds)).double().mean())
+    return {
+        "limit: the same units, a readout trained for long": wrong / DRAWS,
+        "limit: the same units, any function": lost / DRAWS,
+    }
+
+
 def rows(seed: int) -> list[dict[str, Any]]:
     train, test = data(seed)
     model = trained(train, seed)
     units = tls.Units((tls.Site(kind="neuron", layer=1, hook="hook_hidden", size=WIDTH),))
     found: list[dict[str, Any]] = []
-    for name, at in methods(model, train, units, seed).items():
+    every = methods(model, train, units, seed)
+    for name, at in every.items():
         for size in SIZES:
             for p in PROBABILITIES:
                 share = disagreement(model, at(size, p), test, p)
                 found.append({"method": name, "seed": seed, "kept": size, "probability": p, "disagreement": share})
         print(f"seed {seed}: {name}", flush=True)
+    for size in SIZES:
+        for p in PROBABILITIES:
+            kept = every["compensating, fitted under the same p"](size, p).circuit.mask
+            for name, share in limits(model, train, test, kept, p, seed).items():
+                found.append({"method": name, "seed": seed, "kept": size, "probability": p, "disagreement": share})
+    print(f"seed {seed}: limits", flush=True)
     return found
 
 

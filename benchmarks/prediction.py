@@ -3,9 +3,10 @@
 Along the path of a search: the predicted joint risk of each round's circuit, linearised before the round's removals,
 against the measured one, on the test split. Of single units: the rank correlation of each score with the measured
 effect of removing the unit alone (``score.exact``, KL), all on the same test examples, over all units and over neurons
-and heads apart; the replacement is the mean over the training split everywhere but in the variances, which are about
-their own. For each seed of the data split and the probes. Writes ``benchmarks/results/prediction.csv`` (the path)
-and ``prediction_units.csv``, and a Markdown table of each.
+and heads apart; the replacement is what the task calls for (the mean over training examples, or zero) everywhere but in
+the variances, which are about their own. For each seed of the data split and the probes. Tasks done before are kept, so
+that an interrupted run goes on. Writes ``benchmarks/results/prediction.csv`` (the path) and ``prediction_units.csv``,
+and a Markdown table of each.
 
     python benchmarks/prediction.py [--task NAME ...] [--seeds 3] [--examples 256]
 """
@@ -13,6 +14,7 @@ and ``prediction_units.csv``, and a Markdown table of each.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,31 @@ from tl_sparsify.scores import Scores
 
 RESULTS = Path(__file__).parent / "results"
 ALL = "heads and neurons"
+LEAST = 1e-6  # nats: lower risks are told apart by rounding only
+SIZES = (0.5, 0.2, 0.1, 0.05)  # of the path's table: the nearest rounds
 
 
-def along_path(task: tls.Task, seed: int) -> pd.DataFrame:
-    """One row a round."""
+def setting(task: tls.Task, seed: int, count: int) -> tuple[Any, tls.Examples, tls.Examples, tls.Units, tls.Values]:
+    """Model, training and test examples, units, and what removed units are set to."""
     model = task.model()
     train, _, test = task.examples(seed)
+    train, test = train.sample(count, seed=seed), test.sample(count, seed=seed)
     units = tls.heads(model) + tls.neurons(model)
-    path = tls.sparsify(model, train, units, held_out=test, refit_steps=0, seed=seed, progress=False)
+    return model, train, test, units, getattr(tls.constants, task.ablation)(model, train, units)
+
+
+def along_path(task: tls.Task, seed: int, count: int) -> pd.DataFrame:
+    """One row a round."""
+    model, train, test, units, values = setting(task, seed, count)
+    path = tls.sparsify(
+        model, train, units, held_out=test, values=values, smallest=0.03, refit_steps=0, seed=seed, progress=False
+    )
     return path.to_frame().assign(task=task.name, seed=seed, round=range(1, len(path.rounds) + 1))
 
 
 def of_units(task: tls.Task, seed: int, count: int) -> list[dict[str, Any]]:
     """One row for each score and kind of units."""
-    model = task.model()
-    train, _, test = task.examples(seed)
-    test = test[:count]
-    units = tls.heads(model) + tls.neurons(model)
-    values = tls.constants.mean(model, train, units)
+    model, _, test, units, values = setting(task, seed, count)
     scores = {
         "variance": tls.score.variance(model, test, units),
         "scaled variance": tls.score.scaled_variance(model, test, units),
@@ -77,53 +86,63 @@ def part(scores: Scores, units: tls.Units) -> Scores:
 
 
 def path_table(frame: pd.DataFrame) -> str:
-    """Predicted and measured joint risk: means over the seeds, and the range of their ratio."""
-    lines = ["| task | units kept | predicted (nats) | measured (nats) | predicted / measured |", "|---" * 5 + "|"]
-    for (task, _), rows in frame.groupby(["task", "round"], sort=False):
-        ratio = rows.predicted / rows.measured
-        cells = [str(task), f"{rows.kept.iloc[0]} ({rows.fraction.iloc[0]:.0%})"]
-        cells += [f"{rows.predicted.mean():.2g}", f"{rows.measured.mean():.2g}"]
-        cells += [f"{ratio.median():.2g} ({ratio.min():.2g} to {ratio.max():.2g})"]
+    """One row a task, one column a size: predicted and measured joint risk, means over the seeds, and in brackets the
+    median of their ratio."""
+    lines = ["| task | " + " | ".join(f"{size:.0%}" for size in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
+    for task, rounds in frame.groupby("task", sort=False):
+        cells = [str(task)]
+        for size in SIZES:
+            rows = rounds[rounds["round"] == rounds.loc[(rounds.fraction - size).abs().idxmin(), "round"]]
+            if rows.measured.mean() < LEAST and rows.predicted.mean() < LEAST:
+                cells.append("both < 1e-6")
+                continue
+            ratio = (rows.predicted / rows.measured).median()
+            cells.append(f"{rows.predicted.mean():.2g} / {rows.measured.mean():.2g} ({ratio:.2g})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def units_table(frame: pd.DataFrame) -> str:
-    """Rank correlations: the mean over the seeds and the range."""
-    kinds = list(dict.fromkeys(frame.units))
-    lines = ["| task | score | passes (forward + backward) | " + " | ".join(kinds) + " |"]
-    lines.append("|---" * (len(kinds) + 3) + "|")
-    for (task, name), rows in frame.groupby(["task", "score"], sort=False):
-        cells = [str(task), str(name), f"{rows.forward_passes.iloc[0]} + {rows.backward_passes.iloc[0]}"]
-        for kind in kinds:
-            found = rows.rank_correlation[rows.units == kind]
-            cells.append(f"{found.mean():.3f} ({found.min():.3f} to {found.max():.3f})")
-        lines.append("| " + " | ".join(cells) + " |")
+    """One row a task, one column a score: rank correlations over heads and neurons, the mean over the seeds; the best
+    bold. At the end the mean over the tasks, of all units and of each kind."""
+    scores = list(dict.fromkeys(frame.score))
+    lines = ["| task | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for task, rows in frame[frame.units == ALL].groupby("task", sort=False):
+        lines.append(_line(str(task), [rows.rank_correlation[rows.score == name].mean() for name in scores]))
+    for kind in dict.fromkeys(frame.units):
+        rows = frame[frame.units == kind]
+        means = [rows.rank_correlation[rows.score == name].mean() for name in scores]
+        lines.append(_line(f"mean over tasks: {kind}", means))
     return "\n".join(lines) + "\n"
+
+
+def _line(title: str, values: list[float]) -> str:
+    shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
+    best = max((text for text in shown if text != "-"), key=float, default="")
+    return f"| {title} | " + " | ".join(f"**{text}**" if text == best else text for text in shown) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", nargs="*", default=list(tls.list_tasks()))
+    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=256)
     arguments = parser.parse_args()
-    rounds: list[pd.DataFrame] = []
-    units: list[dict[str, Any]] = []
-    for name in arguments.task:
-        for seed in range(arguments.seeds):
-            task = tls.load_task(name)
-            rounds.append(along_path(task, seed))
-            units += of_units(task, seed, arguments.examples)
-            print(f"{name}: seed {seed}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    for stem, frame, table in (
-        ("prediction", pd.concat(rounds), path_table),
-        ("prediction_units", pd.DataFrame(units), units_table),
-    ):
-        write_text(RESULTS / f"{stem}.csv", frame.to_csv(index=False))
-        write_text(RESULTS / f"{stem}.md", table(frame))
-        print(table(frame))
+    tables = {"prediction": path_table, "prediction_units": units_table}
+    files = {stem: RESULTS / f"{stem}.csv" for stem in tables}
+    done = {stem: pd.read_csv(file) if file.is_file() else pd.DataFrame({"task": []}) for stem, file in files.items()}
+    known = set(done["prediction"].task) & set(done["prediction_units"].task)
+    for name in arguments.task or [name for name in tls.list_tasks() if name not in known]:
+        task, seeds, count = tls.load_task(name), range(arguments.seeds), arguments.examples
+        new = {
+            "prediction": pd.concat([along_path(task, seed, count) for seed in seeds], ignore_index=True),
+            "prediction_units": pd.DataFrame([row for seed in seeds for row in of_units(task, seed, count)]),
+        }
+        for stem, table in tables.items():
+            done[stem] = pd.concat([done[stem].loc[done[stem].task != name], new[stem]], ignore_index=True)
+            write_text(files[stem], done[stem].to_csv(index=False))
+            write_text(RESULTS / f"{stem}.md", table(done[stem]))
+        print(f"{name}\n{path_table(new['prediction'])}{units_table(new['prediction_units'])}", flush=True)
 
 
 if __name__ == "__main__":

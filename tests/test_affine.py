@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bridge, examples, fresh, inputs, linear, random_mask, unchanged, units_of
+from models import bridge, examples, fisher, fresh, inputs, linear, random_mask, unchanged, unchecked, units_of
 
 from tl_sparsify import constants
+from tl_sparsify._cost import counted
 from tl_sparsify.circuit import Circuit, Mixing, Reduction
 from tl_sparsify.evaluation import evaluate
 from tl_sparsify.intervene import ablate, answer_logits, intervened, output, recorded
@@ -29,7 +30,9 @@ def with_mean(model: Any, batch: Any, mask: Any = None, seed: int = 0) -> Reduct
 def test_the_maps_are_those_of_a_ridge_regression(nearest: int | None):
     model, batch = bridge(), examples(n=40)
     reduction = with_mean(model, batch)
-    fitted = constants.neighbours(model, reduction, batch, nearest=nearest, ridge=1e-3, batch_size=7)
+    fitted = constants.neighbours(
+        model, reduction, batch, nearest=nearest, ridge=1e-3, weighting="uniform", batch_size=7
+    )
     with recorded(model, reduction.units) as recording:
         output(model, batch)
     values = recording.read()
@@ -107,12 +110,90 @@ def test_under_interchange_the_map_sees_partly_interchanged_neighbours():
     assert risk(model, robust, batch, **swapped).mean < risk(model, clean, batch, **swapped).mean
 
 
+def test_samples_count_as_much_as_the_output_depends_on_removed_units_there():
+    model, batch = bridge(), examples(n=24, choices=(1, 4, 7, 8))
+    reduction = with_mean(model, batch)
+    settings = {"nearest": None, "temperature": 2.0, "probes": 3}  # three probes are exact for four answers
+    fitted = constants.neighbours(model, reduction, batch, batch_size=5, **settings)
+    units = reduction.units
+    slopes, values = [], []
+    for i in range(len(batch)):
+        with recorded(model, units, gradients=True) as recording:
+            logits = answer_logits(model, batch[i : i + 1])
+        hooks = [recording.activations[site.hook] for site in units.sites]
+        rows = [torch.autograd.grad(z, hooks, retain_graph=True, allow_unused=True) for z in logits[0]]
+        slopes.append([torch.stack([row[number][0] for row in rows]) for number in range(len(hooks))])
+        values.append([hook.detach()[0] for hook in hooks])
+        slopes[-1].append(fisher(logits[0].detach() / 2.0))
+    assert fitted.mixing is not None
+    parts = zip(units.sites, units.split(reduction.circuit.mask), fitted.values.tensors, fitted.mixing, strict=True)
+    for number, (site, kept, c, mixing) in enumerate(parts):
+        if mixing is None or site.kind == "head":
+            continue
+        v = torch.cat([row[number] for row in values])
+        scale = v.std(0, correction=0) * ~kept
+        weight = torch.cat(
+            [torch.einsum("cpu,cd,dpu,u->p", row[number], row[-1], row[number], scale**2).sqrt() for row in slopes]
+        )
+        weight = weight / weight.mean() + 0.01
+        weight = weight / weight.sum()
+        centred = v - weight @ v
+        deviation = (weight @ centred.square()).sqrt()
+        x, y = centred[:, kept] / deviation[kept].clamp_min(1e-12), centred[:, ~kept]
+        solved = torch.linalg.solve(
+            x.T @ (weight[:, None] * x) + 1e-3 * torch.eye(x.shape[1]), x.T @ (weight[:, None] * y)
+        )
+        expected = (solved / deviation[kept].clamp_min(1e-12)[:, None]).T
+        assert torch.allclose(mixing.matrix(v).to_dense()[~kept][:, kept], expected, atol=1e-8)
+        assert torch.allclose(c[~kept, 0], weight @ (v[:, ~kept] - v[:, kept] @ expected.T), atol=1e-8)
+    uniform = constants.neighbours(model, reduction, batch, weighting="uniform", **settings)
+    assert uniform.mixing != fitted.mixing
+
+
+def test_where_the_output_depends_on_nothing_removed_all_samples_count_the_same():
+    model, batch = fresh(), examples(n=20)
+    with torch.no_grad():
+        model.blocks[0].mlp.out.original_component.weight.zero_()
+    units = neurons(model)
+    reduction = constants.reduced(model, ~Circuit.of(units, ["L0N3"]), constants.mean(model, batch, units))
+    plain = constants.neighbours(model, reduction, batch, weighting="uniform")
+    fitted = constants.neighbours(model, reduction, batch)
+    assert fitted.mixing is not None and plain.mixing is not None and fitted.mixing[0] is not None
+    assert plain.mixing[0] is not None
+    assert torch.allclose(fitted.mixing[0].weights, plain.mixing[0].weights, rtol=1e-9)
+
+
+def test_more_draws_of_the_interventions_are_more_samples():
+    model, batch = linear(units=6, features=3), inputs(n=30, features=3)
+    units = model.units
+    reduction = constants.reduced(model, ~Circuit.of(units, ["L0N0", "L0N1"]), constants.mean(model, batch, units))
+    shuffled = InterventionDistribution.interchange(0.5)
+    under: dict[str, Any] = {"nearest": None, "interventions": shuffled, "weighting": "uniform"}
+    few, many = (
+        [constants.neighbours(model, reduction, batch, draws=d, seed=s, **under) for s in (0, 50)] for d in (1, 30)
+    )
+    apart = [(b.values.tensors[0] - a.values.tensors[0]).abs().max() for a, b in (few, many)]
+    assert apart[1] < apart[0] / 2
+    repeated = constants.neighbours(model, reduction, batch, draws=3, nearest=None, weighting="uniform")
+    once = constants.neighbours(model, reduction, batch, nearest=None, weighting="uniform")
+    assert torch.allclose(repeated.values.tensors[0], once.values.tensors[0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("weighting", "forward", "backward"), [("uniform", 2, 0), ("curvature", 3, 6)])
+def test_the_fit_takes_the_passes_that_it_says(weighting: Any, forward: int, backward: int):
+    model, batch = bridge(), examples(n=10, choices=(1, 4, 7, 8))
+    reduction = with_mean(model, batch)
+    with unchanged(model), counted(model) as passes:
+        constants.neighbours(model, reduction, batch, weighting=weighting, draws=2, batch_size=4)
+    assert passes == {"forward": forward * 10, "backward": backward * 10}
+
+
 @given(st.integers(0, 2**31))
 @settings(max_examples=10)
 def test_the_fit_is_no_worse_in_squares_than_the_mean(seed: int):
     model, batch = bridge(), examples(n=20, seed=seed)
     reduction = with_mean(model, batch, seed=seed)
-    fitted = constants.neighbours(model, reduction, batch, nearest=None, ridge=1e-6)
+    fitted = constants.neighbours(model, reduction, batch, nearest=None, ridge=1e-6, weighting="uniform")
     with recorded(model, reduction.units) as recording:
         output(model, batch)
     for v, kept, c, m, mixing in zip(
@@ -157,6 +238,10 @@ def test_bad_maps_are_refused():
         fitted.with_circuit(Circuit.full(fitted.units))
     with pytest.raises(ValueError, match="nearest is 0"):
         constants.neighbours(model, with_mean(model, batch), batch, nearest=0)
+    with pytest.raises(ValueError, match="draws is 0"):
+        constants.neighbours(model, with_mean(model, batch), batch, draws=0)
+    with unchecked(), pytest.raises(ValueError, match="weighting is 'even'; it is curvature or uniform"):
+        constants.neighbours(model, with_mean(model, batch), batch, weighting="even")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"ridge is 0\.0"):
         constants.neighbours(model, with_mean(model, batch), batch, ridge=0.0)
     units = neurons(model)

@@ -6,7 +6,9 @@ folding into neighbours), so it costs nothing when the model runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,12 +16,24 @@ from torch import Tensor
 
 from tl_sparsify.circuit import Mixing, Reduction, Values, check_fingerprint
 from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import batch_size_for, check_model, intervened, output, recorded, unit_positions
-from tl_sparsify.measure import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.intervene import (
+    answer_logits,
+    batch_size_for,
+    check_model,
+    frozen,
+    intervened,
+    output,
+    recorded,
+    unit_positions,
+)
+from tl_sparsify.measure import NONE, InterventionDistribution, Metric, drawn_interventions
+from tl_sparsify.probes import output_probes, pulled
 from tl_sparsify.units import Model
 
 MIXABLE = ("neuron", "direction")
 """Kinds of units that can be affine in others: those of width 1."""
+Weighting = Literal["curvature", "uniform"]
+_LEAST = 0.01  # of the mean weight, that every sample has: the output may depend elsewhere on what is left of the model
 
 
 def neighbours(
@@ -29,38 +43,59 @@ def neighbours(
     *,
     nearest: int | None = 8,
     ridge: float = 1e-3,
+    weighting: Weighting = "curvature",
+    probes: int = 4,
+    temperature: float = 3.0,
+    metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
+    draws: int = 1,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Reduction:
     """Make every removed neuron or direction affine in kept units of its hook point, by ridge regression on
     standardised values (arXiv 2602.24266, folding into neighbours). Heads and whole layers keep their constants.
 
+    Each unit's own error becomes smaller; the sum of them need not. ``sparsify`` looks for units whose errors with
+    constants undo each other, and in such a circuit maps can do worse than the constants: measure, or take the circuit
+    from :func:`compensating`, which counts on maps.
+
     Args:
         nearest: how many of the most correlated kept units are a unit's neighbours; ``None``: all of them.
         ridge: relative to the number of samples.
+        weighting: what an example's position counts. ``curvature``: as much as the output depends there on the site's
+            removed units (the norm of the probes' gradients along their standard deviations, and 1 % of its mean);
+            ``uniform``: all the same, as published, also where nothing reads the units.
+        probes, temperature, metric: of the probes that ``curvature`` is measured with.
         interventions: what the original model is under while values are taken. Fitted under the distribution that it
             will be judged under, the map sees partly interchanged neighbours, and holds up better there.
+        draws: how often they are drawn for each example.
 
-    One forward pass over ``train`` (one more for each ``interchange``); memory for each site is kept by all units.
-    :func:`refit` afterwards fits constants and maps together on the divergence.
+    Cost in passes over ``train``: ``uniform`` one forward for each draw; ``curvature`` ``probes`` backward passes for
+    each draw, and one forward more; each ``interchange`` one forward for each draw. Memory for each site is kept by
+    all units. :func:`refit` afterwards fits constants and maps together on the divergence.
 
     Raises:
-        ValueError: a model in training mode, a reduction of another model, ``nearest`` below one, a ``ridge`` that is
-            not positive.
+        ValueError: a model in training mode, a reduction of another model, ``nearest`` or ``draws`` below one, a
+            ``ridge`` that is not positive, an unknown ``weighting``.
     """
     check_model(model)
     check_fingerprint(model, reduction)
     if nearest is not None and nearest < 1:
         raise ValueError(f"nearest is {nearest}; a removed unit needs at least one neighbour")
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; interventions are drawn at least once")
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}; it must be positive")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"weighting is {weighting!r}; it is {' or '.join(get_args(Weighting))}")
     kept = reduction.units.split(reduction.circuit.mask)
     affine = [
         site.kind in MIXABLE and bool(mask.any()) and not bool(mask.all())
         for site, mask in zip(reduction.units.sites, kept, strict=True)
     ]
-    gathered = _covariances(model, reduction, train, affine, interventions, batch_size, seed)
+    passes = {"interventions": interventions, "draws": draws, "batch_size": batch_size, "seed": seed}
+    settings = {"probes": probes, "temperature": temperature, "metric": metric} if weighting == "curvature" else None
+    gathered = _covariances(model, reduction, train, affine, settings, passes)
     values: list[Tensor] = []
     mixing: list[Mixing | None] = []
     for c, mask, found in zip(reduction.values.tensors, kept, gathered, strict=True):
@@ -84,40 +119,119 @@ def _covariances(
     reduction: Reduction,
     examples: Examples,
     wanted: list[bool],
-    interventions: InterventionDistribution,
-    batch_size: int | None,
-    seed: int,
+    probing: dict[str, Any] | None,
+    passes: dict[str, Any],
 ) -> list[tuple[Tensor, Tensor, Tensor] | None]:
-    """For each wanted site the mean, the covariance ``[kept, units]`` and the deviation of its units, in float64."""
+    """For each wanted site the mean, the covariance ``[kept, units]`` and the deviation of its units, in float64, over
+    samples weighted by curvature (where there are settings of its probes)."""
     kept = reduction.units.split(reduction.circuit.mask)
-    sums: list[list[Tensor]] = [[] for _ in wanted]
-    with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            drawn = drawn_interventions(interventions, model, reduction, examples, index, seed)
+    if not any(wanted):
+        return [None for _ in wanted]
+    spread: list[Tensor | None] = [None for _ in wanted]
+    if probing is not None:
+        once = passes | {"interventions": NONE, "draws": 1}
+        plain = _totals(_rows(model, reduction, examples, wanted, None, spread, once), kept)
+        spread = [None if part is None else part.deviation for part in plain]
+    sums = _totals(_rows(model, reduction, examples, wanted, probing, spread, passes), kept)
+    found: list[tuple[Tensor, Tensor, Tensor] | None] = []
+    for part, mask in zip(sums, kept, strict=True):
+        if part is None:
+            found.append(None)
+            continue
+        centre = part.values / part.weight
+        found.append((centre, part.products / part.weight - torch.outer(centre[mask], centre), part.deviation))
+    return found
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Weighted sums over samples: of the weights, the units' values, their products with kept ones', their squares."""
+
+    weight: Float[Tensor, ""]
+    values: Float[Tensor, "units"]
+    products: Float[Tensor, "kept units"]
+    squares: Float[Tensor, "units"]
+
+    @staticmethod
+    def of(
+        rows: Float[Tensor, "samples units"], weights: Float[Tensor, "samples"], kept: Bool[Tensor, "units"]
+    ) -> _Totals:
+        weighted = rows * weights[:, None]
+        return _Totals(weights.sum(), weighted.sum(0), weighted[:, kept].T @ rows, (weighted * rows).sum(0))
+
+    def plus(self, other: _Totals, times: float | Float[Tensor, ""] = 1.0) -> _Totals:
+        return _Totals(
+            self.weight + times * other.weight,
+            self.values + times * other.values,
+            self.products + times * other.products,
+            self.squares + times * other.squares,
+        )
+
+    @property
+    def deviation(self) -> Float[Tensor, "units"]:
+        return (self.squares / self.weight - (self.values / self.weight).square()).clamp_min(0).sqrt()
+
+
+def _totals(
+    batches: Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"]]],
+    kept: tuple[Bool[Tensor, "_"], ...],
+) -> list[_Totals | None]:
+    """Each site's sums. Every sample has ``_LEAST`` of the mean weight, and all have the same where none is above 0."""
+    sums: dict[int, tuple[_Totals, _Totals]] = {}
+    for number, rows, weights in batches:
+        mask = kept[number]
+        new = _Totals.of(rows, torch.ones_like(weights), mask), _Totals.of(rows, weights, mask)
+        old = sums.get(number)
+        sums[number] = new if old is None else (old[0].plus(new[0]), old[1].plus(new[1]))
+    found: list[_Totals | None] = []
+    for number in range(len(kept)):
+        if number not in sums:
+            found.append(None)
+            continue
+        even, weighted = sums[number]
+        share = weighted.weight / even.weight
+        found.append(weighted.plus(even, _LEAST * share) if bool(share > 0) else even)
+    return found
+
+
+def _rows(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    wanted: list[bool],
+    probing: dict[str, Any] | None,
+    spread: list[Float[Tensor, "units"] | None],
+    passes: dict[str, Any],
+) -> Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"]]]:
+    """For each batch and wanted site its number, the values of all its units and the weight of each sample, which is an
+    example's position."""
+    kept = reduction.units.split(reduction.circuit.mask)
+    for draw in range(passes["draws"]):
+        seed = passes["seed"] + draw
+        for index, batch in examples.batches(batch_size_for(model, examples, passes["batch_size"])):
+            with torch.no_grad():
+                drawn = drawn_interventions(passes["interventions"], model, reduction, examples, index, seed)
             here = reduction.for_examples(index).units
-            with intervened(model, *drawn), recorded(model, here) as recording:
-                output(model, batch)
+            gradients: list[tuple[Tensor, ...]] = []
+            if probing is None:
+                with torch.no_grad(), intervened(model, *drawn), recorded(model, here) as recording:
+                    output(model, batch)
+            else:
+                with frozen(model), torch.enable_grad(), intervened(model, *drawn):
+                    with recorded(model, here, gradients=True) as recording:
+                        logits = answer_logits(model, batch)
+                    vectors = output_probes(logits.detach(), batch, index, seed=seed, **probing)
+                    gradients = list(pulled(recording, logits, vectors))
             for number, (site, v) in enumerate(zip(here.sites, recording.read(), strict=True)):
                 if not wanted[number]:
                     continue
-                rows = v[unit_positions(model, batch, site, v)][..., 0].double()
-                new = [
-                    torch.tensor(float(len(rows))),
-                    rows.sum(0),
-                    rows[:, kept[number]].T @ rows,
-                    rows.square().sum(0),
-                ]
-                sums[number] = new if not sums[number] else [a + b for a, b in zip(sums[number], new, strict=True)]
-    found: list[tuple[Tensor, Tensor, Tensor] | None] = []
-    for part, mask in zip(sums, kept, strict=True):
-        if not part:
-            found.append(None)
-            continue
-        n, total, square, own = part
-        centre = total / n
-        covariance = square / n - torch.outer(centre[mask], centre)
-        found.append((centre, covariance, (own / n - centre.square()).clamp_min(0).sqrt()))
-    return found
+                where = unit_positions(model, batch, site, v)
+                rows = v.detach()[where][..., 0].double()
+                weights, scale = torch.ones_like(rows[:, 0]), spread[number]
+                if scale is not None:
+                    effects = torch.stack([g[number].detach()[where][..., 0].double() * scale for g in gradients])
+                    weights = effects[..., ~kept[number].to(effects.device)].square().sum((0, 2)).sqrt()
+                yield number, rows, weights
 
 
 def _regressed(

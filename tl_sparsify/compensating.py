@@ -111,8 +111,9 @@ def compensating(
         A path; ``round.reduction`` holds the fitted maps, ``path.at`` gives circuits with constants (fit neighbours
         anew for a size between rounds). ``predicted`` is what the rounds' removals sum to.
 
-    Cost in passes over the data: per round two forward and ``probes`` backward on ``train`` and two forward on
-    ``held_out``; one forward for the means. ``O(size**2)`` memory and ``O(size**3)`` operations for each hook point.
+    Cost in passes over the data: per round three forward and twice ``probes`` backward on ``train`` (two forward more
+    for each ``interchange``) and two forward on ``held_out``; one forward for the means. ``O(size**2)`` memory and
+    ``O(size**3)`` operations for each hook point.
 
     Raises:
         ValueError: a model in training mode, sizes that are not falling fractions.
@@ -133,7 +134,7 @@ def compensating(
         total += cost
         mask = current.circuit.mask.index_fill(0, picks, False)
         constant = constant.with_circuit(Circuit(units, mask))
-        fit: dict[str, Any] = {"ridge": ridge, "interventions": interventions, "batch_size": batch_size, "seed": seed}
+        fit = settings | {"ridge": ridge, "interventions": interventions, "batch_size": batch_size}
         current = neighbours(model, constant, train, nearest=None, **fit)
         measured = risk(
             model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed

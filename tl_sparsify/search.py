@@ -135,7 +135,8 @@ def sparsify(
         refit_steps: refit the constants by this many steps after each round, early-stopped on ``held_out``; where not
             given 20 with ``held_out`` (best at small sizes, ``benchmarks/variants.py``) and none without.
         deviation: ``pinned``: a round also counts what the removals so far have changed, so that a unit which cancels
-            that is removed first; ``forgotten``: it takes the ablated model for the original (for comparison).
+            that is removed first; ``forgotten``: it takes the ablated model for the original, which was better where
+            constants are refitted at the end only (``benchmarks/variants.py``): the deviation is not what will be left.
         predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         pinned: units that are never removed.

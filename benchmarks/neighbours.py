@@ -1,0 +1,99 @@
+"""Does it help that removed neurons become affine in kept ones? On every shipped task, at 10 % kept.
+
+For each seed: circuits of three searches, with the task's own constants and with the removed neurons affine in their 8
+nearest or in all kept neurons of their layer; ``joint risk`` and ``compensating`` also after the same refit. The joint
+search takes units whose errors, with constants, undo each other; the other two do not. Tasks without removed neurons
+beside kept ones have no maps. Risk in nats on the test split. Tasks done before are kept, so that an interrupted run
+goes on. Writes ``benchmarks/results/neighbours.csv`` and ``neighbours.md``.
+
+    python benchmarks/neighbours.py [--task NAME ...] [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import tl_sparsify as tls
+from tl_sparsify._files import write_text
+
+SIZE = 0.1
+ROUNDS = (0.5, 0.3, 0.2, 0.15, SIZE)  # of the compensating search
+EXAMPLES = 512  # for training, and for validation
+STEPS = 60  # of the refit, on 128 examples each
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
+    """One row for each search and replacement."""
+    model = task.model()
+    train, validation, test = task.examples(seed)
+    train, validation = train.sample(EXAMPLES, seed=seed), validation.sample(EXAMPLES, seed=seed)
+    units = tls.heads(model) + tls.neurons(model)
+    values = getattr(tls.constants, task.ablation)(model, train, units)
+    same: dict[str, Any] = {"seed": seed, "progress": False}
+    joint = tls.sparsify(model, train, units, smallest=SIZE, values=values, refit_steps=0, predict=False, **same)
+    affine = tls.compensating(model, train, units, sizes=ROUNDS, **same)
+    single = tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed)
+    circuits = {
+        "joint risk": joint.at(SIZE).circuit,
+        "single-unit risk": single.top(SIZE),
+        "compensating": affine.rounds[-1].reduction.circuit,
+    }
+    found: list[dict[str, Any]] = []
+    for search, circuit in circuits.items():
+        plain = tls.constants.reduced(model, circuit, values)
+        kinds = {
+            "constants": plain,
+            "affine in 8": tls.constants.neighbours(model, plain, train),
+            "affine in all": tls.constants.neighbours(model, plain, train, nearest=None),
+        }
+        if search != "single-unit risk":
+            fit: dict[str, Any] = {"steps": STEPS, "batch_size": 128, **same}
+            for name in ("constants", "affine in all"):
+                kinds[f"{name}, refitted"] = tls.constants.refit(model, kinds[name], train, validation, **fit)
+        key = {"task": task.name, "seed": seed, "kept": len(circuit), "circuit of": search}
+        for name, reduction in kinds.items():
+            outcome = {"replacement": name, "affine": reduction.mixing is not None}
+            found.append(key | outcome | {"risk": tls.evaluate(model, reduction, test).risk.mean})
+    return found
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """One row a task and search, one column a replacement: mean risk over the seeds, the lowest of the row bold."""
+    names = list(dict.fromkeys(frame.replacement))
+    lines = ["| task, kept | circuit of | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for (task, search), part in frame.groupby(["task", "circuit of"], sort=False):
+        means = part.groupby("replacement").risk.mean()
+        shown = [
+            "-" if name not in means else "< 1e-6" if means[name] < 1e-6 else f"{means[name]:.2g}" for name in names
+        ]
+        mapped = "" if part.affine.any() else ", no maps"
+        best = shown[names.index(str(means.idxmin()))]
+        cells = [f"**{text}**" if text == best else text for text in shown]
+        lines.append("| " + " | ".join([f"{task}, {int(part.kept.iloc[0])}{mapped}", str(search), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    table = RESULTS / "neighbours.csv"
+    done = pd.read_csv(table) if table.is_file() else pd.DataFrame({"task": []})
+    wanted = arguments.task or [name for name in tls.list_tasks() if name not in set(done.task)]
+    for name in wanted:
+        new = pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(tls.load_task(name), seed)])
+        done = pd.concat([done.loc[done.task != name], new], ignore_index=True)
+        write_text(table, done.to_csv(index=False))
+        write_text(RESULTS / "neighbours.md", markdown(done))
+        print(markdown(new), flush=True)
+    print(markdown(done))
+
+
+if __name__ == "__main__":
+    main()
