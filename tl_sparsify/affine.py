@@ -63,16 +63,17 @@ def neighbours(
         nearest: how many of the most correlated kept units are a unit's neighbours; ``None``: all of them.
         ridge: relative to the number of samples.
         weighting: what an example's position counts. ``curvature``: as much as the output depends there on the site's
-            removed units (the norm of the probes' gradients along their standard deviations, and 1 % of its mean);
-            ``uniform``: all the same, as published, also where nothing reads the units.
+            removed units: the norm of the probes' gradients along their standard deviations, and 1 % of its mean (not
+            the square of the norm: maps are used in a model that has changed); ``uniform``: all the same, as published,
+            also where nothing reads the units.
         probes, temperature, metric: of the probes that ``curvature`` is measured with.
         interventions: what the original model is under while values are taken. Fitted under the distribution that it
             will be judged under, the map sees partly interchanged neighbours, and holds up better there.
         draws: how often they are drawn for each example.
 
-    Cost in passes over ``train``: ``uniform`` one forward for each draw; ``curvature`` ``probes`` backward passes for
-    each draw, and one forward more; each ``interchange`` one forward for each draw. Memory for each site is kept by
-    all units. :func:`refit` afterwards fits constants and maps together on the divergence.
+    Cost in passes over ``train``: one forward for each draw, and one more for each ``interchange``; with ``curvature``
+    also ``probes`` backward for each draw, and one forward. Memory for each site is kept by all units. :func:`refit`
+    afterwards fits constants and maps together on the divergence.
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, ``nearest`` or ``draws`` below one, a
@@ -229,8 +230,9 @@ def _rows(
                 rows = v.detach()[where][..., 0].double()
                 weights, scale = torch.ones_like(rows[:, 0]), spread[number]
                 if scale is not None:
-                    effects = torch.stack([g[number].detach()[where][..., 0].double() * scale for g in gradients])
-                    weights = effects[..., ~kept[number].to(effects.device)].square().sum((0, 2)).sqrt()
+                    scale = scale * ~kept[number].to(scale.device)  # of removed units alone
+                    effects = (g[number].detach()[where][..., 0].double() * scale for g in gradients)
+                    weights = sum((effect.square().sum(1) for effect in effects), torch.zeros_like(weights)).sqrt()
                 yield number, rows, weights
 
 
