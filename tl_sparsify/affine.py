@@ -33,7 +33,7 @@ from tl_sparsify.units import Model
 MIXABLE = ("neuron", "direction")
 """Kinds of units that can be affine in others: those of width 1."""
 Weighting = Literal["curvature", "uniform"]
-_LEAST = 0.01  # of the mean weight, that every sample has: the output may depend elsewhere on what is left of the model
+_EVEN = 3.0  # times the mean weight, that every sample has beside its own: maps are used in a model that has changed
 
 
 def neighbours(
@@ -63,9 +63,8 @@ def neighbours(
         nearest: how many of the most correlated kept units are a unit's neighbours; ``None``: all of them.
         ridge: relative to the number of samples.
         weighting: what an example's position counts. ``curvature``: as much as the output depends there on the site's
-            removed units: the norm of the probes' gradients along their standard deviations, and 1 % of its mean (not
-            the square of the norm: maps are used in a model that has changed); ``uniform``: all the same, as published,
-            also where nothing reads the units.
+            removed units (the norm of the probes' gradients along their standard deviations), and three times the mean
+            of that; ``uniform``: all the same, as published, also where nothing reads the units.
         probes, temperature, metric: of the probes that ``curvature`` is measured with.
         interventions: what the original model is under while values are taken. Fitted under the distribution that it
             will be judged under, the map sees partly interchanged neighbours, and holds up better there.
@@ -177,7 +176,7 @@ def _totals(
     batches: Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"]]],
     kept: tuple[Bool[Tensor, "_"], ...],
 ) -> list[_Totals | None]:
-    """Each site's sums. Every sample has ``_LEAST`` of the mean weight, and all have the same where none is above 0."""
+    """Each site's sums. Every sample has ``_EVEN`` mean weights more, and all have the same where none is above 0."""
     sums: dict[int, tuple[_Totals, _Totals]] = {}
     for number, rows, weights in batches:
         mask = kept[number]
@@ -191,7 +190,7 @@ def _totals(
             continue
         even, weighted = sums[number]
         share = weighted.weight / even.weight
-        found.append(weighted.plus(even, _LEAST * share) if bool(share > 0) else even)
+        found.append(weighted.plus(even, _EVEN * share) if bool(share > 0) else even)
     return found
 
 
