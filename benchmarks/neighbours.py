@@ -12,6 +12,7 @@ goes on. Writes ``benchmarks/results/neighbours.csv`` and ``neighbours.md``.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tl_sparsify._files import write_text
 SIZE = 0.1
 ROUNDS = (0.5, 0.3, 0.2, 0.15, SIZE)  # of the compensating search
 EXAMPLES = 512  # for training, and for validation
+LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 STEPS = 60  # of the refit, on 128 examples each
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,19 +65,27 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """One row a task and search, one column a replacement: mean risk over the seeds, the lowest of the row bold."""
+    """One row a task and search, one column a replacement: mean risk over the seeds, the lowest of the row bold. At the
+    end each search's geometric mean over the tasks (risks below 1e-6 count as that)."""
     names = list(dict.fromkeys(frame.replacement))
     lines = ["| task, kept | circuit of | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    logarithms: dict[str, dict[str, list[float]]] = {}
     for (task, search), part in frame.groupby(["task", "circuit of"], sort=False):
-        means = part.groupby("replacement").risk.mean()
-        shown = [
-            "-" if name not in means else "< 1e-6" if means[name] < 1e-6 else f"{means[name]:.2g}" for name in names
-        ]
+        means = {str(name): max(float(risk), LEAST) for name, risk in part.groupby("replacement").risk.mean().items()}
+        for name, risk in means.items():
+            logarithms.setdefault(str(search), {}).setdefault(name, []).append(math.log(risk))
         mapped = "" if part.affine.any() else ", no maps"
-        best = shown[names.index(str(means.idxmin()))]
-        cells = [f"**{text}**" if text == best else text for text in shown]
-        lines.append("| " + " | ".join([f"{task}, {int(part.kept.iloc[0])}{mapped}", str(search), *cells]) + " |")
+        lines.append(_line(f"{task}, {int(part.kept.iloc[0])}{mapped}", str(search), names, means))
+    for search, found in logarithms.items():
+        total = {name: math.exp(sum(values) / len(values)) for name, values in found.items()}
+        lines.append(_line("geometric mean", search, names, total))
     return "\n".join(lines) + "\n"
+
+
+def _line(title: str, search: str, names: list[str], risks: dict[str, float]) -> str:
+    shown = ["-" if name not in risks else "< 1e-6" if risks[name] <= LEAST else f"{risks[name]:.2g}" for name in names]
+    best = shown[names.index(min(risks, key=lambda name: risks[name]))]
+    return f"| {title} | {search} | " + " | ".join(f"**{text}**" if text == best else text for text in shown) + " |"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Put the tables in ``benchmarks/results`` between their markers in README.md."""
+"""Put the tables in ``benchmarks/results`` between their markers in README.md and the pages in ``docs``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-
     def table(match: re.Match[str]) -> str:
         return match[1] + (ROOT / "benchmarks" / "results" / f"{match[2]}.md").read_text() + match[3]
 
-    write_text(readme, TABLE.sub(table, readme.read_text()))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        write_text(page, TABLE.sub(table, page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README.md: its examples run, its two commands stand at the top, its tables are those of the benchmarks."""
+"""README.md: its examples run, its two commands stand at the top; all pages' tables are those of the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from code_blocks import blocks
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(rb"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -15,12 +16,6 @@ TABLE = re.compile(rb"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 @pytest.fixture(scope="module")
 def readme() -> str:
     return (ROOT / "README.md").read_text()
-
-
-def blocks(text: str, *languages: str) -> list[tuple[int, str]]:
-    """Number of the first line, and content, of each fenced block in one of the languages."""
-    fenced = re.compile(rf"^```(?:{'|'.join(languages)})\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in fenced.finditer(text)]
 
 
 def test_the_examples_run_in_order(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -43,11 +38,18 @@ def test_the_two_commands_stand_at_the_top(readme: str):
         assert lines.get(command, 40) < 40, f"README.md: `{command}` stands in no shell block before line 40"
 
 
-def test_the_tables_are_the_ones_that_the_benchmarks_wrote():
-    content = (ROOT / "README.md").read_bytes()
+@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
+def test_the_tables_are_the_ones_that_the_benchmarks_wrote(page: str):
+    content = (ROOT / page).read_bytes()
     tables = TABLE.findall(content)
-    assert tables, "README.md has no <!-- table: NAME --> ... <!-- end -->"
+    assert tables, f"{page} has no <!-- table: NAME --> ... <!-- end -->"
     assert len(tables) == content.count(b"<!-- table:") == content.count(b"<!-- end -->"), "a marker stands alone"
     for name, table in tables:
         written = ROOT / "benchmarks" / "results" / f"{name.decode()}.md"
-        assert table == written.read_bytes(), f"the table {name.decode()} of README.md is not {written.name}"
+        assert table == written.read_bytes(), f"the table {name.decode()} of {page} is not {written.name}"
+
+
+def test_every_table_of_the_benchmarks_is_on_a_page():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {name.decode() for page in pages for name, _ in TABLE.findall(page.read_bytes())}
+    assert shown == {written.stem for written in (ROOT / "benchmarks" / "results").glob("*.md")}
