@@ -27,6 +27,7 @@ from tl_sparsify.intervene import (
     unit_positions,
 )
 from tl_sparsify.measure import NONE, InterventionDistribution, Metric, drawn_interventions
+from tl_sparsify.moments import Moments
 from tl_sparsify.probes import output_probes, pulled
 from tl_sparsify.units import Model
 
@@ -130,8 +131,11 @@ def _covariances(
     spread: list[Tensor | None] = [None for _ in wanted]
     if probing is not None:
         once = passes | {"interventions": NONE, "draws": 1}
-        plain = _totals(_rows(model, reduction, examples, wanted, None, spread, once), kept)
-        spread = [None if part is None else part.deviation for part in plain]
+        moments: dict[int, Moments] = {}
+        for number, rows, _ in _rows(model, reduction, examples, wanted, None, spread, once):
+            new = Moments.of(rows)
+            moments[number] = moments[number] + new if number in moments else new
+        spread = [moments[number].variance.sqrt() if number in moments else None for number in range(len(wanted))]
     sums = _totals(_rows(model, reduction, examples, wanted, probing, spread, passes), kept)
     found: list[tuple[Tensor, Tensor, Tensor] | None] = []
     for part, mask in zip(sums, kept, strict=True):
@@ -173,25 +177,22 @@ class _Totals:
 
 
 def _totals(
-    batches: Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"]]],
+    batches: Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"] | None]],
     kept: tuple[Bool[Tensor, "_"], ...],
 ) -> list[_Totals | None]:
     """Each site's sums. Every sample has ``_EVEN`` mean weights more, and all have the same where none is above 0."""
-    sums: dict[int, tuple[_Totals, _Totals]] = {}
+    even: dict[int, _Totals] = {}
+    weighted: dict[int, _Totals] = {}
     for number, rows, weights in batches:
-        mask = kept[number]
-        new = _Totals.of(rows, torch.ones_like(weights), mask), _Totals.of(rows, weights, mask)
-        old = sums.get(number)
-        sums[number] = new if old is None else (old[0].plus(new[0]), old[1].plus(new[1]))
-    found: list[_Totals | None] = []
-    for number in range(len(kept)):
-        if number not in sums:
-            found.append(None)
-            continue
-        even, weighted = sums[number]
-        share = weighted.weight / even.weight
-        found.append(weighted.plus(even, _EVEN * share) if bool(share > 0) else even)
-    return found
+        for sums, some in ((even, torch.ones_like(rows[:, 0])), (weighted, weights)):
+            if some is not None:
+                new = _Totals.of(rows, some, kept[number])
+                sums[number] = sums[number].plus(new) if number in sums else new
+    for number, part in weighted.items():
+        share = part.weight / even[number].weight
+        if bool(share > 0):
+            even[number] = part.plus(even[number], _EVEN * share)
+    return [even.get(number) for number in range(len(kept))]
 
 
 def _rows(
@@ -202,9 +203,9 @@ def _rows(
     probing: dict[str, Any] | None,
     spread: list[Float[Tensor, "units"] | None],
     passes: dict[str, Any],
-) -> Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"]]]:
+) -> Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"] | None]]:
     """For each batch and wanted site its number, the values of all its units and the weight of each sample, which is an
-    example's position."""
+    example's position; no weights without probes."""
     kept = reduction.units.split(reduction.circuit.mask)
     for draw in range(passes["draws"]):
         seed = passes["seed"] + draw
@@ -227,11 +228,11 @@ def _rows(
                     continue
                 where = unit_positions(model, batch, site, v)
                 rows = v.detach()[where][..., 0].double()
-                weights, scale = torch.ones_like(rows[:, 0]), spread[number]
+                weights, scale = None, spread[number]
                 if scale is not None:
                     scale = scale * ~kept[number].to(scale.device)  # of removed units alone
                     effects = (g[number].detach()[where][..., 0].double() * scale for g in gradients)
-                    weights = sum((effect.square().sum(1) for effect in effects), torch.zeros_like(weights)).sqrt()
+                    weights = sum((effect.square().sum(1) for effect in effects), torch.zeros_like(rows[:, 0])).sqrt()
                 yield number, rows, weights
 
 
