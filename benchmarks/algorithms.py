@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 GOAL, GOAL_CHANGED = 0.95, 0.9  # all of what the first allows may be wrong on the half that should change

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 FRACTIONS = (0.5, 0.1, 0.05)
 DEMANDED = {0.5: 0.7, 0.1: 0.7, 0.05: 0.6}

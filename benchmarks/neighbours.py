@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 SIZE = 0.1
 ROUNDS = (0.5, 0.3, 0.2, 0.15, SIZE)  # of the compensating search
@@ -38,7 +38,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
     values = getattr(tls.constants, task.ablation)(model, train, units)
     same: dict[str, Any] = {"seed": seed, "progress": False}
     joint = tls.sparsify(model, train, units, smallest=SIZE, values=values, refit_steps=0, predict=False, **same)
-    affine = tls.compensating(model, train, units, sizes=ROUNDS, **same)
+    affine = tls.sparsify_affine(model, train, units, sizes=ROUNDS, **same)
     single = tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed)
     circuits = {
         "joint risk": joint.at(SIZE).circuit,

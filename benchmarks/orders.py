@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify.circuit import Reduction
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.core.reduction import Reduction
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
 ROUNDS = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)  # of the compensating search
@@ -36,7 +36,7 @@ def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> di
     settings: dict[str, Any] = {"held_out": validation, "seed": seed, "progress": False}
     path = tls.sparsify(model, train, units, refit_steps=0, **settings)
     inside = tls.sparsify(model, train, units, **settings)
-    affine = tls.compensating(model, train, units, sizes=ROUNDS, held_out=validation, seed=seed, progress=False)
+    affine = tls.sparsify_affine(model, train, units, sizes=ROUNDS, held_out=validation, seed=seed, progress=False)
     fitted = {size: step.reduction for size, step in zip(ROUNDS, affine.rounds, strict=True)}
     return {
         "random": by(tls.baselines.random(model, train, units, seed=seed)),

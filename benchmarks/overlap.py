@@ -24,7 +24,7 @@ import torch
 
 import tl_sparsify as tls
 from tasks.multi_task.task import TASKS, subset
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 SIZES = (0.2, 0.1)
 ROUNDS = (0.8, 0.65, 0.5, 0.4, 0.32, 0.26, 0.2, 0.16, 0.13, 0.1)

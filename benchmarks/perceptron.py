@@ -27,9 +27,9 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify.circuit import Reduction
-from tl_sparsify.measure import compared
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.core.measure import compared
+from tl_sparsify.core.reduction import Reduction
 
 SIZES = (384, 256, 128, 64, 32)
 PROBABILITIES = (0.1, 0.2, 0.5)
@@ -102,7 +102,7 @@ def methods(model: Any, train: tls.Examples, units: tls.Units, seed: int) -> dic
     fractions = [size / WIDTH for size in SIZES]
 
     def compensated(under: tls.InterventionDistribution) -> dict[int, Reduction]:
-        affine = tls.compensating(model, train, units, sizes=fractions, interventions=under, **search)
+        affine = tls.sparsify_affine(model, train, units, sizes=fractions, interventions=under, **search)
         return {size: step.reduction for size, step in zip(SIZES, affine.rounds, strict=True)}
 
     mixed = compensated(FITTED)
@@ -114,7 +114,7 @@ def methods(model: Any, train: tls.Examples, units: tls.Units, seed: int) -> dic
     def folded(at: Method, nearest: int | None, **under: Any) -> Method:
         return lambda size, p: tls.constants.neighbours(model, at(size, p), train, nearest=nearest, **under)
 
-    def along(found: tls.Path) -> Method:
+    def along(found: tls.CircuitPath) -> Method:
         return lambda size, p: found.at(size / WIDTH)
 
     def refitted(size: int, p: float) -> Reduction:

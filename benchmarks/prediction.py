@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify.scores import Scores
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.search.scores import Scores
 
 RESULTS = Path(__file__).parent / "results"
 ALL = "heads and neurons"

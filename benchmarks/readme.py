@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,10 +17,10 @@ from typing import Any
 import pandas as pd
 
 from tl_sparsify import plot
-from tl_sparsify._files import write_text
-from tl_sparsify.benchmark import compare_tasks
-from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS
-from tl_sparsify.tables import markdown
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.benchmark import compare_tasks
+from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS
+from tl_sparsify.comparison.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

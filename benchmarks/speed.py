@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
 RESULTS = Path(__file__).parent / "results"

@@ -19,8 +19,8 @@ import pandas as pd
 from algorithms import verdicts
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify.overview import overview
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.tasks.overview import overview
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
 EXAMPLES = 256  # for training, and for validation

@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify.evaluation import auroc, average_precision
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.evaluate import auroc, average_precision
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
+from tl_sparsify._internal.files import write_text
 
 SIZES = (0.1, 0.05)
 EXAMPLES = 256  # for training, and for validation

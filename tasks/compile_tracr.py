@@ -44,11 +44,11 @@ from transformer_lens.utilities.tracr import (
 )
 
 import tl_sparsify as tls
-from tl_sparsify._files import write_text
-from tl_sparsify._native import save_native
-from tl_sparsify.compiled import TOLERANCE, effects, redundant, working
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.units import select
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.units import select
+from tl_sparsify.tasks.compiled import TOLERANCE, effects, redundant, working
+from tl_sparsify.tasks.native import save_native
 
 FOLDER = Path(__file__).parent
 # Names that sort behind every letter and number, so that the tokens of a program are numbered from 0.

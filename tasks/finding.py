@@ -20,8 +20,8 @@ from torch import Tensor
 from transformer_lens.tools.analysis.interchange import fit_das
 
 import tl_sparsify as tls
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.units import select
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.units import select
 
 Sets = Mapping[str, Sequence[tls.Unit]]
 # A change at hook_resid_mid reaches the MLP, but not the stream that goes past it.

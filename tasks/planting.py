@@ -31,8 +31,8 @@ import tl_sparsify as tls
 from tasks.planting_measures import accuracy, changed, idle_units, interchange_accuracies, measured, stand_in
 from tasks.planting_model import CLOSED, Plan, close, loud, plan, rotate, start
 from tasks.training import train, transformer
-from tl_sparsify._native import save_native
-from tl_sparsify.units import select
+from tl_sparsify.core.units import select
+from tl_sparsify.tasks.native import save_native
 
 LEARNING_RATE, SMOOTHING, EVALUATE_EVERY = 2e-3, 1e-3, 250
 

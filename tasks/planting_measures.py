@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tl_sparsify as tls
 from tasks.planting_model import Plan, written
-from tl_sparsify.units import select
+from tl_sparsify.core.units import select
 
 PAIRS = 1024
 MATTERS = 1e-2  # nats: what removing a unit must cost for it to be true by removal

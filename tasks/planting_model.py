@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import tl_sparsify as tls
-from tl_sparsify.units import select
+from tl_sparsify.core.units import select
 
 CLOSED = 16  # dimensions of the residual stream that neither true units nor the unembedding read
 

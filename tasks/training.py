@@ -23,8 +23,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import boot_native
 
 import tl_sparsify as tls
-from tl_sparsify._native import save_native
-from tl_sparsify.examples import NO_LABEL
+from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.tasks.native import save_native
 
 WARM_UP = 300
 

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import bridge, examples, fisher, fresh, inputs, linear, random_mask, unchanged, unchecked, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bridge, examples, fisher, fresh, inputs, linear, random_mask, unchanged, unchecked, units_of
 
 from tl_sparsify import constants
-from tl_sparsify._cost import counted
-from tl_sparsify.circuit import Circuit, Mixing, Reduction
-from tl_sparsify.evaluation import evaluate
-from tl_sparsify.intervene import ablate, answer_logits, intervened, output, recorded
-from tl_sparsify.measure import InterventionDistribution, risk
-from tl_sparsify.units import heads, neurons
+from tl_sparsify.comparison.cost import counted
+from tl_sparsify.comparison.evaluate import evaluate
+from tl_sparsify.core.circuit import Circuit, NeighbourMap
+from tl_sparsify.core.distributions import InterventionDistribution
+from tl_sparsify.core.forward import answer_logits, output
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import heads, neurons
 
 
 def with_mean(model: Any, batch: Any, mask: Any = None, seed: int = 0) -> Reduction:
@@ -245,7 +248,7 @@ def test_bad_maps_are_refused():
     with pytest.raises(ValueError, match=r"ridge is 0\.0"):
         constants.neighbours(model, with_mean(model, batch), batch, ridge=0.0)
     units = neurons(model)
-    wrong = Mixing(5, torch.tensor([0]), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
+    wrong = NeighbourMap(5, torch.tensor([0]), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
     reduction = constants.reduced(model, Circuit.full(units), constants.mean(model, batch, units))
     with pytest.raises(ValueError, match="kept"):
         Reduction(reduction.circuit, reduction.values, mixing=(wrong, None))

@@ -1,4 +1,5 @@
-"""The architecture, read from the source: imports in one direction, hooks in one file, small modules."""
+"""The architecture, read from the source: a folder for each thing that a researcher does, imports in one direction,
+hooks in one file, small modules."""
 
 from __future__ import annotations
 
@@ -7,30 +8,49 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
-TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE.glob("*.py"))}
 
-# A module imports only from those before it. Private helpers (_files, ...) stand before all of these and
-# import nothing of the package but each other. cli uses the package as anyone does: after __init__.
-ORDER = """
-    units causal examples moments circuit intervene basis measure probes affine constants scores attribution score
-    curvature path search compensating polish folding export certificates subjects evidence controls verification
-    learnt alignment resampling curves evaluation pairing space text task overview compiled readers edges masks
-    baselines methods tables benchmark diagrams plot findings report __init__ cli __main__
-""".split()
+# A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
+ORDER = {
+    "_internal": "random files progress versions directory",
+    "core": "site units prompts examples circuit reduction moments intervene forward metrics distributions measure "
+    "probes basis",
+    "search": "affine constants scores attribution score curvature path joint compensating exchanges",
+    "folding": "narrow stream_writes rebuild bridge export fold",
+    "abstraction": "causal_model evidence interchange controls certificates verdicts verify das align",
+    "tasks": "native task pairing input_space text compiled overview",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks baselines methods tables "
+    "benchmark",
+    "presentation": "results sentences diagrams plot report",
+    "": "__init__ cli __main__",
+}
+LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "tasks": 3, "comparison": 4,
+         "formats": 4, "presentation": 4, "": 5}  # fmt: skip
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
-PLOTTING = {"diagrams", "plot", "report", "cli"}
-DRAWING = ("tl_sparsify.diagrams", "tl_sparsify.plot", "tl_sparsify.report")
-FOLDING = {"folding", "_export", "_folded", "_narrow", "_skeleton", "_writes"}  # one idea in several private files
-INTERNALS = FOLDING | {"_native", "controls", "learnt", "baselines"}
-LONGEST = 400
+PLOTTING = {"presentation.diagrams", "presentation.plot", "presentation.report", "cli"}
+INTERNALS = {
+    *(f"folding.{name}" for name in ORDER["folding"].split()),
+    "tasks.native", "abstraction.controls", "abstraction.das", "comparison.baselines",
+}  # fmt: skip
+LONGEST, MOST, PRIVATE_IN_DIR = 400, 16, 12
 
 
-def private(module: str) -> bool:
-    return module.startswith("_") and not module.startswith("__")
+def module_of(path: Path) -> str:
+    """``core.units``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def rank(module: str) -> int:
-    return -1 if private(module) else ORDER.index(module)
+TREES = {
+    module_of(path): ast.parse(path.read_text(), str(path))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "_tasks" not in path.parts and (path.name != "__init__.py" or path.parent == PACKAGE)
+}
+PATHS = {module: PACKAGE / f"{module.replace('.', '/')}.py" for module in TREES}
+
+
+def place_of(module: str) -> tuple[str, int]:
+    """Folder, and number within it."""
+    folder, _, name = module.rpartition(".")
+    return folder, ORDER[folder].split().index(name)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -43,47 +63,93 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
 
 
-def own_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and module of all that a file imports from the package: of what is no module, ``__init__``."""
-    modules = {path.stem for path in TREES}
-    for line, name in imports(tree):
-        package, _, rest = name.partition(".")
-        module = rest.partition(".")[0]
-        if package == "tl_sparsify":
-            yield line, module if module in modules else "__init__"
+def own_imports(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    """Line, module and name of all that a file imports from the package: of what is no module, ``__init__``."""
+    for line, dotted in imports(tree):
+        package, _, rest = dotted.partition(".")
+        if package != "tl_sparsify":
+            continue
+        parts = rest.split(".")
+        found = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in TREES), "__init__")
+        yield line, found, ".".join(parts[len(found.split(".")) :])
 
 
-def place(path: Path, line: int) -> str:
-    return f"{path.relative_to(PACKAGE.parent)}:{line}"
+def place(module: str, line: int) -> str:
+    return f"{PATHS[module].relative_to(PACKAGE.parent)}:{line}"
 
 
 def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     yield from (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
-def exported() -> set[str]:
-    """The strings of ``__all__`` in ``__init__.py``."""
-    for node in TREES[PACKAGE / "__init__.py"].body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(node).split("=")[0]:
-            return set(ast.literal_eval(node.value)) if node.value else set()
-    return set()
+def defined(tree: ast.Module) -> set[str]:
+    """The names that a module defines itself."""
+    found = {node.name for node in definitions(tree)}
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        found |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return found
+
+
+def public() -> dict[str, set[str]]:
+    """The public names of each module, from the table in ``__init__.py``."""
+    for node in TREES["__init__"].body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
+            table = ast.literal_eval(node.value)
+            return {module.removeprefix("tl_sparsify."): set(names) for module, names in table.items()}
+    return {}
 
 
 def test_every_module_has_a_place_in_the_order():
-    lost = [place(path, 1) for path in TREES if path.stem not in ORDER and not private(path.stem)]
+    lost = [place(m, 1) for m in TREES if m.rpartition(".")[2] not in ORDER.get(m.rpartition(".")[0], "").split()]
     assert not lost, f"modules without a place in ORDER: {lost}"
-    nested = [place(path, 1) for path in PACKAGE.glob("*/**/*.py") if "_tasks" not in path.parts]
-    assert not nested, f"the package is flat; these lie deeper: {nested}"
+
+
+def test_no_folder_is_too_full():
+    full = {folder: names for folder, names in ORDER.items() if len(names.split()) > MOST}
+    assert not full, f"folders with more than {MOST} modules: {full}"
 
 
 def test_modules_import_only_from_those_before_them():
     wrong = []
-    for path, tree in TREES.items():
-        for line, module in own_imports(tree):
-            both_private = private(path.stem) and private(module)
-            if path.stem != "__init__" and not both_private and rank(module) >= rank(path.stem):
-                wrong.append(f"{place(path, line)} imports {module}")
+    for module, tree in TREES.items():
+        folder, number = place_of(module)
+        for line, other, _ in own_imports(tree):
+            there, at = place_of(other)
+            fine = at < number if there == folder else LEVEL[there] < LEVEL[folder]
+            if not fine:
+                wrong.append(f"{place(module, line)} imports {other}")
     assert not wrong, f"imports against the order: {wrong}"
+
+
+def test_names_are_imported_from_where_they_are_defined_and_private_ones_never():
+    wrong = []
+    for module, tree in TREES.items():
+        for line, other, name in own_imports(tree):
+            if name and other != "__init__" and name not in defined(TREES[other]):
+                wrong.append(f"{place(module, line)} imports {name} from {other}, which does not define it")
+            if name.startswith("_") and not name.startswith("__"):
+                wrong.append(f"{place(module, line)} imports the private {name} of {other}")
+    assert not wrong, f"{wrong}"
+
+
+def test_the_stub_says_what_the_package_offers():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    found: dict[str, set[str]] = {}
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault((node.module or "").removeprefix("tl_sparsify."), set()).update(a.name for a in node.names)
+    assert found == public()
+
+
+def test_little_but_public_names_is_seen_in_the_package():
+    import tl_sparsify as tls
+
+    assert set(tls.__all__) <= set(dir(tls))
+    assert len(set(dir(tls)) - set(tls.__all__)) <= PRIVATE_IN_DIR
+    assert all(getattr(tls, name) is not None for name in tls.__all__)
 
 
 def test_hooks_are_only_in_intervene():
@@ -91,7 +157,7 @@ def test_hooks_are_only_in_intervene():
         f"{place(path, node.lineno)} .{node.attr}"
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in HOOKING and path.stem != "intervene"
+        if isinstance(node, ast.Attribute) and node.attr in HOOKING and path != "core.intervene"
     ]
     assert not wrong, f"hooks outside intervene.py: {wrong}"
 
@@ -101,8 +167,8 @@ def test_plotting_is_imported_by_nothing_that_computes():
         f"{place(path, line)} imports {name}"
         for path, tree in TREES.items()
         for line, name in imports(tree)
-        if (name.split(".")[0] == "matplotlib" and path.stem not in PLOTTING)
-        or (name.startswith(DRAWING) and path.stem not in {*PLOTTING, "__init__"})
+        if (name.split(".")[0] == "matplotlib" and path not in PLOTTING)
+        or (name.startswith("tl_sparsify.presentation.") and not path.startswith("presentation.") and path != "cli")
     ]
     assert not wrong, f"plotting outside plot, report and cli: {wrong}"
 
@@ -114,13 +180,13 @@ def test_transformer_lens_internals_are_in_folding_verification_and_baselines():
             below = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             below += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if any(name.startswith("transformer_lens.") for name in below):
-                files[path.stem] = place(path, node.lineno)
+                files[path] = place(path, node.lineno)
     wrong = [where for module, where in files.items() if module not in INTERNALS]
     assert not wrong, f"TransformerLens internals outside {sorted(INTERNALS)}: {wrong}"
 
 
 def test_no_file_is_too_long():
-    lines = {path: len(path.read_text().splitlines()) for path in TREES}
+    lines = {path: len(PATHS[path].read_text().splitlines()) for path in TREES}
     wrong = [place(path, n) for path, n in lines.items() if n > LONGEST]
     assert not wrong, f"longer than {LONGEST} lines, so two ideas: {wrong}"
 
@@ -131,14 +197,14 @@ def test_modules_have_docstrings():
 
 
 def test_what_is_exported_has_a_docstring():
-    names = exported()
-    assert names, f"{place(PACKAGE / '__init__.py', 1)} has no literal __all__"
+    names = {name for some in public().values() for name in some}
+    assert names, "__init__.py has no literal table _PUBLIC"
     wrong = [
         f"{place(path, node.lineno)} {node.name}"
         for path, tree in TREES.items()
         for node in definitions(tree)
         if not node.name.startswith("_")
-        and (node.name in names or path.stem in names)  # a module is exported with all its public names
+        and (node.name in names or path.rpartition(".")[2] in names)  # a module is exported with all its public names
         and ast.get_docstring(node) is None
     ]
     assert not wrong, f"exported without a docstring: {wrong}"

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CONFIGS, batch, bridge, padded
-from models import NoCasts, fisher, softened
+from helpers.architectures import CONFIGS, batch, bridge, padded
+from helpers.models import NoCasts, fisher, softened
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.measure import risk
-from tl_sparsify.probes import joint_moments, samples
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import Units, directions, heads, mlps, neurons, stream_directions
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Units, directions, heads, mlps, neurons, stream_directions
+from tl_sparsify.search.joint import sparsify
 
 
 def every_kind(model: Any) -> Units:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, N, close, data, padded
-from models import (
+from helpers.kinds import KINDS, N, close, data, padded
+from helpers.models import (
     TwoLayers,
     bridge,
     examples,
@@ -27,12 +27,16 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import ablate, answer_logits, intervened, run_values
-from tl_sparsify.measure import correct, log_odds, log_probability, risk
-from tl_sparsify.score import Scores
-from tl_sparsify.units import Site, Units, heads, mlps, neurons
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, run_values
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.metrics import correct, log_odds, log_probability
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, heads, mlps, neurons
+from tl_sparsify.search.scores import Scores
 
 ALL = pytest.mark.parametrize("kind", KINDS)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import batch as prompts
-from architectures import bridge as architecture
-from architectures import padded as padded_prompts
-from kinds import N, close, data, padded
-from models import (
+from helpers.architectures import batch as prompts
+from helpers.architectures import bridge as architecture
+from helpers.architectures import padded as padded_prompts
+from helpers.kinds import N, close, data, padded
+from helpers.models import (
     NoCasts,
     TwoLayers,
     bridge,
@@ -33,11 +33,12 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparsify import Examples, Site, Units, baselines, constants, score
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.intervene import ablate, intervened, recorded
-from tl_sparsify.measure import log_odds, log_probability
-from tl_sparsify.score import Scores
-from tl_sparsify.units import attentions, heads, mlps, neurons, residuals
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.metrics import log_odds, log_probability
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import attentions, heads, mlps, neurons, residuals
+from tl_sparsify.search.scores import Scores
 
 UNITS = Units((Site("neuron", 0, "hook_neurons", 60), Site("head", 1, "hook_heads", 40)))
 EXAMPLES = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long))

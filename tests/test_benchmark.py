@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from models import unchanged
+from helpers.models import unchanged
 from typer.testing import CliRunner
 
 import tl_sparsify as tls
 from tl_sparsify import baselines, cli, score
-from tl_sparsify._cost import cost_of, counted
-from tl_sparsify.benchmark import cell_file, compare_tasks, gathered, write_comparison
-from tl_sparsify.methods import METHODS, Method, named, run
-from tl_sparsify.tables import markdown
+from tl_sparsify.comparison.benchmark import cell_file, compare_tasks, gathered, write_comparison
+from tl_sparsify.comparison.cost import cost_of, counted
+from tl_sparsify.comparison.methods import METHODS, Method, named, run
+from tl_sparsify.comparison.tables import markdown
 
 SMALL: dict[str, Any] = {"examples": 64, "refit_steps": 4, "bootstrap": 20, "progress": False}
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from helpers.models import seeded, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import seeded, unchecked
 from torch import Tensor
 
-from tl_sparsify.certificates import confidence_sequence, decided, margin_bound
+from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
 
 MEANS = st.floats(0, 1)
 SEEDS = st.integers(0, 2**31)

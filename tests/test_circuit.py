@@ -9,17 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import (
+    bridge,
+    examples,
+    fresh,
+    linear,
+    random_mask,
+    random_values,
+    reduction_of,
+    unchecked,
+    units_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bridge, examples, fresh, linear, random_mask, random_values, reduction_of, unchecked, units_of
 from safetensors.torch import save_file
 
 from tl_sparsify import constants
-from tl_sparsify.circuit import Circuit, Reduction, Values, check_fingerprint, fingerprint
-from tl_sparsify.intervene import run_values
-from tl_sparsify.measure import risk
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import heads, neurons
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.forward import run_values
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
+from tl_sparsify.core.units import heads, neurons
+from tl_sparsify.search.joint import sparsify
 
 SEEDS = st.integers(0, 2**31)
 
@@ -107,8 +118,8 @@ def test_the_baseline_is_the_reference_or_the_values():
     units = units_of(bridge())
     one, two = random_values(units, 1), random_values(units, 2)
     assert Reduction(Circuit.full(units), one).baseline == one
-    assert Reduction(Circuit.full(units), one, "refit", two).baseline == two
-    assert Reduction(Circuit.full(units), one, "refit", two).with_circuit(Circuit.empty(units)).baseline == two
+    assert Reduction(Circuit.full(units), one, two).baseline == two
+    assert Reduction(Circuit.full(units), one, two).with_circuit(Circuit.empty(units)).baseline == two
 
 
 # Files
@@ -119,7 +130,9 @@ def test_what_is_saved_is_loaded(tmp_path_factory: Any, seed: int, where: Any, r
     units = units_of(bridge()).at(where)
     reference = random_values(units, seed + 1) if referenced else None
     name = fingerprint(bridge()) if known else None
-    one = Reduction(Circuit(units, random_mask(units, seed)), random_values(units, seed), "mine", reference, name)
+    one = Reduction(
+        Circuit(units, random_mask(units, seed)), replace(random_values(units, seed), kind="mine"), reference, name
+    )
     folder = tmp_path_factory.mktemp("file")
     one.save(folder / "one")
     one.save(str(folder / "two"))
@@ -135,7 +148,7 @@ def test_reductions_differ_in_every_part():
     others = [
         Reduction(~one.circuit, one.values, fingerprint=one.fingerprint),
         Reduction(one.circuit, random_values(units, 9), fingerprint=one.fingerprint),
-        Reduction(one.circuit, one.values, "zero", fingerprint=one.fingerprint),
+        Reduction(~one.circuit, replace(one.values, kind="zero"), fingerprint=one.fingerprint),
         Reduction(one.circuit, one.values, reference=one.values, fingerprint=one.fingerprint),
         Reduction(one.circuit, one.values),
     ]

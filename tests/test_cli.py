@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from commands import QUICK, Outcome, command
+from helpers.commands import QUICK, Outcome, command
 from matplotlib.figure import Figure
 
 from tl_sparsify import (

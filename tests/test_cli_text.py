@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from commands import QUICK, command
+from helpers.commands import QUICK, command
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tl_sparsify import cli, heads, load_folded, load_task, neurons

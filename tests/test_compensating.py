@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TwoLayers, bridge, examples, inputs, seeded, unchanged, units_of
+from helpers.models import TwoLayers, bridge, examples, inputs, seeded, unchanged, units_of
 from torch import Tensor
 
 from tl_sparsify import constants
-from tl_sparsify.circuit import Circuit
-from tl_sparsify.compensating import compensating
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import output
-from tl_sparsify.measure import Metric, risk
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import output
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.metrics import Metric
+from tl_sparsify.search.compensating import sparsify_affine
 
 
 def network(units: int = 7, seed: int = 0) -> TwoLayers:
@@ -41,7 +42,7 @@ METRIC: Metric = first_logit
 def test_the_order_is_that_of_removing_what_costs_least_at_the_best_compensation():
     model, batch = network(), inputs(n=60)
     sizes = [i / 7 for i in range(6, 0, -1)]
-    path = compensating(model, batch, model.units, sizes=sizes, metric=METRIC, ridge=1e-9, progress=False)
+    path = sparsify_affine(model, batch, model.units, sizes=sizes, metric=METRIC, ridge=1e-9, progress=False)
     removed: list[int] = []
     for _ in range(6):
         left = [unit for unit in range(7) if unit not in removed]
@@ -51,7 +52,7 @@ def test_the_order_is_that_of_removing_what_costs_least_at_the_best_compensation
 
 def test_many_at_once_cost_what_they_are_predicted_to():
     model, batch = network(), inputs(n=60)
-    path = compensating(model, batch, model.units, sizes=[3 / 7], metric=METRIC, ridge=1e-9, progress=False)
+    path = sparsify_affine(model, batch, model.units, sizes=[3 / 7], metric=METRIC, ridge=1e-9, progress=False)
     [only] = path.rounds
     assert only.predicted.mean == pytest.approx(unexplained(model, batch, path.order[:4].tolist()), rel=1e-5)
     assert only.measured.mean == pytest.approx(only.predicted.mean, rel=1e-5)
@@ -61,7 +62,7 @@ def test_of_two_copies_one_is_kept():
     model, batch = network(), inputs(n=60)
     with torch.no_grad():
         model.w_in[:, 5] = 2 * model.w_in[:, 2]
-    path = compensating(model, batch, model.units, sizes=[6 / 7], ridge=1e-9, probes=2, progress=False)
+    path = sparsify_affine(model, batch, model.units, sizes=[6 / 7], ridge=1e-9, probes=2, progress=False)
     assert path.order[0] in (2, 5)
     assert path.rounds[0].measured.mean < 1e-9
 
@@ -70,8 +71,8 @@ def test_on_a_transformer_it_beats_constants_and_leaves_nothing_behind():
     model, batch = bridge(), examples(n=60)
     units = units_of(model)
     with unchanged(model):
-        path = compensating(model, batch, units, sizes=[0.8, 0.6], probes=12, temperature=1.0, progress=False)
-    again = compensating(
+        path = sparsify_affine(model, batch, units, sizes=[0.8, 0.6], probes=12, temperature=1.0, progress=False)
+    again = sparsify_affine(
         model, batch, units, sizes=[0.8, 0.6], probes=12, temperature=1.0, batch_size=7, progress=False
     )
     assert torch.equal(path.order, again.order)
@@ -87,8 +88,8 @@ def test_pinned_units_stay_and_bad_sizes_are_refused():
     model, batch = bridge(), examples(n=10)
     units = units_of(model)
     pinned = Circuit.of(units, ["L1N4", "L0H0"])
-    path = compensating(model, batch, units, sizes=[0.3], pinned=pinned, progress=False)
+    path = sparsify_affine(model, batch, units, sizes=[0.3], pinned=pinned, progress=False)
     assert pinned <= path.rounds[0].reduction.circuit
     with pytest.raises(ValueError, match=r"sizes is \[0\.1, 0\.5\]"):
-        compensating(model, batch, units, sizes=[0.1, 0.5], progress=False)
+        sparsify_affine(model, batch, units, sizes=[0.1, 0.5], progress=False)
     assert bool(torch.isfinite(output(model, batch)).all())

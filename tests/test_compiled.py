@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tl_sparsify as tls
-from tl_sparsify.compiled import TOLERANCE, Layout, Program, effects, needed, redundant, working
+from tl_sparsify.tasks.compiled import TOLERANCE, Layout, Program, effects, needed, redundant, working
 
 NAMES = ("tracr_reverse", "tracr_frac_prevs", "tracr_sort", "tracr_hist")
 FOLDER = Path(__file__).parent.parent / "tasks"

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     bridge,
     examples,
     fresh,
@@ -22,13 +20,17 @@ from models import (
     unchanged,
     units_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tl_sparsify import constants
-from tl_sparsify._cost import counted
-from tl_sparsify.circuit import Circuit, Reduction, fingerprint
-from tl_sparsify.examples import Examples
-from tl_sparsify.measure import computed, log_odds, risk
-from tl_sparsify.units import attentions, mlps, neurons
+from tl_sparsify.comparison.cost import counted
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.measure import computed, risk
+from tl_sparsify.core.metrics import log_odds
+from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.core.units import attentions, mlps, neurons
 
 SEEDS = st.integers(0, 2**31)
 CHOICES = (1, 4, 7, 8)
@@ -177,7 +179,7 @@ def test_with_everything_kept_there_is_nothing_to_fit():
     reduction = mean_ablation()
     full = reduction.with_circuit(Circuit.full(reduction.units))
     found = refit(full)
-    assert found == replace(full, kind="refit", reference=full.values)
+    assert found == replace(full, reference=full.values)
 
 
 def test_a_refit_of_a_metric_lowers_its_error():

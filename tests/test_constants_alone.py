@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
+from helpers.models import TwoLayers, bridge, examples, fisher, inputs, seeded, unchanged, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TwoLayers, bridge, examples, fisher, inputs, seeded, unchanged, units_of
 from torch import Tensor
 
 from tl_sparsify import constants, evaluate, heads, load_task, neurons, score
-from tl_sparsify.circuit import Values
-from tl_sparsify.examples import Examples
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.examples import Examples
 
 SEEDS = st.integers(0, 2**31)
 

@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import bridge as hugging_face
-from models import bridge, exclusive_or, fresh, reduction_of, seeded, unchanged, units_of
+from helpers.architectures import bridge as hugging_face
+from helpers.models import bridge, exclusive_or, fresh, reduction_of, seeded, unchanged, units_of
 from torch import Tensor
 from transformer_lens.tools.analysis.interchange import arbitrary_targets, reinitialized
 
 from tl_sparsify import Alignment, Examples, Pairs, Site, Unit, directions, fingerprint, fold, heads, neurons
-from tl_sparsify.controls import everything, made_up, outside, placebo, random_units, random_weights, streams
-from tl_sparsify.subjects import Subject
+from tl_sparsify.abstraction.controls import (
+    everything,
+    made_up,
+    outside,
+    placebo,
+    random_units,
+    random_weights,
+    streams,
+)
+from tl_sparsify.abstraction.interchange import TestedModel
 
 SITE = Site("neuron", 0, "blocks.0.mlp.hook_post", 5)
 
@@ -201,7 +209,7 @@ def test_the_placebo_moves_as_far_as_the_directions_and_reads_each_examples_own_
     basis = torch.linalg.qr(basis)[0] if orthonormal else basis
     units = [unit.at(2) for unit in directions(model, "blocks.0.hook_resid_post", basis)][:2]
     with unchanged(model):
-        found = placebo(Subject("original", model), pairs(), units, draws=2, seed=6, batch_size=size)
+        found = placebo(TestedModel("original", model), pairs(), units, draws=2, seed=6, batch_size=size)
     assert len(found) == 2
     for seed, answers in enumerate(found):
         other = torch.linalg.qr(torch.randn(8, 2, generator=seeded(6 + seed)))[0].double()
@@ -213,7 +221,7 @@ def test_the_placebo_moves_as_far_as_the_directions_and_reads_each_examples_own_
 def test_no_draws_no_placebo():
     model = bridge()
     units = [unit.at(2) for unit in directions(model, "blocks.0.hook_resid_post", torch.eye(8, 2))]
-    assert placebo(Subject("original", model), pairs(), units, draws=0, seed=0) == []
+    assert placebo(TestedModel("original", model), pairs(), units, draws=0, seed=0) == []
 
 
 def test_the_placebo_of_a_reduced_model_is_of_the_reduced_model():
@@ -223,9 +231,9 @@ def test_the_placebo_of_a_reduced_model_is_of_the_reduced_model():
     found = [
         placebo(subject, pairs(), units, draws=2, seed=6)
         for subject in (
-            Subject("reduced", model, removal=reduction),
-            Subject("reduced", fold(model, reduction), own_names={}),
-            Subject("original", copy.deepcopy(model)),
+            TestedModel("reduced", model, removal=reduction),
+            TestedModel("reduced", fold(model, reduction), own_names={}),
+            TestedModel("original", copy.deepcopy(model)),
         )
     ]
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))

@@ -7,15 +7,15 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from kinds import data
-from models import TwoLayers, bridge, fresh, inputs, seeded, unchanged, units_of
+from helpers.kinds import data
+from helpers.models import TwoLayers, bridge, fresh, inputs, seeded, unchanged, units_of
 from torch import Tensor
 
 from tl_sparsify import score
-from tl_sparsify.curvature import QUANTILES, Uniformity, uniformity
-from tl_sparsify.examples import Examples
-from tl_sparsify.score import Scores
-from tl_sparsify.units import neurons
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.units import neurons
+from tl_sparsify.search.curvature import QUANTILES, Uniformity, uniformity
+from tl_sparsify.search.scores import Scores
 
 N = 40
 

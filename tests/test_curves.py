@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import Fill, average, constant, measures, run, table
+from helpers.by_hand import Fill, average, constant, measures, run, table
+from helpers.models import bridge, examples, fresh, random_values, seeded, unchanged, unchecked, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bridge, examples, fresh, random_values, seeded, unchanged, unchecked, units_of
 from torch import Tensor
 
-from tl_sparsify import Circuit, Curve, Examples, Path, Scores, Values, compensating, constants, evaluate, sparsify
+from tl_sparsify import Circuit, CircuitPath, Curve, Examples, Scores, Values, constants, evaluate, sparsify
 from tl_sparsify import fingerprint as fingerprint_of
-from tl_sparsify.evaluation import SIZES
-from tl_sparsify.measure import log_probability
-from tl_sparsify.moments import Estimate
-from tl_sparsify.resampling import weights
-from tl_sparsify.search import Round
-from tl_sparsify.units import heads
+from tl_sparsify.comparison.curves import SIZES
+from tl_sparsify.comparison.resampling import weights
+from tl_sparsify.core.metrics import log_probability
+from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.units import heads
+from tl_sparsify.search import sparsify_affine
+from tl_sparsify.search.path import Round
 
 ASKED = (0.1, 0.2, 0.3, 0.5, 0.8, 1.0)  # of 14 units
 KEPT = (1, 3, 4, 7, 11, 14)
@@ -182,7 +183,7 @@ def test_a_path_under_another_ablation_is_its_order():
 
 def test_a_path_with_affine_rounds_is_measured_with_constants():
     model = bridge()
-    path = compensating(model, data(16), units_of(model), sizes=(0.5, 0.2), progress=False)
+    path = sparsify_affine(model, data(16), units_of(model), sizes=(0.5, 0.2), progress=False)
     found = evaluate(model, path, data(), sizes=(0.2, 0.35), bootstrap=0)
     assert found.kept == (3, 5) and found.ablation == "mean"
 
@@ -369,7 +370,7 @@ def test_a_metric_of_another_shape_is_refused():
     refused(bridge(), random_scores(), data(), "metric gave shape", ablation="zero", metric=lambda z, batch: z)
 
 
-def path_of(*values: Values, kind: str = "mean") -> Path:
+def path_of(*values: Values, kind: str = "mean") -> CircuitPath:
     """Circuits of half and of all units, with constants of their own."""
     model = bridge()
     nothing = Estimate(0.0, 0.0, 1)
@@ -378,7 +379,7 @@ def path_of(*values: Values, kind: str = "mean") -> Path:
         circuit = Circuit(part.units, torch.arange(14) >= 14 - kept)
         reduction = constants.reduced(model, circuit, part, kind)
         rounds.append(Round(reduction, nothing, nothing, 0.0))
-    return Path(values[0].units, torch.arange(14), tuple(rounds))
+    return CircuitPath(values[0].units, torch.arange(14), tuple(rounds))
 
 
 def test_paths_that_do_not_fit_are_refused():

@@ -7,16 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from models import TwoLayers, bridge, examples, fisher, inputs, linear, reduction_of, seeded, softened, unchanged
+from helpers.models import (
+    TwoLayers,
+    bridge,
+    examples,
+    fisher,
+    inputs,
+    linear,
+    reduction_of,
+    seeded,
+    softened,
+    unchanged,
+)
 from torch import Tensor
 
 from tl_sparsify import basis, constants, score
-from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.intervene import ablate, answer_logits, intervened, recorded
-from tl_sparsify.measure import risk
-from tl_sparsify.probes import samples
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import Site, Units, directions, heads, stream_directions
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.probes import samples
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, directions, heads, stream_directions
+from tl_sparsify.search.joint import sparsify
 
 HOOK = "blocks.0.hook_resid_post"
 

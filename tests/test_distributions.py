@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import bridge, examples, random_mask, unchanged, units_of
+from helpers.models import bridge, examples, random_mask, unchanged, units_of
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.intervene import ablate, answer_logits, intervened
-from tl_sparsify.measure import InterventionDistribution, divergence, drawn_interventions, risk
-from tl_sparsify.probes import joint_moments, samples
-from tl_sparsify.search import sparsify
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.metrics import divergence
+from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.search.joint import sparsify
 
 NONE = InterventionDistribution()
 SHUFFLED = InterventionDistribution.interchange(0.4)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import examples, inputs, unchecked
 from hypothesis import given
 from hypothesis import strategies as st
-from models import examples, inputs, unchecked
 
-from tl_sparsify.examples import Examples
+from tl_sparsify.core.examples import Examples
 
 TOKENS = torch.arange(12).reshape(3, 4)
 LABELS = torch.tensor([[-100, -100, -100, 5]]).repeat(3, 1)

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from native import (
+from helpers.native import (
     PATTERNS,
     SEEDS,
     VARIANTS,
@@ -31,13 +29,18 @@ from native import (
     tokens,
     units_of,
 )
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
 
-from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
-from tl_sparsify.folding import FoldedBridge, fold, save_folded
-from tl_sparsify.intervene import ablate, intervened
-from tl_sparsify.units import Site, Units, heads, neurons
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, heads, neurons
+from tl_sparsify.folding.bridge import FoldedBridge, save_folded
+from tl_sparsify.folding.fold import fold
 
 
 @given(st.sampled_from(list(VARIANTS)), PATTERNS, SEEDS)

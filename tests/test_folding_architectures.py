@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh, one_by_one
-from files import LOAD
-from hypothesis import example, given, settings
-from models import NoCasts
-from native import (
+from helpers.architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh, one_by_one
+from helpers.files import LOAD
+from helpers.models import NoCasts
+from helpers.native import (
     PATTERNS,
     SEEDS,
     ablated,
@@ -31,13 +30,15 @@ from native import (
     tokens,
     units_of,
 )
+from hypothesis import example, given, settings
 from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from tl_sparsify.circuit import fingerprint
-from tl_sparsify.folding import ARCHITECTURES, fold, load_folded, save_folded
-from tl_sparsify.intervene import ablate, intervened
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.reduction import fingerprint
+from tl_sparsify.folding.bridge import load_folded, save_folded
+from tl_sparsify.folding.fold import ARCHITECTURES, fold
 
 
 def test_every_architecture_is_here():

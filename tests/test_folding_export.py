@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh
-from files import full_disk, word_tokenizer
+from helpers.architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge, fresh
+from helpers.files import full_disk, word_tokenizer
+from helpers.models import NoCasts
+from helpers.native import PATTERNS, SEEDS, mask, native, reduction_of, tokens, units_of
 from hypothesis import given, settings
-from models import NoCasts
-from native import PATTERNS, SEEDS, mask, native, reduction_of, tokens, units_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.folding import export_hf, fold
-from tl_sparsify.units import directions, stream_directions
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import directions, stream_directions
+from tl_sparsify.folding.export import export_hf
+from tl_sparsify.folding.fold import fold
 
 EXPORTED = [name for name in CONFIGS if CONFIGS[name][0] not in ("GPTNeoXForCausalLM", "Gemma2ForCausalLM")]
 EXPORTED.remove("Gemma 3")

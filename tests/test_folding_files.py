@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from files import LOAD, full_disk, word_tokenizer
-from native import VARIANTS, distance, fresh, mask, native, reduction_of, tokens, units_of
+from helpers.files import LOAD, full_disk, word_tokenizer
+from helpers.native import VARIANTS, distance, fresh, mask, native, reduction_of, tokens, units_of
 from safetensors.torch import load_file
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
-from tl_sparsify.circuit import fingerprint
-from tl_sparsify.folding import fold, load_folded, save_folded
+from tl_sparsify.core.reduction import fingerprint
+from tl_sparsify.folding.bridge import load_folded, save_folded
+from tl_sparsify.folding.fold import fold
 
 
 @pytest.mark.slow

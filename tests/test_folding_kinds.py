@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CONFIGS, UNEVEN, bridge, fresh, one_by_one
+from helpers.architectures import CONFIGS, UNEVEN, bridge, fresh, one_by_one
+from helpers.models import NoCasts
+from helpers.native import PATTERNS, SEEDS, VARIANTS, ablated, distance, mask, native, tokens, units_of
 from hypothesis import given, settings
-from models import NoCasts
-from native import PATTERNS, SEEDS, VARIANTS, ablated, distance, mask, native, tokens, units_of
 from torch import Tensor
 
-from tl_sparsify.circuit import Circuit, Mixing, Reduction, Values, fingerprint
-from tl_sparsify.folding import fold, load_folded, save_folded
-from tl_sparsify.intervene import ablate, intervened
-from tl_sparsify.units import Units, attentions, directions, mlps, neurons, residuals, stream_directions
+from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.core.units import Units, attentions, directions, mlps, neurons, residuals, stream_directions
+from tl_sparsify.folding.bridge import load_folded, save_folded
+from tl_sparsify.folding.fold import fold
 
 MODELS = [*VARIANTS, *CONFIGS]
 PLACES = [f"blocks.{layer}.hook_resid_{place}" for layer in (0, 1) for place in ("pre", "mid", "post")]
@@ -47,7 +49,7 @@ def reduction_of(model: Any, units: Units, kept: Tensor, seed: int, mixed: bool 
     widths = {"head": model.cfg.d_head, "attention": model.cfg.d_model, "mlp": model.cfg.d_model}
     shapes = [(site.size, widths.get(site.kind, len(site.hook_names))) for site in units.sites]
     values = Values(units, tuple(draws(*shape, seed=seed + number) for number, shape in enumerate(shapes)))
-    mixing: list[Mixing | None] = []
+    mixing: list[NeighbourMap | None] = []
     for site, keep in zip(units.sites, units.split(kept), strict=True):
         columns, rows = keep.nonzero().flatten(), (~keep).nonzero().flatten()
         if not mixed or site.kind not in ("neuron", "direction") or not len(columns) or not len(rows):
@@ -56,7 +58,7 @@ def reduction_of(model: Any, units: Units, kept: Tensor, seed: int, mixed: bool 
         size = min(len(columns), len(rows))  # the first removed of the first kept, all of the last kept
         columns = torch.cat([columns[:size], columns[-1:].expand(len(rows))])
         rows = torch.cat([rows[:size], rows])
-        mixing.append(Mixing(site.size, rows, columns, draws(len(rows), seed=seed + len(mixing)) * 0.3))
+        mixing.append(NeighbourMap(site.size, rows, columns, draws(len(rows), seed=seed + len(mixing)) * 0.3))
     parts = tuple(mixing) if any(mixing) else None
     return Reduction(Circuit(units, kept), values, fingerprint=fingerprint(model), mixing=parts)
 

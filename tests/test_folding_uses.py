@@ -7,19 +7,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge
-from architectures import fresh as fresh_bridge
-from models import NoCasts
-from native import distance, fresh, mask, native, reduction_of, removed, tokens, units_of
+from helpers.architectures import CONFIGS, FIRST_EMPTY, UNEVEN, bridge
+from helpers.architectures import fresh as fresh_bridge
+from helpers.models import NoCasts
+from helpers.native import distance, fresh, mask, native, reduction_of, removed, tokens, units_of
 from torch import Tensor, nn
 from transformer_lens.patching import generic_activation_patch, get_act_patch_resid_pre, layer_head_vector_patch_setter
 
 from tl_sparsify import score
-from tl_sparsify.circuit import Circuit
-from tl_sparsify.examples import Examples
-from tl_sparsify.folding import fold
-from tl_sparsify.intervene import ablate, interchange, intervened, output, run_values
-from tl_sparsify.units import neurons
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import output, run_values
+from tl_sparsify.core.intervene import ablate, interchange, intervened
+from tl_sparsify.core.units import neurons
+from tl_sparsify.folding.fold import fold
 
 NAMES = ["gated, RMS, rotary, grouped", "GPT-2", "Pythia", "Llama", "Gemma 2"]
 

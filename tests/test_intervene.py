@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     bridge,
     examples,
     fresh,
@@ -23,29 +21,29 @@ from models import (
     unchanged,
     units_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import (
-    Intervention,
-    ablate,
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import (
     answer_index,
     answer_logits,
     answer_rows,
     check_model,
     frozen,
-    interchange,
-    intervened,
     output,
-    recorded,
     run_values,
     valid_positions,
 )
-from tl_sparsify.measure import risk
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import Site, Units, attentions, heads, mlps, neurons
+from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened, recorded
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons
+from tl_sparsify.search.joint import sparsify
 
 SEEDS = st.integers(0, 2**31)
 Z, POST = "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     EXCLUSIVE_OR,
     NoCasts,
     bridge,
@@ -30,19 +28,24 @@ from models import (
     unchanged,
     units_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_sparsify import constants, score
-from tl_sparsify.causal import CausalModel
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.examples import Examples
-from tl_sparsify.folding import fold
-from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, run_values
-from tl_sparsify.measure import InterventionDistribution, risk, source_batch
-from tl_sparsify.moments import Moments
-from tl_sparsify.probes import joint_moments, linearise, samples
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import heads
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import InterventionDistribution, source_batch
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import run_values
+from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.probes import joint_moments, linearise, samples
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import heads
+from tl_sparsify.folding.fold import fold
+from tl_sparsify.search.joint import sparsify
 
 SEEDS = st.integers(0, 2**31)
 

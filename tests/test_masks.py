@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     EXCLUSIVE_OR,
     TwoLayers,
     bridge,
@@ -27,16 +25,19 @@ from models import (
     unchecked,
     units_of,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_sparsify import baselines, constants
-from tl_sparsify.circuit import Reduction, Values
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import run_values
-from tl_sparsify.masks import hard_concrete, soft_top_k, top_k_gate
-from tl_sparsify.measure import risk
-from tl_sparsify.score import Scores
-from tl_sparsify.units import Units, heads
+from tl_sparsify.comparison.masks import hard_concrete, soft_top_k, top_k_gate
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import run_values
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Units, heads
+from tl_sparsify.search.scores import Scores
 
 METHODS = pytest.mark.parametrize("method", [hard_concrete, top_k_gate], ids=lambda method: method.__name__)
 Method = Callable[..., Scores]

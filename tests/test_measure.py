@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     bridge,
     examples,
     fresh,
@@ -21,23 +19,19 @@ from models import (
     unchecked,
     units_of,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_sparsify import _random
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import ablate, answer_logits, interchange, intervened, run_values
-from tl_sparsify.measure import (
-    InterventionDistribution,
-    by_example,
-    correct,
-    divergence,
-    kl,
-    log_odds,
-    log_probability,
-    risk,
-    source_batch,
-)
+from tl_sparsify._internal import random as _random
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import InterventionDistribution, source_batch
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, run_values
+from tl_sparsify.core.intervene import ablate, interchange, intervened
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.metrics import by_example, correct, divergence, kl, log_odds, log_probability
+from tl_sparsify.core.reduction import Reduction
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from models import seeded
 
-from tl_sparsify.moments import Estimate, Moments
+from tl_sparsify.core.moments import Estimate, Moments
 
 SEEDS = st.integers(0, 2**31)
 PROCESS = """

@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tl_sparsify.causal import CausalModel
-from tl_sparsify.examples import Examples
-from tl_sparsify.pairing import answered, balanced, pairs, partners, split_of
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.tasks.pairing import answered, balanced, pairs, partners, split_of
 
 SIZE = 8
 SUM = CausalModel(

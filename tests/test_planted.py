@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tl_sparsify as tls
-from tl_sparsify.units import select
+from tl_sparsify.core.units import select
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 FOUND = ("planted_equality", "planted_gate", "planted_majority", "planted_sum")
@@ -41,7 +41,7 @@ def splits(name: str) -> tuple[tls.Examples, tls.Examples, tls.Examples]:
 
 
 @cache
-def path_of(name: str) -> tls.Path:
+def path_of(name: str) -> tls.CircuitPath:
     """A path of circuits down to the true units, and below."""
     task, model, units = loaded(name)
     train, validation, _ = splits(name)

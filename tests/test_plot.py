@@ -11,16 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection, PathCollection, QuadMesh
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
-from written import (
+from helpers.written import (
     BENCHED,
     KEPT,
     MEASURED,
@@ -35,9 +26,18 @@ from written import (
     scores,
     table,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from tl_sparsify import CausalModel, Circuit, Reduction, Scores, Site, Units, plot
-from tl_sparsify.diagrams import KEPT as DARK
+from tl_sparsify.presentation.diagrams import KEPT as DARK
 
 CIRCUIT = Circuit.of(UNITS, KEPT)
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     bridge,
     examples,
     fisher,
@@ -24,13 +22,17 @@ from models import (
     unchanged,
     units_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import ablate, answer_logits, intervened
-from tl_sparsify.measure import divergence, kl, log_odds
-from tl_sparsify.probes import Samples, fisher_probes, joint_moments, linearise, metric_probe, samples
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.metrics import divergence, kl, log_odds
+from tl_sparsify.core.probes import Samples, fisher_probes, joint_moments, linearise, metric_probe, samples
+from tl_sparsify.core.reduction import Reduction
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)

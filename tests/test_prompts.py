@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers.models import NoCasts, unchanged, unchecked
+from helpers.tokenized import ANSWERS, PROMPTS, WORDS, bridge, byte_pairs, with_a_space_before, word_level
 from hypothesis import given
 from hypothesis import strategies as st
-from models import NoCasts, unchanged, unchecked
-from tokenized import ANSWERS, PROMPTS, WORDS, bridge, byte_pairs, with_a_space_before, word_level
 
 from tl_sparsify import constants, score
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.units import heads, neurons
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.units import heads, neurons
 
 
 def last(examples: Examples) -> torch.Tensor:
@@ -324,8 +324,8 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are():
 
 def test_no_tokenizer_is_imported_for_examples_of_tensors():
     package = Path(__file__).parent.parent / "tl_sparsify"
-    for module in ("examples", "_prompts"):
-        tree = ast.parse((package / f"{module}.py").read_text())
+    for module in ("examples", "prompts"):
+        tree = ast.parse((package / "core" / f"{module}.py").read_text())
         names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         assert not {name.split(".")[0] for name in names} & {"datasets", "tokenizers", "transformers"}

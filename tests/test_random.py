@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_sparsify import _random
+from tl_sparsify._internal import random as _random
 
 INTEGERS = st.integers(-(2**40), 2**40)
 COUNTERS = st.lists(st.integers(0, 2**40), min_size=1, max_size=20)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from code_blocks import blocks
+from helpers.code_blocks import blocks
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(rb"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)

@@ -17,7 +17,7 @@ import pytest
 
 import tl_sparsify as tls
 from tl_sparsify import baselines, constants, score
-from tl_sparsify.score import Scores
+from tl_sparsify.search.scores import Scores
 
 FIRST, BACKUP = "L0H1", "L1H2"
 PAIR = {FIRST, BACKUP}

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import bridge, examples, seeded, unchanged, unchecked, units_of
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bridge, examples, seeded, unchanged, unchecked, units_of
 from torch import Tensor
 
-from tl_sparsify import Circuit, Path, Scores, Stability, baselines, score, sparsify, stability
-from tl_sparsify.resampling import Resampled, expected_jaccard, weights
+from tl_sparsify import Circuit, CircuitPath, Scores, Stability, baselines, score, sparsify, stability
+from tl_sparsify.comparison.resampling import Resampled, expected_jaccard, weights
 
 # Weights
 
@@ -229,7 +229,7 @@ def test_a_path_serves_by_its_circuit():
     units = units_of(model)
     path = sparsify(model, examples(), units, rounds=2, smallest=0.2, progress=False)
 
-    def method(model: Any, some: Any, units: Any, *, seed: int) -> Path:
+    def method(model: Any, some: Any, units: Any, *, seed: int) -> CircuitPath:
         return path
 
     assert stability(method, model, examples(), units, fraction=0.3).circuits[0] == path.at(0.3).circuit

@@ -7,16 +7,17 @@ import math
 
 import pytest
 import torch
+from helpers.kinds import KINDS
+from helpers.models import bridge, examples, fisher, fresh, random_mask, reduction_of, softened, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KINDS
-from models import bridge, examples, fisher, fresh, random_mask, reduction_of, softened, units_of
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.measure import kl
-from tl_sparsify.probes import joint_moments, linearise, samples
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.metrics import kl
+from tl_sparsify.core.probes import joint_moments, linearise, samples
+from tl_sparsify.core.reduction import Reduction
 
 CHOICES = (1, 4, 7, 8)
 

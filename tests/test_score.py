@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.models import (
     bridge,
     examples,
     exclusive_or,
@@ -23,13 +21,16 @@ from models import (
     unchanged,
     units_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Reduction
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.measure import kl, log_odds
-from tl_sparsify.score import Scores
-from tl_sparsify.units import heads, mlps, neurons
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.metrics import kl, log_odds
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import heads, mlps, neurons
+from tl_sparsify.search.scores import Scores
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)

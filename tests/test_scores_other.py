@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import EACH, KINDS, N, basis, close, data, padded
-from models import (
+from helpers.kinds import EACH, KINDS, N, basis, close, data, padded
+from helpers.models import (
     TwoLayers,
     bridge,
     examples,
@@ -27,13 +27,15 @@ from models import (
 from torch import Tensor
 
 from tl_sparsify import constants, score
-from tl_sparsify.circuit import Circuit, Mixing, Reduction
-from tl_sparsify.examples import Examples
-from tl_sparsify.intervene import answer_logits, run_values
-from tl_sparsify.measure import log_odds
-from tl_sparsify.score import Scores
-from tl_sparsify.search import sparsify
-from tl_sparsify.units import Site, Units, heads, neurons, stream_directions
+from tl_sparsify.core.circuit import Circuit, NeighbourMap
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, run_values
+from tl_sparsify.core.metrics import log_odds
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, heads, neurons, stream_directions
+from tl_sparsify.search.joint import sparsify
+from tl_sparsify.search.scores import Scores
 
 ALL = pytest.mark.parametrize("kind", KINDS)
 
@@ -275,7 +277,7 @@ def test_additivity_of_nothing_of_affine_replacements_and_of_another_model_is_re
         score.additivity(model, batch, reduction)
     mask = random_mask(units, 1) | (torch.arange(len(units)) < 4)
     mask[4], mask[5] = False, True
-    entry = Mixing(5, torch.tensor([0]), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
+    entry = NeighbourMap(5, torch.tensor([0]), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
     affine = replace(reduction_of(model, mask), mixing=(None, None, entry, None))
     with pytest.raises(ValueError, match="affine"):
         score.additivity(model, batch, affine)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cards import FOLDER, HEADINGS, card, crowded, section, single
+from helpers.cards import FOLDER, HEADINGS, card, crowded, section, single
 from safetensors import safe_open
 
 from tl_sparsify import (
@@ -37,7 +37,7 @@ from tl_sparsify import (
     run_values,
     verify,
 )
-from tl_sparsify.units import select
+from tl_sparsify.core.units import select
 
 NAMES = tuple(name for name in list_tasks() if (FOLDER / name / "model").is_dir())  # text: test_text_tasks.py
 SPLITS = ("train", "validation", "test")

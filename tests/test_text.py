@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import CONFIGS
+from helpers.architectures import CONFIGS
+from helpers.models import NoCasts, unchanged, unchecked
+from helpers.native import randomised
+from helpers.tokenized import bridge
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Bool, Shaped
-from models import NoCasts, unchanged, unchecked
-from native import randomised
-from tokenized import bridge
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparsify import CausalModel, constants, heads, load_task, neurons, score, text
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.pairing import split_of
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.tasks.pairing import split_of
 
 ROOT = Path(__file__).parent.parent
 ANIMALS = "cat dog fox owl bear wolf hare crow toad goat lynx swan".split()
@@ -51,7 +51,7 @@ LAST = CausalModel(inputs=SEEN.inputs, mechanisms={"last": lambda second: second
 def rows(n: int, seed: int) -> Rows:
     """Two animals, at a place where the template has one."""
     fields = {"template": TEMPLATES, "first": ANIMALS, "second": ANIMALS, "place": PLACES}
-    found = text.drawn(fields, n, seed)
+    found = text.draw_rows(fields, n, seed)
     return {name: values[found["first"] != found["second"]] for name, values in found.items()}
 
 
@@ -71,7 +71,7 @@ SENTENCES = text.Sentences(
     rows=rows,
     slots={"first": ANIMALS, "second": ANIMALS, "place": PLACES},
     outputs={animal: f" {animal}" for animal in ANIMALS},
-    key=lambda some: text.keys(some, {"first": ANIMALS, "second": ANIMALS}),
+    key=lambda some: text.row_keys(some, {"first": ANIMALS, "second": ANIMALS}),
     cell=lambda some: np.array(["{place}" in template for template in some["template"].tolist()]),
     counterfactuals={"swapped": swapped, "other_first": other_first},
     rivals=(LAST,),
@@ -185,19 +185,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @given(st.sets(st.sampled_from(ANIMALS)))
 def test_words_that_the_tokenizer_splits_or_does_not_know_are_left_out(kind: str, known: set[str]):
     words = ("the", *(word for word in ANIMALS if word in known))
-    assert set(text.single(tokenizer_of(kind, words), ANIMALS)) == known
+    assert set(text.single_token_words(tokenizer_of(kind, words), ANIMALS)) == known
 
 
 @every_kind
 def test_single_words_stay_in_their_order_and_none_is_none(kind: str):
-    assert text.single(tokenizer_of(kind), ["fox", "zebra", "cat"]) == ["fox", "cat"]
-    assert text.single(tokenizer_of(kind), []) == []
+    assert text.single_token_words(tokenizer_of(kind), ["fox", "zebra", "cat"]) == ["fox", "cat"]
+    assert text.single_token_words(tokenizer_of(kind), []) == []
 
 
 @pytest.mark.parametrize("kind", ["byte pairs", "space before"])
 def test_numbers_are_those_of_two_tokens(kind: str):
     tokenizer = tokenizer_of(kind, ("the", "17", "18", "32", "05"))
-    found = text.numbers(tokenizer, ["17", "18", "19"], ["32", "05", "07"])
+    found = text.two_token_numbers(tokenizer, ["17", "18", "19"], ["32", "05", "07"])
     heads_and_tails = [[(head, tail) for tail in ("32", "05", "07")] for head in ("17", "18", "19")]
 
     def pieces(head: str, tail: str) -> list[str]:
@@ -210,7 +210,7 @@ def test_numbers_are_those_of_two_tokens(kind: str):
 
 def test_rows_of_words_are_drawn_from_their_lists_and_each_by_its_number():
     fields = {"first": ANIMALS, "place": PLACES, "number": (1, 2, 3)}
-    few, many, other = text.drawn(fields, 50, 3), text.drawn(fields, 400, 3), text.drawn(fields, 50, 4)
+    few, many, other = text.draw_rows(fields, 50, 3), text.draw_rows(fields, 400, 3), text.draw_rows(fields, 50, 4)
     for name, words in fields.items():
         assert set(many[name].tolist()) == set(words)
         assert many[name][:50].tolist() == few[name].tolist() != other[name].tolist()
@@ -220,11 +220,11 @@ def test_rows_of_words_are_drawn_from_their_lists_and_each_by_its_number():
 def test_keys_number_the_words_of_the_fields_alone():
     some = {"first": np.array(["cat", "cat", "dog", "cat"]), "place": np.array(["barn", "wood", "barn", "barn"])}
     fields = {"first": ANIMALS, "place": PLACES}
-    one, two, three, again = text.keys(some, fields).tolist()
+    one, two, three, again = text.row_keys(some, fields).tolist()
     assert one == again and len({one, two, three}) == 3
-    assert text.keys({**some, "other": some["place"]}, fields).tolist() == [one, two, three, one]
+    assert text.row_keys({**some, "other": some["place"]}, fields).tolist() == [one, two, three, one]
     every = {"first": np.repeat(ANIMALS, len(PLACES)), "place": np.tile(PLACES, len(ANIMALS))}
-    assert sorted(text.keys(every, fields).tolist()) == list(range(len(ANIMALS) * len(PLACES)))
+    assert sorted(text.row_keys(every, fields).tolist()) == list(range(len(ANIMALS) * len(PLACES)))
 
 
 def test_templates_are_filled_row_by_row():

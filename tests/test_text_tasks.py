@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cards import HEADINGS, card, crowded, section, single
+from helpers.cards import HEADINGS, card, crowded, section, single
 
 from tasks.docstring import task as docstring
 from tasks.gendered_pronoun import task as gendered_pronoun
@@ -43,10 +43,10 @@ from tl_sparsify import (
     text,
     verify,
 )
-from tl_sparsify.intervene import answer_logits
-from tl_sparsify.pairing import split_of
-from tl_sparsify.task import own_language_model
-from tl_sparsify.units import select
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.units import select
+from tl_sparsify.tasks.pairing import split_of
+from tl_sparsify.tasks.task import own_language_model
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 MODULES: Mapping[str, ModuleType] = {
@@ -416,8 +416,8 @@ def test_the_language_model_is_in_hugging_face_format_and_small():
 def test_every_word_of_the_tasks_is_one_token_of_the_language_model():
     for module in MODULES.values():
         for slot, words in module.SENTENCES.slots.items():
-            assert text.single(own_tokenizer(), words) == list(words), slot
-    numbers = text.numbers(own_tokenizer(), greater_than.CENTURIES, [*greater_than.YEARS, *greater_than.ENDS])
+            assert text.single_token_words(own_tokenizer(), words) == list(words), slot
+    numbers = text.two_token_numbers(own_tokenizer(), greater_than.CENTURIES, [*greater_than.YEARS, *greater_than.ENDS])
     assert numbers.all()
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import bridge, examples, linear, reduction_of, units_of
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bridge, examples, linear, reduction_of, units_of
 
-from tl_sparsify.folding import fold
-from tl_sparsify.intervene import recorded
-from tl_sparsify.units import Model, Site, Unit, Units, attentions, heads, mlps, neurons, parameters, residuals, select
+from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Unit, Units, attentions, heads, mlps, neurons, parameters, residuals, select
+from tl_sparsify.folding.fold import fold
 
 POST = "blocks.1.mlp.hook_post"
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from code_blocks import blocks
+from helpers.code_blocks import blocks
 
 import tl_sparsify as tls
-from tl_sparsify.pairing import split_of
-from tl_sparsify.task import own_language_model
+from tl_sparsify.tasks.pairing import split_of
+from tl_sparsify.tasks.task import own_language_model
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "write_your_own_task.md"

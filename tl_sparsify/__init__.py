@@ -16,104 +16,75 @@ physical fold                                        0 or 1, put into the weight
 ===================================================  ====================================  ======================
 """
 
-from tl_sparsify import baselines, basis, certificates, constants, curvature, pairing, plot, report, score, task, text
-from tl_sparsify.alignment import Found, align
-from tl_sparsify.benchmark import compare
-from tl_sparsify.causal import CausalModel
-from tl_sparsify.circuit import Circuit, Reduction, Values, fingerprint
-from tl_sparsify.compensating import compensating
-from tl_sparsify.curves import Curve
-from tl_sparsify.evaluation import Evaluation, evaluate
-from tl_sparsify.examples import Examples
-from tl_sparsify.folding import export_hf, fold, load_folded, save_folded
-from tl_sparsify.intervene import Intervention, ablate, interchange, intervened, recorded, run_values
-from tl_sparsify.measure import InterventionDistribution, risk
-from tl_sparsify.methods import Method
-from tl_sparsify.moments import Estimate, Moments
-from tl_sparsify.polish import polish
-from tl_sparsify.resampling import Stability, stability
-from tl_sparsify.score import Scores
-from tl_sparsify.search import Path, sparsify
-from tl_sparsify.space import Space
-from tl_sparsify.task import Task, list_tasks, load_task
-from tl_sparsify.units import (
-    Site,
-    Unit,
-    Units,
-    attentions,
-    directions,
-    heads,
-    mlps,
-    neurons,
-    residuals,
-    stream_directions,
-)
-from tl_sparsify.verification import Alignment, Evidence, Pairs, verify
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Alignment",
-    "CausalModel",
-    "Circuit",
-    "Curve",
-    "Estimate",
-    "Evaluation",
-    "Evidence",
-    "Examples",
-    "Found",
-    "Intervention",
-    "InterventionDistribution",
-    "Method",
-    "Moments",
-    "Pairs",
-    "Path",
-    "Reduction",
-    "Scores",
-    "Site",
-    "Space",
-    "Stability",
-    "Task",
-    "Unit",
-    "Units",
-    "Values",
-    "ablate",
-    "align",
-    "attentions",
-    "baselines",
-    "basis",
-    "certificates",
-    "compare",
-    "compensating",
-    "constants",
-    "curvature",
-    "directions",
-    "evaluate",
-    "export_hf",
-    "fingerprint",
-    "fold",
-    "heads",
-    "interchange",
-    "intervened",
-    "list_tasks",
-    "load_folded",
-    "load_task",
-    "mlps",
-    "neurons",
-    "pairing",
-    "plot",
-    "polish",
-    "recorded",
-    "report",
-    "residuals",
-    "risk",
-    "run_values",
-    "save_folded",
-    "score",
-    "sparsify",
-    "stability",
-    "stream_directions",
-    "task",
-    "text",
-    "verify",
-]
+# Where each public name is defined; __init__.pyi says the same to type checkers. Imported on first use: TransformerLens
+# takes seconds to import, and the command line's --help does not need it.
+_PUBLIC = {
+    "tl_sparsify.abstraction": ("certificates",),
+    "tl_sparsify.abstraction.align": ("AlignmentResult", "align"),
+    "tl_sparsify.abstraction.causal_model": ("CausalModel",),
+    "tl_sparsify.abstraction.evidence": ("Alignment", "Evidence", "Pairs"),
+    "tl_sparsify.abstraction.verify": ("verify",),
+    "tl_sparsify.comparison": ("baselines",),
+    "tl_sparsify.comparison.benchmark": ("compare",),
+    "tl_sparsify.comparison.curves": ("Curve",),
+    "tl_sparsify.comparison.evaluate": ("Evaluation", "evaluate"),
+    "tl_sparsify.comparison.methods": ("Method",),
+    "tl_sparsify.comparison.resampling": ("Stability", "stability"),
+    "tl_sparsify.core": ("basis",),
+    "tl_sparsify.core.circuit": ("Circuit", "Values"),
+    "tl_sparsify.core.distributions": ("InterventionDistribution",),
+    "tl_sparsify.core.examples": ("Examples",),
+    "tl_sparsify.core.forward": ("run_values",),
+    "tl_sparsify.core.intervene": ("Intervention", "ablate", "interchange", "intervened", "recorded"),
+    "tl_sparsify.core.measure": ("risk",),
+    "tl_sparsify.core.moments": ("Estimate", "Moments"),
+    "tl_sparsify.core.reduction": ("Reduction", "fingerprint"),
+    "tl_sparsify.core.site": ("Site",),
+    "tl_sparsify.core.units": (
+        "Unit",
+        "Units",
+        "attentions",
+        "directions",
+        "heads",
+        "mlps",
+        "neurons",
+        "residuals",
+        "stream_directions",
+    ),
+    "tl_sparsify.folding.bridge": ("load_folded", "save_folded"),
+    "tl_sparsify.folding.export": ("export_hf",),
+    "tl_sparsify.folding.fold": ("fold",),
+    "tl_sparsify.presentation": ("plot", "report"),
+    "tl_sparsify.search": ("constants", "curvature", "score"),
+    "tl_sparsify.search.compensating": ("sparsify_affine",),
+    "tl_sparsify.search.exchanges": ("polish",),
+    "tl_sparsify.search.joint": ("sparsify",),
+    "tl_sparsify.search.path": ("CircuitPath",),
+    "tl_sparsify.search.scores": ("Scores",),
+    "tl_sparsify.tasks": ("pairing", "task", "text"),
+    "tl_sparsify.tasks.input_space": ("InputSpace",),
+    "tl_sparsify.tasks.task": ("Task", "list_tasks", "load_task"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'tl_sparsify' has no attribute {name!r}")
+    module = import_module(_MODULE_OF[name])
+    value = getattr(module, name) if hasattr(module, name) else import_module(f"{_MODULE_OF[name]}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -18,27 +18,33 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tl_sparsify import baselines, constants, findings, plot, report, score
-from tl_sparsify._directory import check_free
-from tl_sparsify._files import write_text
-from tl_sparsify._folded import FOLDED
-from tl_sparsify._progress import step
-from tl_sparsify._versions import versions
-from tl_sparsify.alignment import align
-from tl_sparsify.benchmark import compare_tasks, write_comparison
-from tl_sparsify.circuit import Circuit, Reduction, Values
-from tl_sparsify.evaluation import evaluate
-from tl_sparsify.examples import Examples
-from tl_sparsify.folding import fold, parameter_count, save_folded
-from tl_sparsify.intervene import ablate, answer_logits, device_of, intervened
-from tl_sparsify.measure import by_example, compared, correct, kl
-from tl_sparsify.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
-from tl_sparsify.overview import overview
-from tl_sparsify.search import sparsify
-from tl_sparsify.tables import markdown
-from tl_sparsify.task import list_tasks, load_task
-from tl_sparsify.units import heads, neurons
-from tl_sparsify.verification import Evidence, verify
+from tl_sparsify._internal.directory import check_free
+from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.progress import step
+from tl_sparsify._internal.versions import versions
+from tl_sparsify.abstraction.align import align
+from tl_sparsify.abstraction.evidence import Evidence
+from tl_sparsify.abstraction.verify import verify
+from tl_sparsify.comparison import baselines
+from tl_sparsify.comparison.benchmark import compare_tasks, write_comparison
+from tl_sparsify.comparison.evaluate import evaluate
+from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
+from tl_sparsify.comparison.tables import markdown
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, device_of
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.measure import compared
+from tl_sparsify.core.metrics import by_example, correct, kl
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import heads, neurons
+from tl_sparsify.folding.bridge import FOLDED, save_folded
+from tl_sparsify.folding.fold import fold, parameter_count
+from tl_sparsify.presentation import plot, report, sentences
+from tl_sparsify.search import constants, score
+from tl_sparsify.search.joint import sparsify
+from tl_sparsify.tasks.overview import overview
+from tl_sparsify.tasks.task import list_tasks, load_task
 
 _SIZES = ("heads", "neurons", "parameters")
 _PAIRS = 512  # for verification
@@ -147,7 +153,7 @@ def run(
     with step("comparing with other orders", not quiet):
         splits = (train, validation, test)
         beside = _beside(model, reduction.circuit, values, loaded.ablation, splits, seed, beside_steps)
-    last = {"method": f"{findings.FOUND}, as saved", "replacements": reduction.kind, "steps": ""}
+    last = {"method": f"{sentences.FOUND}, as saved", "replacements": reduction.kind, "steps": ""}
     last |= {"kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr, "accuracy": found.accuracy}
     beside = pd.DataFrame([*beside, last])
     _write_csv(beside, folder / "baselines.csv")
@@ -237,7 +243,7 @@ def _beside(
         "activation variance": score.variance(model, train, found.units),
         "gradient attribution": score.gradient(model, train, found.units, values=values).absolute,
     }
-    circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {findings.FOUND: found}
+    circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {sentences.FOUND: found}
     rows: list[dict[str, Any]] = []
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, ablation)

@@ -48,13 +48,13 @@ def different(found: Rows) -> Bool[np.ndarray, "n"]:
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Random rows."""
-    found = tls.text.drawn({"template": TEMPLATES, **SLOTS}, n, seed)
+    found = tls.text.draw_rows({"template": TEMPLATES, **SLOTS}, n, seed)
     return {name: values[different(found)] for name, values in found.items()}
 
 
 def key(found: Rows) -> Int[np.ndarray, "n"]:
     """What decides for ever whether a row is for training, validation or test. EDIT: the slots that matter."""
-    return tls.text.keys(found, {slot: SLOTS[slot] for slot in ("first", "second", "third")})
+    return tls.text.row_keys(found, {slot: SLOTS[slot] for slot in ("first", "second", "third")})
 
 
 def swapped(found: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:

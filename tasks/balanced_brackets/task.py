@@ -198,7 +198,7 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     rows = inputs["brackets"]
     answer = np.where(BRACKETS.run(inputs)["balanced"], BALANCED, UNBALANCED)
     tokens = torch.tensor(np.concatenate([rows, np.full((len(rows), 1), QUERY)], 1))
-    return tls.pairing.answered(tokens, torch.tensor(answer), choices=torch.tensor([BALANCED, UNBALANCED]))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(answer), choices=torch.tensor([BALANCED, UNBALANCED]))
 
 
 def load_model(folder: Path = MODEL) -> TransformerBridge:

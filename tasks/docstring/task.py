@@ -35,7 +35,7 @@ Rows = tls.text.Rows
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Rows with four different arguments."""
-    found = tls.text.drawn(FIELDS, n, seed)
+    found = tls.text.draw_rows(FIELDS, n, seed)
     arguments = np.stack([found[name] for name in NAMES], 1)
     ordered = np.sort(arguments, 1)
     different = (ordered[:, 1:] != ordered[:, :-1]).all(1)
@@ -45,7 +45,7 @@ def rows(n: int, seed: int = 0) -> Rows:
 
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: the four arguments, in their order."""
-    return tls.text.keys(inputs, {name: ARGUMENTS for name in NAMES})
+    return tls.text.row_keys(inputs, {name: ARGUMENTS for name in NAMES})
 
 
 INPUTS = ("sentence", *NAMES, "documented")

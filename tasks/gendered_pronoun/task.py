@@ -30,14 +30,14 @@ Rows = tls.text.Rows
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Rows of two different names."""
-    found = tls.text.drawn(FIELDS, n, seed)
+    found = tls.text.draw_rows(FIELDS, n, seed)
     different = found["name"] != found["other"]
     return {name: values[different] for name, values in found.items()}
 
 
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: both names and the adjective."""
-    return tls.text.keys(inputs, {name: FIELDS[name] for name in ("name", "other", "adjective")})
+    return tls.text.row_keys(inputs, {name: FIELDS[name] for name in ("name", "other", "adjective")})
 
 
 INPUTS = ("sentence", "name", "other")

@@ -28,12 +28,12 @@ Rows = tls.text.Rows
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Rows of events, centuries and first years."""
-    return tls.text.drawn(FIELDS, n, seed)
+    return tls.text.draw_rows(FIELDS, n, seed)
 
 
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: event, century and year."""
-    return tls.text.keys(inputs, {name: FIELDS[name] for name in ("event", "century", "year")})
+    return tls.text.row_keys(inputs, {name: FIELDS[name] for name in ("event", "century", "year")})
 
 
 ENDS = [f"{year:02d}" for year in range(15, 100, 10)]  # the answers that are told apart
@@ -95,7 +95,7 @@ def earliest(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Gene
 
 def fits(tokenizer: Any, rows: Rows) -> Bool[np.ndarray, "n"]:
     """Whether the year of a row, the earliest one and the ends of its century are two tokens of two digits."""
-    usable = tls.text.numbers(tokenizer, CENTURIES, [*YEARS, *ENDS])
+    usable = tls.text.two_token_numbers(tokenizer, CENTURIES, [*YEARS, *ENDS])
     century = np.array([CENTURIES.index(c) for c in rows["century"].tolist()], dtype=int)
     year = np.array([YEARS.index(y) for y in rows["year"].tolist()], dtype=int)
     always = np.all(usable[:, [0, *range(len(YEARS), usable.shape[1])]], axis=1)  # the earliest year, and the ends

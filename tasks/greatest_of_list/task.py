@@ -174,7 +174,7 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[a, b, c, d, query]``, answered at the query."""
     answer = LOOKUP.run(inputs)["greatest"]
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(answer), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.tensor(answer), choices=torch.arange(NUMBERS))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(answer), choices=torch.arange(NUMBERS))
 
 
 def load_model(folder: Path = MODEL) -> TransformerBridge:

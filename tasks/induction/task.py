@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_sparsify as tls
-from tl_sparsify import _random
+from tl_sparsify._internal import random as _random
 
 SYMBOLS = 10  # token ids 0 to 9
 LENGTH = 24
@@ -140,12 +140,12 @@ def cell(values: tls.pairing.Inputs) -> Int[np.ndarray, "n"]:
 def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """The symbols as tokens, answered at the last."""
     answer = INDUCTION.run(inputs)["answer"]
-    return tls.pairing.answered(
+    return tls.pairing.labelled_examples(
         torch.from_numpy(inputs["symbols"].copy()), torch.from_numpy(answer), choices=torch.arange(SYMBOLS)
     )
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=INDUCTION,
     size=ROWS,
     inputs_of=inputs_of,

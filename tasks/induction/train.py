@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import tl_sparsify as tls
 from tasks.induction.task import LENGTH, MODEL, MOST, SHAPE, SPACE, SYMBOLS, rows
 from tasks.training import answer_loss, arguments, measured, train, transformer, write
-from tl_sparsify.examples import NO_LABEL
+from tl_sparsify.core.prompts import NO_LABEL
 
 CELLS = ("occurs_once", "twice", "more_often")
 

@@ -39,7 +39,7 @@ Rows = tls.text.Rows
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Rows with two names, the third name being the first or the second again."""
-    found = tls.text.drawn(FIELDS, n, seed)
+    found = tls.text.draw_rows(FIELDS, n, seed)
     different = found["first"] != found["second"]
     found = {name: values[different] for name, values in found.items()}
     found["third"] = np.where(found.pop("repeated") == 0, found["first"], found["second"])
@@ -50,7 +50,7 @@ def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: the two names, whatever their order, and the object."""
     names = np.sort(np.stack([inputs["first"], inputs["second"]]), 0)
     words = {"first": names[0], "second": names[1], "object": inputs["object"]}
-    return tls.text.keys(words, {"first": NAMES, "second": NAMES, "object": WORDS["objects"]})
+    return tls.text.row_keys(words, {"first": NAMES, "second": NAMES, "object": WORDS["objects"]})
 
 
 INPUTS = ("sentence", "first", "second", "third")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import tl_sparsify as tls
-from tl_sparsify.examples import NO_LABEL
+from tl_sparsify.core.prompts import NO_LABEL
 
 MODEL = Path(__file__).parent / "model"
 TASKS = ("ioi", "greater_than", "gendered_pronoun", "subject_verb_agreement", "docstring")

@@ -40,7 +40,7 @@ from tasks.modular_addition.task import (
     pairs,
     wave,
 )
-from tl_sparsify._files import write_tensors
+from tl_sparsify._internal.files import write_tensors
 
 PAIRS = 2048
 GROW = (2 * len(KEYS), 16, 32, 64, 128, 192)

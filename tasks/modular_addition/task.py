@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_sparsify as tls
-from tl_sparsify._files import read_tensors
+from tl_sparsify._internal.files import read_tensors
 
 MODULUS = 97  # token ids 0 to 96
 QUERY = MODULUS
@@ -95,10 +95,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[a, b, query]``, answered at the query."""
     total = (inputs["a"] + inputs["b"]) % MODULUS
     tokens = torch.tensor(np.stack([inputs["a"], inputs["b"], np.full(len(total), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.tensor(total), choices=torch.arange(MODULUS))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(total), choices=torch.arange(MODULUS))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=CLOCK,
     size=MODULUS**2,
     inputs_of=inputs_of,

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_sparsify as tls
-from tl_sparsify import _random
+from tl_sparsify._internal import random as _random
 
 NUMBERS = 12  # token ids 0 to 11
 LENGTH = 7  # numbers; the task stands before them
@@ -149,10 +149,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[task, numbers]``, answered at the last number."""
     found = RULE.run(inputs)["answer"]
     tokens = torch.tensor(np.concatenate([NUMBERS + inputs["task"][:, None], inputs["numbers"]], 1))
-    return tls.pairing.answered(tokens, torch.tensor(found), choices=torch.arange(NUMBERS))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(found), choices=torch.arange(NUMBERS))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=RULE,
     size=ROWS,
     inputs_of=inputs_of,

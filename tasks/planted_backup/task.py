@@ -52,10 +52,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[x, y, z, query]``, answered at the query."""
     answer = COPY.run(inputs)["answer"]
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(answer), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.tensor(answer), choices=torch.arange(SYMBOLS))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(answer), choices=torch.arange(SYMBOLS))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=COPY,
     size=SYMBOLS**3,
     inputs_of=inputs_of,

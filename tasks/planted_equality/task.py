@@ -85,10 +85,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     same = EQUALITY.run(inputs)["same"]
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(same), QUERY)], axis=1))
     answers = torch.tensor([ANSWERS[value] for value in same.tolist()])
-    return tls.pairing.answered(tokens, answers, choices=torch.tensor([SAME, DIFFERENT]))
+    return tls.pairing.labelled_examples(tokens, answers, choices=torch.tensor([SAME, DIFFERENT]))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=EQUALITY,
     size=SYMBOLS**4,
     inputs_of=inputs_of,

@@ -83,10 +83,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[p, b, c, query]``, answered at the query."""
     chosen = GATE.run(inputs)["chosen"]
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(chosen), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.tensor(chosen), choices=torch.arange(SYMBOLS))
+    return tls.pairing.labelled_examples(tokens, torch.tensor(chosen), choices=torch.arange(SYMBOLS))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=GATE,
     size=SWITCHES * SYMBOLS**2,
     inputs_of=inputs_of,

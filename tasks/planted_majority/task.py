@@ -80,10 +80,10 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     """Tokens ``[p, q, r, query]``, answered at the query."""
     majority = torch.from_numpy(MAJORITY.run(inputs)["majority"].copy())
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(majority), QUERY)], axis=1))
-    return tls.pairing.answered(tokens, torch.where(majority, YES, NO), choices=torch.tensor([YES, NO]))
+    return tls.pairing.labelled_examples(tokens, torch.where(majority, YES, NO), choices=torch.tensor([YES, NO]))
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=MAJORITY,
     size=SYMBOLS**3,
     inputs_of=inputs_of,

@@ -74,7 +74,7 @@ def encode(inputs: tls.pairing.Inputs) -> tls.Examples:
     greater = SUMS.run(inputs)["greater"]
     tokens = torch.tensor(np.stack([*(inputs[name] for name in INPUTS), np.full(len(greater), QUERY)], axis=1))
     answers = torch.tensor([ANSWERS[value] for value in greater.tolist()])
-    return tls.pairing.answered(tokens, answers, choices=torch.tensor([GREATER, NOT_GREATER]))
+    return tls.pairing.labelled_examples(tokens, answers, choices=torch.tensor([GREATER, NOT_GREATER]))
 
 
 def _cell(values: Mapping[str, np.ndarray]) -> Int[np.ndarray, "n"]:
@@ -83,7 +83,7 @@ def _cell(values: Mapping[str, np.ndarray]) -> Int[np.ndarray, "n"]:
     return 2 * values["greater"].astype(np.int64) + close
 
 
-SPACE = tls.Space(
+SPACE = tls.InputSpace(
     causal_model=SUMS,
     size=NUMBERS**4,
     inputs_of=inputs_of,

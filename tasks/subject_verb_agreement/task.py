@@ -1,4 +1,4 @@
-"""Subject-verb agreement: "the keys near the cabinet are". Data and causal models, for any language model.
+"""TestedModel-verb agreement: "the keys near the cabinet are". Data and causal models, for any language model.
 
 After Linzen, Dupoux and Goldberg, *Assessing the ability of LSTMs to learn syntax-sensitive dependencies* (2016).
 """
@@ -29,7 +29,7 @@ Rows = tls.text.Rows
 
 def rows(n: int, seed: int = 0) -> Rows:
     """Rows of two nouns, which are not one noun's two forms."""
-    found = tls.text.drawn(FIELDS, n, seed)
+    found = tls.text.draw_rows(FIELDS, n, seed)
     stem = {word: number for number, pair in enumerate(WORDS["nouns"]) for word in pair}
     different = np.array([stem[a] != stem[b] for a, b in zip(found["noun"], found["other"], strict=True)])
     return {name: values[different] for name, values in found.items()}
@@ -37,7 +37,7 @@ def rows(n: int, seed: int = 0) -> Rows:
 
 def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     """What decides the split: both nouns and the preposition."""
-    return tls.text.keys(inputs, {name: FIELDS[name] for name in ("noun", "other", "preposition")})
+    return tls.text.row_keys(inputs, {name: FIELDS[name] for name in ("noun", "other", "preposition")})
 
 
 INPUTS = ("sentence", "noun", "other")
@@ -86,7 +86,7 @@ def other_attractor(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.rand
 
 def fits(tokenizer: Any, rows: Rows) -> Bool[np.ndarray, "n"]:
     """Whether both forms of both nouns are single tokens."""
-    usable = set(tls.text.single(tokenizer, NOUNS))
+    usable = set(tls.text.single_token_words(tokenizer, NOUNS))
     both = [noun for noun in NOUNS if {noun, OTHER_FORM[noun]} <= usable]
     return np.isin(rows["noun"], both) & np.isin(rows["other"], both)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 import tl_sparsify as tls
-from tl_sparsify.compiled import INPUTS, Layout, Program, every_string
+from tl_sparsify.tasks.compiled import INPUTS, Layout, Program, every_string
 
 LETTERS = "abcdei"  # token ids 0 to 5
 VOWELS = (0, 4, 5)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 import tl_sparsify as tls
-from tl_sparsify.compiled import INPUTS, Layout, Program, every_string, string
+from tl_sparsify.tasks.compiled import INPUTS, Layout, Program, every_string, string
 
 LETTERS = "abcde"  # token ids 0 to 4
 LENGTH = 6

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import tl_sparsify as tls
-from tl_sparsify.compiled import INPUTS, Layout, Program, Strings, Tokens, every_string, numbers, string
-from tl_sparsify.pairing import split_of
+from tl_sparsify.tasks.compiled import INPUTS, Layout, Program, Strings, Tokens, every_string, numbers, string
+from tl_sparsify.tasks.pairing import split_of
 
 LETTERS = "abcdef"
 BLANK = 0  # token id; letters are ids 1 to 6

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import tl_sparsify as tls
-from tl_sparsify.compiled import INPUTS, Layout, Program, Strings, Tokens, every_string, string
+from tl_sparsify.tasks.compiled import INPUTS, Layout, Program, Strings, Tokens, every_string, string
 
 NUMBERS = (1, 2, 3, 4, 5)  # token ids 0 to 4
 LENGTH = 6

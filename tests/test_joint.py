@@ -1,0 +1,440 @@
+"""Search against brute force on networks small enough for it, and what a path promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import (
+    EXCLUSIVE_OR,
+    bridge,
+    examples,
+    exclusive_or,
+    exclusive_or_inputs,
+    fisher,
+    fresh,
+    jacobian,
+    reduction_of,
+    seeded,
+    unchanged,
+    unchecked,
+    units_of,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tl_sparsify import constants
+from tl_sparsify.comparison.cost import counted
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.measure import remembering, risk
+from tl_sparsify.core.metrics import kl, log_odds
+from tl_sparsify.core.probes import Linearisation
+from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.search.joint import greedy, sparsify
+from tl_sparsify.search.path import CircuitPath
+
+CHOICES = (1, 4, 7, 8)
+SEEDS = st.integers(0, 2**31)
+
+
+@cache
+def usual() -> CircuitPath:
+    """A path on the small transformer."""
+    return found()
+
+
+def found(**changes: Any) -> CircuitPath:
+    """The same search with other arguments."""
+    data = examples(10, choices=CHOICES)
+    given: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "predict": True, "progress": False}
+    return sparsify(bridge(), data, units_of(bridge()), **given | changes)
+
+
+def made_up(rows: int, units: int, seed: int) -> Linearisation:
+    generator = seeded(seed)
+    matrix = torch.randn(rows, units, generator=generator, dtype=torch.float64)
+    linear = torch.randn(units, generator=generator, dtype=torch.float64)
+    return Linearisation(1.0, linear, matrix, False)
+
+
+def by_brute_force(sketch: Linearisation, candidates: torch.Tensor, count: int) -> list[int]:
+    """Each time the candidate after whose removal the predicted risk is least."""
+    picked: list[int] = []
+    gone = torch.zeros(len(candidates), dtype=torch.bool)
+    for _ in range(count):
+        left = [unit for unit in candidates.nonzero().flatten().tolist() if unit not in picked]
+        costs = [sketch.predicted(gone | (torch.arange(len(gone)) == unit)) for unit in left]
+        picked.append(left[costs.index(min(costs))])
+        gone[picked[-1]] = True
+    return picked
+
+
+# Greedy selection from samples
+
+
+@given(st.integers(1, 6), st.integers(2, 9), SEEDS, st.data())
+def test_greedy_removes_what_brute_force_removes(rows: int, units: int, seed: int, data: st.DataObject):
+    sketch, candidates = made_up(rows, units, seed), torch.rand(units, generator=seeded(seed)) < 0.8
+    count = data.draw(st.integers(0, int(candidates.sum())))
+    picks = greedy(sketch, candidates, count)
+    assert picks.tolist() == by_brute_force(sketch, candidates, count)
+
+
+@given(SEEDS)
+def test_a_pool_that_gives_one_pick_at_a_time_changes_nothing(seed: int):
+    sketch, candidates = made_up(5, 12, seed), torch.ones(12, dtype=torch.bool)
+    assert torch.equal(greedy(sketch, candidates, 9, pool=4), greedy(sketch, candidates, 9))
+
+
+def test_blocks_remove_nearly_what_one_at_a_time_removes():
+    for seed in range(10):
+        sketch, candidates = made_up(40, 60, seed), torch.ones(60, dtype=torch.bool)
+        exact, blocks = (greedy(sketch, candidates, 30, pool=pool) for pool in (60, 24))
+        assert len(set(blocks.tolist())) == 30
+        first, second = (
+            sketch.predicted(torch.zeros(60, dtype=torch.bool).index_fill(0, picks, True)) for picks in (exact, blocks)
+        )
+        assert second - first < 0.1 * (sketch.predicted(candidates) - first)
+
+
+def test_greedy_leaves_those_that_are_no_candidates():
+    sketch, candidates = made_up(3, 8, 0), torch.arange(8) % 2 == 0
+    assert sorted(greedy(sketch, candidates, 4).tolist()) == [0, 2, 4, 6]
+
+
+# Rounds
+
+
+def test_one_unit_a_round_is_brute_force_with_explicit_jacobians():
+    model, data = bridge(), examples(6, choices=CHOICES)
+    units = units_of(model)
+    path = sparsify(model, data, units, rounds=60, smallest=0.5, temperature=2.0, progress=False)
+    assert [len(r.reduction.circuit) for r in path.rounds] == list(range(13, 6, -1))
+    with torch.no_grad():
+        z = answer_logits(model, data) / 2
+    current = Reduction(Circuit.full(units), constants.mean(model, data, units))
+    for step in path.rounds[:4]:
+        with torch.no_grad(), intervened(model, ablate(current)):
+            here = answer_logits(model, data) / 2
+        j = jacobian(model, data, current, current) / 2
+        linear = ((here.softmax(1) - z.softmax(1))[:, None] @ j)[:, 0].mean(0)
+        cost = linear + torch.einsum("nau,nab,nbu->nu", j, fisher(here), j).mean(0) / 2
+        cost[~current.circuit.mask] = float("inf")
+        [gone] = (current.circuit - step.reduction.circuit).names
+        assert gone == units.names[int(cost.argmin())]
+        current = current.with_circuit(step.reduction.circuit)
+
+
+def test_a_round_predicts_the_joint_risk_of_what_it_removes():
+    model, train, held_out = bridge(), examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
+    path = found(held_out=held_out, refit_steps=0)
+    z = answer_logits(model, held_out).detach()
+    current = Reduction(Circuit.full(path.units), constants.mean(model, train, path.units))
+    for step in path.rounds:
+        with torch.no_grad(), intervened(model, ablate(current)):
+            here = answer_logits(model, held_out)
+        gone = (current.circuit - step.reduction.circuit).mask
+        move = jacobian(model, held_out, current, current)[..., gone].sum(2)
+        slope = ((here.softmax(1) - z.softmax(1)) * move).sum(1)
+        expected = kl(z, here) + slope + torch.einsum("na,nab,nb->n", move, fisher(here), move) / 2
+        assert step.predicted.mean == pytest.approx(float(expected.mean()), rel=1e-8)
+        assert step.predicted.stderr == pytest.approx(float(expected.std()) / 6**0.5, rel=1e-6)
+        assert step.measured == risk(model, step.reduction, held_out)
+        current = step.reduction
+
+
+def test_the_best_of_all_circuits_is_found():
+    model, data = exclusive_or(), exclusive_or_inputs(64)
+    values = constants.mean(model, data, model.units)
+    measured = {}
+    for kept in itertools.combinations(model.units.names, 2):
+        measured[kept] = risk(model, Reduction(Circuit.of(model.units, kept), values), data).mean
+    best = min(measured, key=lambda kept: measured[kept])
+    others = [value for kept, value in measured.items() if kept != best]
+    assert best == EXCLUSIVE_OR and min(others) > 0.05  # the answer is unique
+    path = sparsify(model, data, model.units, rounds=4, smallest=0.25, progress=False)
+    assert path.rounds[-1].reduction.circuit.names == best
+
+
+def test_one_expansion_orders_all_units_wherever_its_round_ends():
+    orders = [found(sizes=[size]).order.tolist() for size in (0.7, 0.4, 0.01)]
+    assert orders[0] == orders[1] == orders[2]
+
+
+# Paths
+
+
+def test_a_path_is_nested_and_every_size_is_on_it():
+    path = usual()
+    assert sorted(path.order.tolist()) == list(range(len(path.units)))
+    sizes = [len(r.reduction.circuit) for r in path.rounds]
+    assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == 3
+    larger = Circuit.full(path.units)
+    for count in range(len(path.units), 0, -1):
+        circuit = path.at(count / len(path.units)).circuit
+        assert len(circuit) == count and circuit <= larger
+        larger = circuit
+    for step in path.rounds:
+        assert path.at(step.reduction.circuit.fraction) == step.reduction
+
+
+def test_at_rounds_to_the_nearest_size_and_keeps_at_least_one():
+    path = usual()
+    assert [len(path.at(f).circuit) for f in (1.0, 0.5, 0.25, 0.001)] == [14, 7, 4, 1]
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, float("nan")])
+def test_fractions_outside_nought_and_one_are_refused(fraction: float):
+    path = usual()
+    with pytest.raises(ValueError, match=rf"fraction is {fraction}; it must lie in \(0, 1\]"):
+        path.at(fraction)
+    with pytest.raises(ValueError, match=rf"smallest is {fraction}; it must lie in \(0, 1\]"):
+        found(smallest=fraction)
+
+
+def test_within_is_the_smallest_round_that_is_good_enough():
+    path, model, data = usual(), bridge(), examples(20, 4, choices=CHOICES)
+    risks = [risk(model, step.reduction, data).mean for step in path.rounds]
+    for nats in sorted(risks):
+        allowed = [step for step, value in zip(path.rounds, risks, strict=True) if value <= nats]
+        assert path.within(model, data, nats) == allowed[-1].reduction
+    with pytest.raises(ValueError, match=r"within -1.0 nats; the lowest risk is 0\.\d+"):
+        path.within(model, data, -1.0)
+
+
+def test_the_frame_has_a_row_a_round():
+    path = usual()
+    frame = path.to_frame()
+    assert list(frame["kept"]) == [len(r.reduction.circuit) for r in path.rounds]
+    assert list(frame["measured"]) == [r.measured.mean for r in path.rounds]
+    assert list(frame["predicted"]) == [r.predicted.mean for r in path.rounds]
+    assert {"fraction", "predicted_stderr", "measured_stderr", "additivity"} <= set(frame.columns)
+    assert repr(path).startswith(f"CircuitPath({len(path.rounds)} rounds, 14 to 3 units")
+
+
+def test_predicting_changes_nothing_but_the_prediction():
+    plain, predicted = found(predict=False), usual()
+    assert torch.equal(plain.order, predicted.order)
+    assert [r.measured for r in plain.rounds] == [r.measured for r in predicted.rounds]
+    assert all(math.isnan(r.predicted.mean) and math.isnan(r.additivity) for r in plain.rounds)
+    assert not any(math.isnan(r.predicted.mean) for r in [*predicted.rounds, *found(metric=log_odds).rounds])
+    data = examples(10, choices=CHOICES)
+    plain = sparsify(bridge(), data, units_of(bridge()), rounds=2, progress=False)
+    assert all(math.isnan(r.predicted.mean) for r in plain.rounds)
+
+
+@pytest.mark.parametrize("predict", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("apart", [False, True], ids=["on train", "on held-out examples"])
+def test_the_measured_risk_is_that_of_the_rounds_circuit(predict: bool, temperature: float, apart: bool):
+    train, other = examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
+    path = found(temperature=temperature, held_out=other if apart else None, refit_steps=0, predict=predict)
+    for step in path.rounds:
+        again = risk(bridge(), step.reduction, other if apart else train)
+        assert (step.measured.mean, step.measured.stderr) == pytest.approx((again.mean, again.stderr), rel=1e-10)
+        assert step.measured.n == again.n
+
+
+@pytest.mark.parametrize("size", [10, 3])
+def test_a_search_takes_the_passes_that_it_says(size: int):
+    model, data = bridge(), examples(10, choices=CHOICES)
+    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "batch_size": size, "progress": False}
+    with counted(model) as passes:
+        sparsify(model, data, units_of(model), **settings)
+    # means, a forward pass a round, the original, the last measured risk; three exact probes and the slope
+    assert passes == {"forward": (1 + 4 + 1 + 2) * 10, "backward": (3 + 3 * 4) * 10}
+    with counted(model) as passes:
+        sparsify(model, data, units_of(model), held_out=data, refit_steps=0, **settings)
+    assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 2) * 10, "backward": 2 * (3 + 3 * 4) * 10}
+
+
+def test_what_is_remembered_is_bounded():
+    calls: list[int] = []
+
+    def compute(start: int) -> torch.Tensor:
+        calls.append(start)
+        return torch.full((2, 3), float(start))
+
+    recall = remembering(12)
+    for start in (0, 2, 4, 0, 2, 4):
+        assert torch.equal(recall(start, lambda start=start: compute(start)), torch.full((2, 3), float(start)))
+    assert calls == [0, 2, 4, 4]
+
+
+def test_pinned_units_stay():
+    units = units_of(bridge())
+    least = usual().rounds[0].reduction.circuit  # two of what a free search removes first
+    pinned = Circuit.of(units, (~least).names[:2])
+    path = found(pinned=pinned)
+    assert all(pinned <= step.reduction.circuit for step in path.rounds)
+    assert pinned <= path.at(0.15).circuit
+    with pytest.raises(ValueError, match="pinned"):
+        found(pinned=Circuit.full(units))
+    with pytest.raises(ValueError, match="pinned"):
+        found(pinned=Circuit.full(units.at(1)))
+
+
+def test_a_refit_in_the_rounds_lowers_the_risk():
+    held_out = examples(12, 3, choices=CHOICES)
+    plain, refitted = found(held_out=held_out, refit_steps=0), found(held_out=held_out, refit_steps=5)
+    assert refitted.rounds[0].measured.mean < plain.rounds[0].measured.mean
+    assert all(step.reduction.kind == "refit" for step in refitted.rounds)
+    assert refitted.rounds[-1].reduction.baseline == plain.rounds[-1].reduction.values
+    with pytest.raises(ValueError, match="refit_steps needs held_out"):
+        found(refit_steps=10)
+
+
+@pytest.mark.parametrize("kind", ["mean", "zero", "curvature", "given"])
+def test_a_path_says_how_its_values_were_made(kind: str):
+    model, data, units = bridge(), examples(10), units_of(bridge())
+    zeros = constants.zero(model, data, units)
+    made = {
+        "mean": lambda: None,
+        "zero": lambda: zeros,
+        "curvature": lambda: constants.curvature(model, data, units),
+        "given": lambda: Values(units, tuple(tensor + 1 for tensor in zeros.tensors)),
+    }
+    path = found(values=made[kind]())
+    assert path.at(0.5).kind == kind == path.rounds[-1].reduction.values.kind
+    assert found(start=path.at(0.5), values=zeros).at(0.2).kind == "zero"
+
+
+def test_given_values_are_what_removed_units_are_set_to():
+    zeros = constants.zero(bridge(), examples(), units_of(bridge()))
+    path = found(values=zeros)
+    assert path.at(0.3).values == zeros and path.order.tolist() != usual().order.tolist()
+
+
+def test_a_search_by_a_metric_is_measured_in_its_units():
+    path = found(metric=log_odds)
+    last = path.rounds[-1]
+    assert last.measured == risk(bridge(), last.reduction, examples(10, choices=CHOICES), metric=log_odds)
+    assert last.measured.unit == last.predicted.unit == "squared units"
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
+    model, data = bridge(), examples(10, answers=2)  # eleven answers and four probes: sampled
+    contents = []
+    for number, seed in enumerate([5, 5, 7]):
+        path = sparsify(
+            model,
+            data,
+            units_of(model),
+            held_out=data,
+            refit_steps=1,
+            rounds=3,
+            smallest=0.2,
+            seed=seed,
+            progress=False,
+        )
+        path.at(0.3).save(tmp_path / str(number))
+        contents.append((tmp_path / str(number)).read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+# Schedules, costs and beginnings of one's own
+
+
+def test_sizes_of_ones_own_are_the_rounds():
+    path = found(sizes=[0.9, 0.5, 0.25])
+    assert [len(step.reduction.circuit) for step in path.rounds] == [13, 7, 4]
+    for sizes in ([0.5, 0.9], []):
+        with pytest.raises(ValueError, match=r"sizes is \["):
+            found(sizes=sizes)
+    with pytest.raises(ValueError, match=r"sizes is 1\.5; it must lie"):
+        found(sizes=[1.5, 0.5])
+
+
+@given(SEEDS)
+def test_greedy_by_cost_takes_the_least_rise_for_what_is_saved(seed: int):
+    sketch = made_up(4, 7, seed)
+    sketch = Linearisation(sketch.offset, sketch.linear.abs() * 9, sketch.matrix, False)
+    costs = torch.rand(7, generator=seeded(seed + 1), dtype=torch.float64) + 0.1
+    picks = greedy(sketch, torch.ones(7, dtype=torch.bool), float(costs.sum()) / 2, costs=costs).tolist()
+    assert costs[picks].sum() >= costs.sum() / 2 > costs[picks[:-1]].sum()
+    gone = torch.zeros(7, dtype=torch.bool)
+    for pick in picks:
+        rise = torch.tensor([sketch.predicted(gone | (torch.arange(7) == unit)) for unit in range(7)])
+        rise -= sketch.predicted(gone)
+        rank = torch.where(rise > 0, rise / costs, rise * costs).masked_fill(gone, float("inf"))
+        assert pick == int(rank.argmin())
+        gone[pick] = True
+
+
+def test_a_budget_is_kept():
+    costs = torch.tensor([9.0] * 4 + [1.0] * 10)  # heads are larger than neurons
+    path = found(costs=costs)
+    for step in path.rounds:
+        assert path.within_budget(float(costs[step.reduction.circuit.mask].sum())) == step.reduction
+    for budget in (46.0, 20.5, 9.0):
+        kept = path.within_budget(budget).circuit
+        assert costs[kept.mask].sum() <= budget
+        following = path.order[len(path.units) - len(kept) - 1]
+        assert len(kept) == len(path.units) or costs[kept.mask].sum() + costs[following] > budget
+    with pytest.raises(ValueError, match=r"budget is 0\.5; the smallest circuit of the path costs"):
+        path.within_budget(0.5)
+    assert len(usual().within_budget(5.0).circuit) == 5
+    with unchecked(), pytest.raises(ValueError, match="costs must hold a positive number for each of the 14 units"):
+        found(costs=torch.ones(3))
+
+
+def test_a_search_goes_on_where_another_ended():
+    first = found(sizes=[0.8, 0.6])
+    on = found(sizes=[0.8, 0.6, 0.4], start=first.rounds[0].reduction)
+    assert [len(step.reduction.circuit) for step in on.rounds] == [8, 6]
+    assert all(step.reduction.circuit <= first.rounds[0].reduction.circuit for step in on.rounds)
+    assert sorted(on.order.tolist()) == list(range(14))
+    assert on.at(0.8).circuit == first.rounds[0].reduction.circuit
+    with pytest.raises(ValueError, match="start is a reduction over"):
+        found(start=reduction_of(bridge(), units=units_of(bridge()).at(1)))
+
+
+# What is refused, and what is left behind
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="rounds is 0"):
+        found(rounds=0)
+    with pytest.raises(ValueError, match=r"smallest.*1\.0"):
+        found(smallest=1.0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        found(batch_size=0)
+    other = reduction_of(bridge(), units=units_of(bridge()).at(1))
+    with pytest.raises(ValueError, match="values are for"):
+        found(values=other.values)
+
+
+def test_the_model_leaves_as_it_came_in():
+    model, data = fresh(), examples(6)
+    model.unembed.requires_grad_(False)
+    units = units_of(model)
+    with unchanged(model):
+        sparsify(model, data, units, held_out=data, refit_steps=2, rounds=3, smallest=0.3, progress=False)
+
+    calls = []
+
+    def broken(logits: Any, batch: Any) -> Any:
+        calls.append(len(logits))
+        if len(calls) > 12:
+            raise RuntimeError("no more")
+        return log_odds(logits, batch)
+
+    with unchanged(model), pytest.raises(RuntimeError, match="no more"):
+        sparsify(model, data, units, metric=broken, held_out=data, refit_steps=2, rounds=3, progress=False)
+
+
+def test_the_reductions_of_a_path_belong_to_its_model():
+    path, data = usual(), examples(3)
+    assert all(step.reduction.fingerprint == fingerprint(bridge()) for step in path.rounds)
+    other = fresh(seed=2)
+    with pytest.raises(
+        ValueError, match=f"made for the model {fingerprint(bridge())}, this one is {fingerprint(other)}"
+    ):
+        path.within(other, data, 1.0)

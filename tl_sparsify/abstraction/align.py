@@ -1,0 +1,360 @@
+"""Alignment search: which units, at which position, carry each variable of a causal model?
+
+Gradients rank: for a pair of base and source the first-order effect of taking unit ``u`` at position ``t`` from the
+source, on the log-odds of the answer that the causal model expects, is ``g[u, t] . (v_source - v_base)``, with the
+gradient ``g`` taken at several points between the two runs. Summed over pairs it is high for units that carry the
+variable and low for those that carry another one, whose interchange is wrong where the answer should stay. What ranks
+high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen.
+
+A search looks at many candidates, so its own accuracy is optimistic: the one to report is ``held_out``, beside the
+controls of :func:`tl_sparsify.verify`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
+from tl_sparsify.abstraction.evidence import Alignment, Pairs
+from tl_sparsify.abstraction.interchange import TestedModel, answers, families, interchange_gradients, right_answers
+from tl_sparsify.core.forward import check_model
+from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Unit, Units
+
+_STAGES = 6  # looks at what was tried so far
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """What a search found.
+
+    Attributes:
+        alignment: the units of each variable.
+        held_out: interchange accuracy of each variable on the held-out pairs.
+        held_out_changed: the same where the answer should change.
+        searched: its accuracy in the search (optimistic).
+        forward, backward: passes over half of the pairs that the search took (one over all of them counts as two;
+            those over held-out pairs are not counted).
+        exhaustive: the forward passes that trying every unit at every position alone would take: over half of the
+            pairs, for all variables together.
+    """
+
+    alignment: Alignment
+    held_out: Mapping[str, float]
+    held_out_changed: Mapping[str, float]
+    searched: Mapping[str, float]
+    forward: int
+    backward: int
+    exhaustive: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a variable: ``variable, units, names`` (the first six), ``held_out, held_out_changed, searched``."""
+        return pd.DataFrame(
+            [
+                {
+                    "variable": variable,
+                    "units": len(units),
+                    "names": " ".join(unit.name for unit in units[:6]) + (" ..." if len(units) > 6 else ""),
+                    "held_out": self.held_out[variable],
+                    "held_out_changed": self.held_out_changed[variable],
+                    "searched": self.searched[variable],
+                }
+                for variable, units in self.alignment.units.items()
+            ]
+        )
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{v}: {len(u)} units {self.held_out[v]:.3f}" for v, u in self.alignment.units.items())
+        return f"AlignmentResult({found}; {self.forward} + {self.backward} passes, every unit alone {self.exhaustive})"
+
+
+def align(
+    model: Model,
+    causal_model: CausalModel,
+    pairs: Pairs,
+    held_out: Pairs,
+    *,
+    units: Units | None = None,
+    variables: Sequence[str] | None = None,
+    reduction: Reduction | None = None,
+    trials: int | None = None,
+    tolerance: float = 0.005,
+    subspace: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> AlignmentResult:
+    """Find the units that carry each variable of ``causal_model``, in the whole model or inside a circuit.
+
+    Args:
+        pairs: half of them rank by gradients, the other half try by interchange.
+        held_out: other pairs, on which the result is judged.
+        units: where to look, at each of their positions apart; all heads and neurons where not given.
+        variables: all but the output where not given.
+        reduction: look only among its kept units, in the model with the others ablated.
+        trials: exact interchanges for each variable; where not given as many as a fifth of what trying every unit takes
+            allows, and at most 32.
+        tolerance: a smaller set is preferred when its accuracy is lower by at most this.
+        subspace: also learn a direction set of this rank (TransformerLens's ``fit_das``) in the residual stream, at the
+            place where gradients say that the variable passes, and take it for a variable that it carries better.
+
+    Forward passes over half of the pairs: four for the model's own answers, five for the gradients, at most ``trials``
+    for each variable and two for its sources, and six for sources more; four backward passes for each variable. With
+    ``subspace`` for each variable 28 forward and 24 backward passes more.
+
+    Raises:
+        ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
+            no answer, a reduction of another model or without any of the units, pairs of which the model answers fewer
+            than four right, units (or a reduction) with a position for each example, fewer than two trials.
+    """
+    check_model(model)
+    wanted = tuple(v for v in causal_model.variables if v != causal_model.output) if variables is None else variables
+    everywhere = families(model) if units is None else units
+    _check(causal_model, wanted, everywhere, reduction, trials)
+    if reduction is not None:
+        check_fingerprint(model, reduction)
+    subject = TestedModel("searched", model, removal=reduction)
+    usable = _usable(subject, pairs, batch_size)
+    ranking, trying = usable[: len(usable) // 2], usable[len(usable) // 2 :]
+    for variable, part in itertools.product(wanted, (ranking, trying)):
+        if bool((part.expected(causal_model, (variable,)) == right_answers(part.base)).all()):
+            raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
+    maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
+    exhaustive = _exhaustive(subject, everywhere, maps[wanted[0]])
+    forward, backward = 5 + len(LEVELS), len(LEVELS) * len(wanted)
+    share = max(6, min(32, (exhaustive // 5 - forward - _STAGES) // len(wanted) - 2)) if trials is None else trials
+    searches = {v: _Search(subject, causal_model, trying, v, tolerance, batch_size) for v in wanted}
+    groups = {v: _groups(everywhere, maps[v], subject) for v in wanted}
+    tried, spent = _tried(searches, {v: _candidates(groups[v]) for v in wanted}, share * len(wanted) * 2 // 3)
+    forward += spent
+    chosen: dict[str, list[Unit]] = {}
+    searched: dict[str, float] = {}
+    for variable, search in searches.items():
+        chosen[variable], searched[variable], spent = search.run(groups[variable], tried[variable], share // 3)
+        forward += spent
+        if subspace is not None:
+            wishes = ranking.expected(causal_model, (variable,))
+            learnt = das_directions(subject, ranking, wishes, subspace, seed=seed, batch_size=batch_size)
+            [score] = search.scores([learnt])
+            forward, backward = forward + len(LEVELS) + EPOCHS + 4, backward + len(LEVELS) + EPOCHS
+            if score > searched[variable] + tolerance:
+                chosen[variable], searched[variable] = learnt, score
+    judged = _usable(subject, held_out, batch_size)
+    found = {v: _Search(subject, causal_model, judged, v, tolerance, batch_size).judge(chosen[v]) for v in wanted}
+    return AlignmentResult(
+        Alignment(chosen),
+        {v: accuracy for v, (accuracy, _) in found.items()},
+        {v: changed for v, (_, changed) in found.items()},
+        searched,
+        forward,
+        backward,
+        exhaustive,
+    )
+
+
+def _check(
+    causal_model: CausalModel, wanted: Sequence[str], units: Units, reduction: Reduction | None, trials: int | None
+) -> None:
+    for variable in wanted:
+        if variable not in causal_model.variables:
+            raise ValueError(f"variables names {variable!r}; there are {', '.join(causal_model.variables)}")
+    if not wanted:
+        raise ValueError("variables is empty: name at least one, other than the output")
+    if trials is not None and trials < 2:
+        raise ValueError(f"trials is {trials}; a search takes at least two")
+    for site in (*units.sites, *(() if reduction is None else reduction.units.sites)):
+        if isinstance(site.positions, Tensor):
+            raise ValueError(f"units of {site.hook} have a position for each example; name positions that all share")
+
+
+def _exhaustive(subject: TestedModel, units: Units, effects: Sequence[Float[Tensor, "pos _"]]) -> int:
+    """One pass for each unit at each of its positions, and one over the sources."""
+    had = [(_places(site, len(effect)), site) for site, effect in zip(units.sites, effects, strict=True)]
+    return 1 + sum(len(places) * sum(subject.has(Unit(site, i)) for i in range(site.size)) for places, site in had)
+
+
+def _places(site: Site, length: int) -> list[int]:
+    """The positions at which a site's units are meant, of ``length``."""
+    mask = site.position_mask(1, length)
+    return list(range(length)) if mask is None else mask[0].nonzero().flatten().tolist()
+
+
+def _usable(subject: TestedModel, pairs: Pairs, batch_size: int | None) -> Pairs:
+    """The pairs that the model answers right on both inputs."""
+    [base], [source] = (answers(subject, side, batch_size=batch_size) for side in (pairs.base, pairs.source))
+    right = ((base == right_answers(pairs.base)) & (source == right_answers(pairs.source))).nonzero().flatten()
+    if len(right) < 4:
+        raise ValueError(f"the model answers {len(right)} of {len(pairs)} pairs right on both inputs: nothing to align")
+    return pairs[right]
+
+
+def _effects(
+    subject: TestedModel,
+    causal_model: CausalModel,
+    pairs: Pairs,
+    units: Units,
+    variables: Sequence[str],
+    batch_size: int | None,
+) -> dict[str, list[Float[Tensor, "pos _"]]]:
+    """For each variable, per site, the mean first-order effect of interchanging each unit at each position on the
+    log-odds of the expected answer."""
+    totals: dict[str, list[Tensor]] = {}
+    expected = {v: pairs.expected(causal_model, (v,)) for v in variables}
+    for variable, found in interchange_gradients(
+        subject, pairs.base, pairs.source, expected, units, LEVELS, batch_size=batch_size
+    ):
+        parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
+        old = totals.get(variable)
+        totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+    return totals
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one site at one position, or at all of them.
+
+    Attributes:
+        promising: those with a positive effect, the most promising first.
+        whole: all of the site's.
+    """
+
+    promising: list[Unit]
+    whole: list[Unit]
+
+
+def _groups(units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: TestedModel) -> list[Group]:
+    """Sites at each position and at all of them, in the order of what their promising units promise together; the one
+    of the highest effect where none is positive."""
+    found: list[tuple[float, Group]] = []
+    for site, effect in zip(units.sites, effects, strict=True):
+        had = [i for i in range(site.size) if subject.has(Unit(site, i))]
+        places = _places(site, len(effect))
+        rows = {site.positions if len(effect) == 1 else position: effect[position] for position in places}
+        total = effect[places].clamp_min(0).sum()
+        if len(places) > 1 and effect[places].clamp_min(0).sum(1).max() < 0.9 * total:  # else the one place says it all
+            rows[site.positions] = effect[places].sum(0)
+        for where, row in rows.items():
+            order = sorted(had, key=lambda i, row=row: -float(row[i]))
+            order = order[: max(1, int((row[had] > 0).sum()))]
+            if order:
+                group = Group([Unit(site, i).at(where) for i in order], [Unit(site, i).at(where) for i in had])
+                found.append((float(row[order].sum()), group))
+    if not found:
+        raise ValueError("the reduction keeps none of the units: nothing to align with")
+    found.sort(key=lambda pair: -pair[0])
+    return [group for promise, group in found if promise > 0] or [found[0][1]]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One variable's exact interchanges."""
+
+    subject: TestedModel
+    causal_model: CausalModel
+    pairs: Pairs
+    variable: str
+    tolerance: float
+    batch_size: int | None
+
+    def hits(self, sets: Sequence[Sequence[Unit]]) -> list[Bool[Tensor, "n"]]:
+        """Whether each pair is right under the interchange of each set; one pass for each, one for the sources."""
+        expected = self.pairs.expected(self.causal_model, (self.variable,))
+        swaps = [[(units, self.pairs.source)] for units in sets]
+        given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
+        return [answer == expected for answer in given]
+
+    def judged(self, searches: Mapping[str, _Search], sets: Sequence[Sequence[Unit]]) -> dict[str, list[float]]:
+        """The accuracy of each set for every variable; one pass for each set, one for the sources."""
+        swaps = [[(units, self.pairs.source)] for units in sets]
+        given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
+        expected = {v: self.pairs.expected(self.causal_model, (v,)) for v in searches}
+        return {v: [float((answer == right).double().mean()) for answer in given] for v, right in expected.items()}
+
+    def scores(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
+        return [float(hit.double().mean()) for hit in self.hits(sets)]
+
+    def judge(self, units: Sequence[Unit]) -> tuple[float, float]:
+        """Accuracy over all pairs and over those whose answer should change."""
+        [hit] = self.hits([units])
+        changed = self.pairs.expected(self.causal_model, (self.variable,)) != right_answers(self.pairs.base)
+        return float(hit.double().mean()), float(hit[changed].double().mean())
+
+    def run(self, groups: Sequence[Group], tried: Tried, trials: int) -> tuple[list[Unit], float, int]:
+        """The best set, its accuracy, and the passes made: join the best of those tried with others, and prune."""
+        best = self.best(tried)
+        others = [group.promising for group in groups if group.promising[0].site != best[0].site]
+        joined = [[*best, *units] for units in others[: trials // 2]] if tried[best] < 1 - self.tolerance else []
+        tried = tried | (dict(zip(map(tuple, joined), self.scores(joined), strict=True)) if joined else {})
+        best = self.best(tried)
+        spent, left = len(joined) + bool(joined), trials - len(joined)
+        # prune: sizes between the best prefix and the next smaller one, and without the least promising
+        smaller = _between(best, left)
+        tried = tried | (dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {})
+        best = self.best(tried)
+        return list(best), tried[best], spent + len(smaller) + bool(smaller)
+
+    def best(self, tried: Mapping[tuple[Unit, ...], float]) -> tuple[Unit, ...]:
+        """The smallest set whose accuracy is within the tolerance of the highest."""
+        top = max(tried.values())
+        return min((s for s in tried if tried[s] >= top - self.tolerance), key=lambda s: (len(s), -tried[s]))
+
+
+def _sizes(n: int) -> list[int]:
+    """All of them, and a quarter, a sixteenth, ... of them, down to one."""
+    sizes = [n]
+    while sizes[-1] > 1:
+        sizes.append(max(1, sizes[-1] // 4))
+    return sizes
+
+
+Tried = dict[tuple[Unit, ...], float]
+"""Sets of units, and the accuracy of their interchange for one variable."""
+
+
+def _tried(
+    searches: Mapping[str, _Search], candidates: Mapping[str, list[list[Unit]]], budget: int
+) -> tuple[dict[str, Tried], int]:
+    """The accuracies, for each variable, of the most promising sets, and the passes made.
+
+    One interchange serves all variables, so what is tried for one is judged for each; a variable that a set carries
+    wholly asks for no more, which leaves the others more of the budget.
+    """
+    tried: dict[str, Tried] = {variable: {} for variable in searches}
+    queues = {variable: iter(candidates[variable]) for variable in searches}
+    left, passes, search = budget, 0, next(iter(searches.values()))
+    for stage in range(_STAGES):
+        wanting = [v for v in searches if max(tried[v].values(), default=0.0) < 1 - search.tolerance]
+        each = max(1, left // ((_STAGES - stage) * max(1, len(wanting))))
+        known = next(iter(tried.values()))
+        new = [tuple(units) for v in wanting for units in itertools.islice(queues[v], each)]
+        pool = [units for units in dict.fromkeys(new) if units not in known][:left]
+        if pool:
+            for variable, scores in search.judged(searches, pool).items():
+                tried[variable] |= dict(zip(pool, scores, strict=True))
+            left, passes = left - len(pool), passes + len(pool) + 1
+    return tried, passes
+
+
+def _candidates(groups: Sequence[Group]) -> list[list[Unit]]:
+    """What to try, the most promising group and the plainest sets first: all promising units of a group, the first of
+    them alone, all units of the site, then shares of the promising ones."""
+    found: list[tuple[float, list[Unit]]] = []
+    for rank, group in enumerate(groups):
+        found += [(rank, group.promising), (rank + 1.5, group.promising[:1]), (rank + 2, group.whole)]
+        found += [(rank + 3 + i, group.promising[:size]) for i, size in enumerate(_sizes(len(group.promising))[1:-1])]
+    ordered = [tuple(units) for _, units in sorted(found, key=lambda pair: pair[0])]
+    return [list(units) for units in dict.fromkeys(ordered)]
+
+
+def _between(best: Sequence[Unit], count: int) -> list[list[Unit]]:
+    """Prefixes of the best set, evenly spaced, above a quarter of it."""
+    low, high = len(best) // 4, len(best)
+    sizes = {low + round((high - low) * (i + 1) / (count + 1)) for i in range(count)} - {0, low, high}
+    return [list(best[:size]) for size in sorted(sizes)]

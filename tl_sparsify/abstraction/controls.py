@@ -1,0 +1,156 @@
+"""Controls: what is put in the place of aligned units, models or answers, and need not be good.
+
+Where TransformerLens has a control it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.tools.analysis.interchange import (
+    NormMatchedPlacebo,
+    arbitrary_targets,
+    collect_activations,
+    intervened_logits,
+    random_basis,
+    reinitialized,
+)
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify.abstraction.evidence import Alignment, Pairs
+from tl_sparsify.abstraction.interchange import TestedModel, families, selected_apart, tokens
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Unit, residuals, select
+
+
+def random_weights(model: Any, seed: int) -> Any:
+    """The same architecture, untrained: by TransformerLens, or as Hugging Face initialises it; where neither knows how
+    (a folded model, weights that no layer of torch's owns), with the entries of each weight in random order."""
+    original: Any = getattr(model, "original_model", None)
+    config = getattr(original, "config", None)
+    folded = isinstance(getattr(model, "units", None), Mapping)
+    if hasattr(config, "architectures") and hasattr(type(original), "_from_config") and not folded:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            fresh = cast(Any, type(original))._from_config(config).to(next(iter(original.parameters())))
+            return build_bridge_from_module(fresh.eval(), type(original).__name__, hf_config=config)
+    with redirect_stdout(io.StringIO()):  # it says on which device it puts the copy
+        try:
+            return reinitialized(cast(Any, model), seed)
+        except ValueError:
+            return _shuffled(model, seed)
+
+
+def _shuffled(model: Any, seed: int) -> Any:
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for number, parameter in enumerate(clone.parameters()):
+            order = _random.permutation(parameter.numel(), seed, 67, number).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return clone.eval()
+
+
+def random_units(chosen: Sequence[Unit], seed: int, draw: int) -> list[Unit]:
+    """As many units of the same sites (and positions), outside ``chosen`` while there are any."""
+    picked: list[Unit] = []
+    parts = [
+        part for sites, mask in selected_apart(chosen) for part in zip(sites.sites, sites.split(mask), strict=True)
+    ]
+    for number, (site, taken) in enumerate(parts):
+        order = _random.permutation(site.size, seed, 53, draw, number)
+        outside = torch.cat([order[~taken[order]], order[taken[order]]])
+        picked += [Unit(site, int(i)) for i in outside[: int(taken.sum())]]
+    return picked
+
+
+def has_others(chosen: Sequence[Unit]) -> bool:
+    """Whether the sites of some units have others: if not, random units would be the same ones again."""
+    return any(not bool(mask.all()) for _, mask in selected_apart(chosen))
+
+
+def everything(model: Any, alignment: Alignment) -> list[Unit]:
+    """All heads and neurons; of a model without blocks all units of the alignment's hook points."""
+    if hasattr(model, "blocks"):
+        return list(families(model))
+    sites = dict.fromkeys(unit.at(None).site for units in alignment.units.values() for unit in units)
+    return [Unit(site, i) for site in sites for i in range(site.size)]
+
+
+def outside(model: Any, alignment: Alignment) -> list[Unit]:
+    """Those of :func:`everything` that no variable is aligned with, at any position."""
+    aligned = {unit.at(None) for units in alignment.units.values() for unit in units}
+    return [unit for unit in everything(model, alignment) if unit not in aligned]
+
+
+def streams(model: Any) -> tuple[Site, ...]:
+    """The residual stream after each layer; none for a model without blocks."""
+    return residuals(model).sites if hasattr(model, "blocks") else ()
+
+
+def placebo(
+    subject: TestedModel, pairs: Pairs, own: Sequence[Unit], *, draws: int, seed: int, batch_size: int | None = None
+) -> list[Int[Tensor, "n"]]:
+    """Answers when the activation moves as far as by the aligned directions, in random ones; for directions of one hook
+    point at one position; none for other units. One forward pass over the sources, one over the bases for each draw."""
+    sites = {unit.site for unit in own}
+    site = next(iter(sites), None)
+    if not draws or len(sites) != 1 or site is None or site.kind != "direction" or site.basis is None:
+        return []
+    places = _one_position(site, pairs.base)
+    if places is None:
+        return []
+    mask = select(own)[1]
+
+    def aligned(base: Float[Tensor, "n width"], source: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+        old, new = site.read(base), site.read(source)
+        return site.write(base, old, torch.where(mask[:, None].to(old.device), new, old))
+
+    moves = [  # it measures how far the reference moves, and asks no more of it
+        NormMatchedPlacebo(cast(Any, aligned), random_basis(len(site.basis), int(mask.sum()), seed + draw))
+        for draw in range(draws)
+    ]
+    found: list[list[Tensor]] = [[] for _ in moves]
+    model = subject.model
+    for index, base in pairs.base.batches(batch_size_for(model, pairs.base, batch_size)):
+        source = pairs.source[index]
+        settings: dict[str, Any] = {"positions": places[index], "batch_size": len(index)}
+        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+        with intervened(model, *removed):
+            values = collect_activations(model, site.hook, source.tokens, _task(model, source), **settings)
+            for rows, move in zip(found, moves, strict=True):
+                task = _task(model, base)
+                rows.append(intervened_logits(model, site.hook, move, base.tokens, values, task, **settings))
+    return [tokens(torch.cat(rows), pairs.base) for rows in found]
+
+
+def _task(model: Any, batch: Examples) -> Callable[[Tensor], Float[Tensor, "n choices"]]:
+    """What TransformerLens calls to run the model: always on the whole batch, whose tokens it gives."""
+    return lambda given: answer_logits(model, replace(batch, tokens=given))
+
+
+def _one_position(site: Site, base: Examples) -> Int[Tensor, "n"] | None:
+    where = site.positions
+    if isinstance(where, Tensor) and where.ndim == 1:
+        return where
+    if isinstance(where, tuple) and len(where) == 1:
+        return torch.full((len(base),), int(where[0]) % base.tokens.shape[1])
+    return None
+
+
+def made_up(pairs: Pairs, seed: int) -> Int[Tensor, "n"]:
+    """For each source a made-up answer, always the same for the same source (TransformerLens)."""
+    keys = list(zip(*(map(str, values) for values in pairs.source_inputs.values()), strict=True))
+    known = torch.tensor(sorted(set(pairs.answers.values())))
+    return known[arbitrary_targets(keys, len(known), seed)]

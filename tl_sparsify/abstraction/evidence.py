@@ -1,0 +1,169 @@
+"""What is checked, and what was found: pairs of inputs, variables aligned with units, and the table of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.units import Unit
+
+NOTHING = "(none)"
+"""Stands for the variable where units are interchanged that carry none: the answer should stay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Base and source inputs for interchange interventions.
+
+    Attributes:
+        base_inputs, source_inputs: the causal model's inputs, an array of ``n`` values for each.
+        base, source: the same as model inputs, with one label each.
+        answers: the token of every value of the causal model's output.
+    """
+
+    base_inputs: Mapping[str, np.ndarray]
+    source_inputs: Mapping[str, np.ndarray]
+    base: Examples
+    source: Examples
+    answers: Mapping[Any, int]
+
+    def __post_init__(self) -> None:
+        n = len(self.base)
+        if len(self.source) != n:
+            raise ValueError(f"source has {len(self.source)} examples, base {n}: pairs need equal numbers")
+        for side in ("base_inputs", "source_inputs"):
+            for name, values in getattr(self, side).items():
+                if len(values) != n:
+                    raise ValueError(f"{side}[{name!r}] has {len(values)} values for {n} pairs")
+        for side, examples in (("base", self.base), ("source", self.source)):
+            if bool(((examples.labels != NO_LABEL).sum(1) != 1).any()):
+                raise ValueError(f"{side} has examples with several labels; verify reads one answer for each input")
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: slice | Int[Tensor, "some"]) -> Pairs:
+        """The pairs at ``index``."""
+        at = index if isinstance(index, slice) else index.numpy()
+        base, source = ({k: np.asarray(v)[at] for k, v in x.items()} for x in (self.base_inputs, self.source_inputs))
+        return Pairs(base, source, self.base[index], self.source[index], self.answers)
+
+    def with_sources_of(self, shift: int) -> Pairs:
+        """The same bases, each with the source of the pair ``shift`` places on."""
+        order = (torch.arange(len(self)) + shift) % len(self)
+        inputs = {name: np.asarray(values)[order.numpy()] for name, values in self.source_inputs.items()}
+        return replace(self, source_inputs=inputs, source=self.source[order])
+
+    def expected(
+        self,
+        causal_model: CausalModel,
+        variables: Sequence[str],
+        sources: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    ) -> Int[Tensor, "n"]:
+        """The token that the causal model answers for each base with ``variables`` taken from its source, or each from
+        its own of ``sources``."""
+        source = {variable: (sources or {}).get(variable, self.source_inputs) for variable in variables}
+        output = causal_model.interchange(self.base_inputs, source)[causal_model.output]
+        unknown = set(np.asarray(output).tolist()) - set(self.answers)
+        if unknown:
+            raise ValueError(f"answers has no token for the causal model's output {sorted(map(str, unknown))}")
+        return torch.tensor([self.answers[value] for value in np.asarray(output).tolist()])
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which units, at which positions, carry each variable: ``Alignment({"left": [units["L0H2"].at(1)]})``."""
+
+    units: Mapping[str, Sequence[Unit]]
+
+    def __post_init__(self) -> None:
+        for variable, chosen in self.units.items():
+            if not len(chosen):
+                raise ValueError(f"alignment of {variable!r} is empty: name at least one unit, or leave it out")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The aligned variables."""
+        return tuple(self.units)
+
+    def __repr__(self) -> str:
+        return f"Alignment({', '.join(f'{v}: {len(u)} units' for v, u in self.units.items())})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of evidence: an intervention, a variable, a model.
+
+    Attributes:
+        model: ``original``, ``reduced`` or ``random weights``.
+        intervention: ``aligned units`` or the control's name.
+        variable: the variable whose value is interchanged; several joined by `` & ``; ``(none)`` where the answer
+            should stay.
+        accuracy: interchange intervention accuracy over the retained pairs (NaN where none is); with random weights
+            over all pairs, since such a model is right by luck alone.
+        stderr: its standard error. A random control counts for each pair with the mean of its draws.
+        lower, upper: a confidence sequence (:func:`certificates.confidence_sequence`) for the accuracy that would be
+            reached on ever more such pairs; now and then the one reached here lies outside.
+        accuracy_changed: the same over pairs whose expected answer differs from the base's own.
+        risk: in nats, where the row compares two models.
+        margin_bound: there, how often at most their answers differ on these draws (:func:`certificates.margin_bound`).
+        pairs: the pairs counted (once for each draw of a random control).
+        retained: the share of pairs that the model answers right on all their inputs.
+        units: units interchanged.
+        removed: aligned units that this model no longer has.
+    """
+
+    model: str
+    intervention: str
+    variable: str
+    accuracy: float
+    stderr: float
+    lower: float
+    upper: float
+    accuracy_changed: float
+    risk: float
+    margin_bound: float
+    pairs: int
+    retained: float
+    units: float
+    removed: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The interchange accuracies of an alignment beside their controls: one table.
+
+    Attributes:
+        rows: its lines.
+        level: each line's bounds, taken alone, hold at all numbers of pairs at once with a probability of one minus
+            this, for pairs drawn like these and in random order.
+    """
+
+    rows: tuple[Row, ...]
+    level: float = 0.05
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a line of evidence; the columns are :class:`Row`'s attributes."""
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
+    def accuracy(self, variable: str, model: str = "original", intervention: str = "aligned units") -> float:
+        """One accuracy of the table; a ``KeyError`` names what there is."""
+        for row in self.rows:
+            if (row.model, row.intervention, row.variable) == (model, intervention, variable):
+                return row.accuracy
+        known = sorted({(row.model, row.intervention, row.variable) for row in self.rows})
+        raise KeyError(f"no evidence for {(model, intervention, variable)}; there is {known}")
+
+    def __repr__(self) -> str:
+        found = [f"{r.variable} {r.accuracy:.3f} ({r.model})" for r in self.rows if r.intervention == "aligned units"]
+        return f"Evidence({', '.join(found)}; {len(self.rows)} rows with controls)"

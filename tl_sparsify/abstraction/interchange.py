@@ -1,0 +1,265 @@
+"""Subjects: the models that are held against a causal model, and what they answer under interchange interventions.
+
+A subject is the original, an ablated or folded model of it, or a control; the original's units are looked up in it
+under its own names, and units that it no longer has are not interchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for, frozen, output
+from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened, recorded
+from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Unit, Units, heads, neurons, select
+
+Swap = tuple[Sequence[Unit], Examples]
+"""Units, and the source inputs that they take their values from."""
+_FAMILIES = {"head": heads, "neuron": neurons}
+
+
+def families(model: Model) -> Units:
+    """All heads and neurons that the model has. No model pass.
+
+    Raises:
+        ValueError: a model with neither, or without blocks.
+    """
+    found: list[Site] = []
+    for family in _FAMILIES.values():
+        with suppress(ValueError):  # it has none of them
+            found += family(model).sites
+    return Units(tuple(found)) if found else heads(model)
+
+
+@dataclass(frozen=True)
+class TestedModel:
+    """A model under test, with what it needs to interchange the original's units.
+
+    Attributes:
+        removal: what is ablated in it.
+        own_names: its own unit name for each original unit that it still has; ``None``: the original's names.
+    """
+
+    name: str
+    model: Any
+    removal: Reduction | None = None
+    own_names: Mapping[str, str] | None = None
+
+    @cached_property
+    def _gone(self) -> frozenset[str]:
+        return frozenset() if self.removal is None else frozenset((~self.removal.circuit).names)
+
+    def has(self, unit: Unit) -> bool:
+        """Whether this model still has the unit; what no reduction removes is there."""
+        if self.own_names is not None:
+            return unit.site.kind not in _FAMILIES or bare(unit) in self.own_names
+        return self._gone.isdisjoint((unit.name, bare(unit)))
+
+    def own(self, chosen: Iterable[Unit]) -> list[Unit]:
+        """The chosen units that this model still has, under its own names."""
+        kept = [unit for unit in chosen if self.has(unit)]
+        if self.own_names is None:
+            return kept
+        units = {kind: _FAMILIES[kind](self.model) for kind in {unit.site.kind for unit in kept} & set(_FAMILIES)}
+        own: list[Unit] = []
+        for unit in kept:
+            if unit.site.kind in units:
+                here = units[unit.site.kind][self.own_names[bare(unit)]]
+                unit = Unit(replace(unit.site, size=here.site.size), here.index)
+            own.append(unit)
+        return own
+
+    def on(self, index: Int[Tensor, "some"]) -> TestedModel:
+        """The same for the examples ``index``, where it is ablated at a position for each example."""
+        return self if self.removal is None else replace(self, removal=self.removal.for_examples(index))
+
+
+def bare(unit: Unit) -> str:
+    """A unit's name without positions."""
+    return unit.at(None).name
+
+
+def logits(
+    subject: TestedModel, base: Examples, swaps: Sequence[Sequence[Swap]] = ((),), *, batch_size: int | None = None
+) -> list[Float[Tensor, "rows choices"]]:
+    """The logits at the labelled positions of ``base`` for each list of swaps, whose units are taken from their source.
+
+    For each batch one forward pass for each source (shared by all lists that name it) and one for each list.
+    """
+    found: list[list[Tensor]] = [[] for _ in swaps]
+    model = subject.model
+    with torch.no_grad():
+        for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+            taken = _taken(model, swaps, index, removed)
+            for number, some in enumerate(swaps):
+                swapped = [part for units, source in some if len(units) for part in taken(units, source)]
+                with intervened(model, *swapped, *removed):
+                    found[number].append(answer_logits(model, batch).cpu())
+    return [torch.cat(parts) for parts in found]
+
+
+def _taken(
+    model: Any, swaps: Sequence[Sequence[Swap]], index: Int[Tensor, "batch"], removed: tuple[Intervention, ...]
+) -> Callable[[Sequence[Unit], Examples], list[Intervention]]:
+    """How to interchange some units on one batch; every source is run once, with all that is taken from it."""
+    sources: dict[int, tuple[Examples, dict[Site, None]]] = {}
+    for units, source in (swap for some in swaps for swap in some):
+        sites = sources.setdefault(id(source), (source, {}))[1]
+        sites.update(dict.fromkeys(unit.site for unit in units))
+    values: dict[int, dict[Site, Tensor]] = {}
+    for key, (source, sites) in sources.items():
+        groups = _named_apart(sites)
+        taken = _values(model, source[index], groups, removed)
+        read = (value for part in taken for value in part.tensors)
+        values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
+
+    def swap(units: Sequence[Unit], source: Examples) -> list[Intervention]:
+        made: list[Intervention] = []
+        for sites, mask in selected_apart(units):
+            here = sites.for_examples(index)
+            tensors = tuple(values[id(source)][site] for site in sites.sites)
+            made.append(interchange(Circuit(here, mask), Values(here, tensors)))
+        return made
+
+    return swap
+
+
+def selected_apart(units: Iterable[Unit]) -> list[tuple[Units, Bool[Tensor, "units"]]]:
+    """As :func:`units.select`, in groups where two bases at one hook point have units of one name."""
+    units = list(units)
+    groups = [set(group.sites) for group in _named_apart(dict.fromkeys(unit.site for unit in units))]
+    return [select(unit for unit in units if unit.site in group) for group in groups]
+
+
+def _named_apart(sites: Iterable[Site]) -> list[Units]:
+    """The sites in groups without two units of one name: two bases at one hook point name theirs alike."""
+    groups: list[dict[str, Site]] = []
+    for site in sites:
+        free = next((group for group in groups if site.name(0) not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[site.name(0)] = site
+    return [Units(tuple(group.values())) for group in groups]
+
+
+def answers(
+    subject: TestedModel, base: Examples, swaps: Sequence[Sequence[Swap]] = ((),), *, batch_size: int | None = None
+) -> list[Int[Tensor, "n"]]:
+    """For each list of swaps the token that the model answers for each base; passes as :func:`logits`."""
+    return [tokens(part, base) for part in logits(subject, base, swaps, batch_size=batch_size)]
+
+
+def tokens(rows: Float[Tensor, "n choices"], base: Examples) -> Int[Tensor, "n"]:
+    """The answer of each row of logits, as a token."""
+    best = rows.argmax(1)
+    return best if base.choices is None else base.choices.cpu()[best]
+
+
+def right_answers(examples: Examples) -> Int[Tensor, "n"]:
+    """The one label of each example."""
+    return examples.labels[examples.labels != NO_LABEL]
+
+
+def interchange_gradients(
+    subject: TestedModel,
+    base: Examples,
+    source: Examples,
+    expected: Mapping[str, Int[Tensor, "n"]],
+    units: Units,
+    levels: Sequence[float],
+    *,
+    batch_size: int | None = None,
+) -> Iterator[tuple[str, list[tuple[Float[Tensor, "batch pos _ _"], Float[Tensor, "batch pos _ _"]]]]]:
+    """For each batch and variable, per site, the gradient of the log-odds of the variable's ``expected`` answers, and
+    the step from base to source: their product is the first-order effect of interchange.
+
+    The gradient is the sum over ``levels``, the base's share in the point where it is taken, of which the first is 1.
+    One forward pass for the sources and one for each level, one backward pass for each level and variable.
+    """
+    model = subject.model
+    for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+        with torch.no_grad():
+            [taken] = _values(model, source[index], (units,), removed)
+        steps: list[Tensor] = []
+        totals: dict[str, list[Tensor]] = {}
+        for level in levels:
+            mixed = Intervention(units, torch.full((len(units),), level), taken)
+            with frozen(model), torch.enable_grad(), intervened(model, *removed, mixed):
+                with recorded(model, units, gradients=True) as recording:
+                    found = answer_logits(model, batch)
+            steps = steps or [s.to(v) - v.detach() for s, v in zip(taken.tensors, recording.read(), strict=True)]
+            activations = list(recording.activations.values())
+            for number, (variable, answer) in enumerate(expected.items()):
+                odds = _log_odds(found, batch, answer[index]).sum()
+                more = number < len(expected) - 1
+                gradients = torch.autograd.grad(odds, activations, retain_graph=more, allow_unused=True)
+                filled = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, activations, strict=True)]
+                parts = recording.pull(dict(zip(recording.activations, filled, strict=True)))
+                old = totals.get(variable, parts)
+                totals[variable] = [a if a is b else a + b for a, b in zip(old, parts, strict=True)]
+        for variable, parts in totals.items():
+            yield variable, list(zip(parts, steps, strict=True))
+
+
+def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """The logit of ``answer`` minus the log-sum-exp of the others."""
+    column = answer if batch.choices is None else (answer[:, None] == batch.choices.cpu()).int().argmax(1)
+    column = column.to(logits.device)[:, None]
+    return logits.gather(1, column)[:, 0] - logits.scatter(1, column, float("-inf")).logsumexp(1)
+
+
+def randomly_interchanged(
+    subject: TestedModel,
+    units: Sequence[Unit],
+    base: Examples,
+    source: Examples,
+    probability: float,
+    seed: int,
+    batch_size: int | None,
+) -> Float[Tensor, "rows choices"]:
+    """The logits at the labelled positions of ``base`` with each of ``units`` (the original's, all of which this model
+    has) taken from ``source`` with ``probability``; the same draws for every model. Two forward passes."""
+    own = subject.own(units)
+    groups = _named_apart(dict.fromkeys(unit.site for unit in own))
+    offsets = [{site: at for site, at in zip(group.sites, group.offsets, strict=False)} for group in groups]
+    places = [[(i, at[u.site] + u.index) for i, u in enumerate(own) if u.site in at] for at in offsets]
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for index, batch in base.batches(batch_size_for(subject.model, base, batch_size)):
+            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+            draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
+            swapped: list[Intervention] = []
+            values = _values(subject.model, source[index], groups, removed)
+            for group, place, taken in zip(groups, places, values, strict=True):
+                keep = torch.ones(len(index), len(group))
+                keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).float()
+                swapped.append(Intervention(group, keep, taken))
+            with intervened(subject.model, *swapped, *removed):
+                found.append(answer_logits(subject.model, batch).cpu())
+    return torch.cat(found)
+
+
+def _values(
+    model: Any, source: Examples, groups: Sequence[Units], removed: tuple[Intervention, ...]
+) -> tuple[Values, ...]:
+    """The units' values on a batch of sources, for each group; one forward pass, none for no units."""
+    with intervened(model, *removed), ExitStack() as stack:
+        recordings = [stack.enter_context(recorded(model, group)) for group in groups]
+        if groups:
+            output(model, source)
+    return tuple(Values(group, recording.read()) for group, recording in zip(groups, recordings, strict=True))

@@ -1,0 +1,343 @@
+"""Verification: does the network compute what a high-level causal model says, variable by variable?
+
+For base ``b``, source ``s`` and variable ``V``, the units aligned with ``V`` take, in ``b``'s run, their values from
+``s``'s run; the network should then answer what the causal model answers for ``b`` under ``do(V = V(s))``. The
+fraction of pairs for which it does is the interchange intervention accuracy (Geiger et al., 2021). An accuracy is not
+evidence on its own: it stands beside controls that need not be good, only pairs that the model answers right without
+intervention count, and units that no variable is aligned with are interchanged too: that should change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
+from tl_sparsify.abstraction.controls import (
+    everything,
+    has_others,
+    made_up,
+    outside,
+    placebo,
+    random_units,
+    random_weights,
+    streams,
+)
+from tl_sparsify.abstraction.evidence import NOTHING, Alignment, Evidence, Pairs, Row
+from tl_sparsify.abstraction.interchange import (
+    Swap,
+    TestedModel,
+    answers,
+    bare,
+    randomly_interchanged,
+    right_answers,
+    tokens,
+)
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import check_model
+from tl_sparsify.core.metrics import kl
+from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.units import Model, Unit
+
+__all__ = ["Alignment", "Evidence", "Pairs", "Row", "verify"]
+
+_CHUNK = 64  # pairs between two looks at the bounds
+_PROBABILITY = 0.1  # of interchanging each kept unit, where original and reduced model are compared
+
+
+def verify(
+    model: Model,
+    causal_model: CausalModel,
+    alignment: Alignment,
+    pairs: Pairs,
+    *,
+    reduced: Any | None = None,
+    draws: int = 5,
+    goal: float | None = None,
+    level: float = 0.05,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Evidence:
+    """Interchange intervention accuracy of every aligned variable, alone and jointly, on the original and on a reduced
+    model, beside its controls.
+
+    Args:
+        reduced: a folded model, or a :class:`Reduction` of ``model`` (run ablated). An aligned unit that it no longer
+            has is not interchanged, and is counted.
+        draws: random sets of units for the random controls.
+        goal: stop taking pairs as soon as it is certain, for each model and variable, whether the accuracy of the
+            aligned units is at least this (all pairs are taken where it stays uncertain). The pairs must be in random
+            order.
+        level: of the confidence sequences.
+
+    Jointly: all variables that no other aligned variable is an ancestor of, from one source and (unless units have a
+    position for each pair) from a source each.
+
+    Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
+    same sites at the same positions, outside the alignment; where these sites have others), ``norm-matched random
+    subspace`` (for directions at one position: TransformerLens's placebo), ``arbitrary labels`` (the aligned units held
+    against made-up answers), ``whole residual stream`` (the best layer's, at the alignment's positions; for models
+    with blocks), and the alignment on a model with ``random weights``. With the variable ``(none)`` the answer should
+    stay: ``unaligned units, at random`` (as many as the alignment has, at all positions) and ``all unaligned units``
+    (what feeds an aligned unit is among them: only a model whose every step is aligned passes). ``random kept units``
+    holds the reduced model against the original's own answers, with risk in nats and the margin bound, when every unit
+    that both have is interchanged with probability 0.1.
+
+    Forward passes over the pairs, for the original and the reduced model each: two; for each variable two, one for each
+    draw and each layer, and for directions at one position one more and one for each draw; jointly two and one for each
+    variable (without a source each: two); for unaligned units two and one for each draw; two to compare the models. For
+    random weights: two, two for each variable, and jointly as before. With ``goal``, for the original and the reduced
+    model, three and one for each variable come first.
+
+    Raises:
+        ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
+            output without a token, a ``goal`` outside (0, 1].
+    """
+    check_model(model)
+    for variable in alignment.variables:
+        if variable not in causal_model.variables:
+            raise ValueError(f"alignment names {variable!r}; the causal model has {', '.join(causal_model.variables)}")
+    if goal is not None and not 0 < goal <= 1:
+        raise ValueError(f"goal is {goal}; an accuracy lies in (0, 1]")
+    subjects = _subjects(model, reduced)
+    unaligned = outside(model, alignment)
+    checks = [
+        _Check(subject, causal_model, alignment, unaligned, draws, level, seed, batch_size)
+        for subject in (*subjects, TestedModel("random weights", random_weights(model, seed)))
+    ]
+    if goal is not None:
+        pairs = _enough(checks[: len(subjects)], pairs, goal)
+        checks = [check.on(torch.arange(len(pairs))) for check in checks]
+    rows = [row for check in checks for row in _rows(check, pairs)]
+    if reduced is not None:
+        rows.append(_agreement(checks[0], checks[1], everything(model, alignment), pairs))
+    return Evidence(tuple(rows), level)
+
+
+def _subjects(model: Model, reduced: Any | None) -> list[TestedModel]:
+    if reduced is None:
+        return [TestedModel("original", model)]
+    if isinstance(reduced, Reduction):
+        check_fingerprint(model, reduced)
+        return [TestedModel("original", model), TestedModel("reduced", model, removal=reduced)]
+    check_model(reduced)
+    origin = getattr(reduced, "units", None)
+    if not isinstance(origin, Mapping):
+        raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")
+    names = {old: new for new, old in cast(Mapping[str, str], origin).items()}
+    return [TestedModel("original", model), TestedModel("reduced", reduced, own_names=names)]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What one model is held against, and how."""
+
+    subject: TestedModel
+    causal_model: CausalModel
+    alignment: Alignment
+    outside: Sequence[Unit]
+    draws: int
+    level: float
+    seed: int
+    batch_size: int | None
+
+    def answers(self, base: Examples, swaps: Sequence[Sequence[Swap]] = ((),)) -> list[Int[Tensor, "n"]]:
+        return answers(self.subject, base, swaps, batch_size=self.batch_size)
+
+    def on(self, index: Int[Tensor, "some"]) -> _Check:
+        """The same for the pairs ``index``, where units have a position for each pair."""
+        here = {v: [replace(u, site=u.site.for_examples(index)) for u in us] for v, us in self.alignment.units.items()}
+        return replace(self, subject=self.subject.on(index), alignment=Alignment(here))
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The aligned variables that no other aligned variable is an ancestor of, where there are several."""
+        aligned = self.alignment.variables
+        first = tuple(v for v in aligned if not _ancestors(self.causal_model, v) & set(aligned))
+        return first if len(first) > 1 else ()
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The answers of one model without interventions."""
+
+    base: Int[Tensor, "n"]
+    right: Bool[Tensor, "n"]
+    source_right: Bool[Tensor, "n"]
+
+
+def _rows(check: _Check, pairs: Pairs) -> Iterator[Row]:
+    """All lines of one model."""
+    [base], [source] = check.answers(pairs.base), check.answers(pairs.source)
+    plain = _Plain(base, base == right_answers(pairs.base), source == right_answers(pairs.source))
+    for variable in check.alignment.variables:
+        yield from _of_variable(check, pairs, plain, variable)
+    if check.together:
+        yield from _jointly(check, pairs, plain)
+    if check.subject.name != "random weights":
+        yield from _unaligned(check, pairs, plain)
+
+
+def _row(
+    check: _Check,
+    names: tuple[str, str],
+    plain: _Plain,
+    pairs: Pairs,
+    given: Sequence[Int[Tensor, "n"]],
+    expected: Int[Tensor, "n"],
+    units: float,
+    *,
+    removed: int = 0,
+    right: Bool[Tensor, "n"] | None = None,
+) -> Row:
+    """The line of some interventions (one, or the draws of a random one) by the answers ``given`` to them."""
+    right = plain.right & plain.source_right if right is None else right
+    counts = torch.ones_like(right) if check.subject.name == "random weights" else right
+    # the draws of a random control share their pairs: a pair is one draw of their mean, not several
+    right_share = torch.stack([answer == expected for answer in given]).double().mean(0)
+    hits, changed = right_share[counts], counts & (expected != right_answers(pairs.base))
+    lower, upper = confidence_sequence(hits, level=check.level)
+    some = len(hits) > 0
+    return Row(
+        *(check.subject.name, *names),
+        accuracy=float(hits.mean()),
+        stderr=float(hits.std(correction=0)) / math.sqrt(len(hits)) if some else float("nan"),
+        lower=float(lower[-1]) if some else 0.0,
+        upper=float(upper[-1]) if some else 1.0,
+        accuracy_changed=float(right_share[changed].mean()),
+        risk=float("nan"),
+        margin_bound=float("nan"),
+        pairs=len(hits) * len(given),
+        retained=float(right.double().mean()),
+        units=units,
+        removed=removed,
+    )
+
+
+def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> Iterator[Row]:
+    """The alignment of one variable, and its controls."""
+    subject, expected = check.subject, pairs.expected(check.causal_model, (variable,))
+    chosen = list(check.alignment.units[variable])
+    own = subject.own(chosen)
+    control = subject.name != "random weights"
+    draws = check.draws if control and has_others(chosen) else 0
+    random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(draws)]
+    everywhere = any(unit.site.positions is None for unit in chosen)
+    places = [None] if everywhere else [unit.site.positions for unit in chosen]
+    whole = [
+        list(dict.fromkeys(Unit(site, 0).at(where) for where in places)) for site in streams(subject.model) if control
+    ]
+    given = check.answers(pairs.base, [[(units, pairs.source)] for units in (own, *random, *whole)])
+
+    def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, removed: int = 0) -> Row:
+        return _row(check, (name, variable), plain, pairs, some, expected, units, removed=removed)
+
+    yield row("aligned units", given[:1], float(len(own)), len(chosen) - len(own))
+    yield row("do nothing", [plain.base], 0.0)
+    if not control:
+        return
+    if random:
+        yield row("random units", given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
+    moved = placebo(subject, pairs, own, draws=check.draws, seed=check.seed, batch_size=check.batch_size)
+    if moved:
+        yield row("norm-matched random subspace", moved, float(len(own)))
+    arbitrary = made_up(pairs, check.seed)
+    yield _row(check, ("arbitrary labels", variable), plain, pairs, given[:1], arbitrary, float(len(own)))
+    ceilings = [
+        row("whole residual stream", [answer], float(len(units)))
+        for units, answer in zip(whole, given[1 + len(random) :], strict=True)
+    ]
+    if ceilings:
+        yield max(ceilings, key=lambda found: -1.0 if math.isnan(found.accuracy) else found.accuracy)
+
+
+def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
+    """All first variables at once, from one source and (at places that do not depend on the pair) from a source
+    each."""
+    variables = check.together
+    names = " & ".join(variables)
+    chosen = [unit for variable in variables for unit in check.alignment.units[variable]]
+    own = {variable: check.subject.own(check.alignment.units[variable]) for variable in variables}
+    others = {v: pairs.with_sources_of(number) if number else pairs for number, v in enumerate(variables)}
+    one = [(own[variable], pairs.source) for variable in variables]
+    each = [(own[variable], others[variable].source) for variable in variables]
+    apart = not any(isinstance(unit.site.positions, Tensor) for unit in chosen)
+    given = check.answers(pairs.base, [one, each] if apart else [one])
+    units = sum(map(len, own.values()))
+    settings = {"units": float(units), "removed": len(chosen) - units}
+    expected = pairs.expected(check.causal_model, variables)
+    yield _row(check, ("aligned units", names), plain, pairs, given[:1], expected, **settings)
+    if not apart:
+        return
+    inputs = {variable: other.source_inputs for variable, other in others.items()}
+    expected = pairs.expected(check.causal_model, variables, inputs)
+    right = plain.right.clone()
+    for number in range(len(variables)):
+        right &= plain.source_right.roll(-number)
+    name = ("aligned units, a source each", names)
+    yield _row(check, name, plain, pairs, given[1:], expected, **settings, right=right)
+
+
+def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
+    """Units that carry no variable: interchanging them should change no answer."""
+    pool = check.subject.own(check.outside)
+    if not pool:
+        return
+    count = min(len(pool), len({bare(u) for units in check.alignment.units.values() for u in units}))
+    draws = [
+        [pool[int(i)] for i in _random.permutation(len(pool), check.seed, 59, draw)[:count]]
+        for draw in range(check.draws)
+    ]
+    given = check.answers(pairs.base, [[(units, pairs.source)] for units in (pool, *draws)])
+    if draws:
+        name = ("unaligned units, at random", NOTHING)
+        yield _row(check, name, plain, pairs, given[1:], plain.base, float(count))
+    yield _row(check, ("all unaligned units", NOTHING), plain, pairs, given[:1], plain.base, float(len(pool)))
+
+
+def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: Pairs) -> Row:
+    """Original and reduced model against each other while random units that both have are interchanged."""
+    kept = [unit for unit in every if reduced.subject.has(unit)]
+    one, two = (
+        randomly_interchanged(check.subject, kept, pairs.base, pairs.source, _PROBABILITY, check.seed, check.batch_size)
+        for check in (original, reduced)
+    )
+    same, everywhere = tokens(one, pairs.base), torch.ones(len(pairs), dtype=torch.bool)
+    names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING)
+    plain = _Plain(same, everywhere, everywhere)
+    row = _row(reduced, names, plain, pairs, [tokens(two, pairs.base)], same, _PROBABILITY * len(kept))
+    best = one.topk(2, 1).values
+    distance = float((one - two).double().square().sum(1).mean())
+    return replace(row, risk=float(kl(one, two).mean()), margin_bound=margin_bound(best[:, 0] - best[:, 1], distance))
+
+
+def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
+    """As many pairs as it takes to be certain, for each model and variable, whether the accuracy is at least
+    ``goal``."""
+    hits = {(check.subject.name, v): torch.zeros(0) for check in checks for v in check.alignment.variables}
+    for start in range(0, len(pairs), _CHUNK):
+        some = pairs[start : start + _CHUNK]
+        for check in [check.on(torch.arange(start, start + len(some))) for check in checks]:
+            [base], [source] = check.answers(some.base), check.answers(some.source)
+            right = (base == right_answers(some.base)) & (source == right_answers(some.source))
+            units = check.alignment.units.items()
+            swaps = [[(check.subject.own(chosen), some.source)] for _, chosen in units]
+            for (variable, _), given in zip(units, check.answers(some.base, swaps), strict=True):
+                new = (given == some.expected(check.causal_model, (variable,)))[right].float()
+                hits[check.subject.name, variable] = torch.cat([hits[check.subject.name, variable], new])
+        if all(decided(found, goal, level=checks[0].level)[0] for found in hits.values()):
+            return pairs[: start + _CHUNK]
+    return pairs
+
+
+def _ancestors(causal_model: CausalModel, variable: str) -> set[str]:
+    parents = set(causal_model.parents.get(variable, ()))
+    return parents.union(*(_ancestors(causal_model, parent) for parent in parents))

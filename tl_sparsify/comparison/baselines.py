@@ -1,0 +1,388 @@
+"""Baselines: other ways to order units, with the signature of :mod:`tl_sparsify.score`'s.
+
+Each is a function ``(model, examples, units, *, seed, ...) -> Scores``; larger means needed more. They are here to be
+beaten, so each is the method as published, without its bugs, and states what it costs. ``n`` is the number of units.
+
+========================  =================================================================  ======================
+method                    what it is                                                         forward + backward
+========================  =================================================================  ======================
+``random``                a random order                                                     0
+``activation_norm``       the length of the unit's value                                     1
+``variance``              of the unit's value (:mod:`tl_sparsify.score`)                     2
+``scaled_variance``       of what the unit writes (:mod:`tl_sparsify.score`)                 2
+``exact_zero``            divergence by setting the unit to zero                             ``n + 1``
+``exact_mean``            divergence by setting the unit to its mean                         ``n + 2``
+``activation_patching``   a metric's change by the unit's value in another run               ``n + 2``
+``attribution_patching``  the same to first order                                            2 + 1
+``eap``                   absolute first-order effects on all later readers                  2 + 1
+``eap_ig``                the same, along the way between the two inputs                     1 + ``steps``, ``steps``
+``hard_concrete``         trained: stochastic gates and a penalty on open ones               160 + 80 by default
+``top_k_gate``            trained: gates that sum to a random size                           160 + 80 by default
+``in_rounds``             any of them, again and again in the model with units removed       ``rounds`` times
+========================  =================================================================  ======================
+
+A one-unit score cannot see redundancy or cancellation; :func:`tl_sparsify.sparsify` selects jointly.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
+from operator import methodcaller
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.patching import generic_activation_patch
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify.comparison.edge_attribution import (
+    Direction,
+    Edges,
+    Run,
+    corrupted_run,
+    eap,
+    eap_ig,
+    edge_attribution,
+    runs,
+)
+from tl_sparsify.comparison.masks import hard_concrete, top_k_gate
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import (
+    answer_logits,
+    answer_rows,
+    batch_size_for,
+    check_model,
+    device_of,
+    output,
+    run_values,
+    unit_positions,
+)
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.metrics import Metric, by_example, log_odds
+from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.attribution import exact, gradient, metric_rows
+from tl_sparsify.search.constants import mean, zero
+from tl_sparsify.search.joint import schedule
+from tl_sparsify.search.score import scaled_variance, variance
+from tl_sparsify.search.scores import Scores, kept_count
+
+__all__ = [
+    "Edges",
+    "activation_norm",
+    "activation_patching",
+    "attribution_patching",
+    "eap",
+    "eap_ig",
+    "edge_attribution",
+    "exact_mean",
+    "exact_zero",
+    "hard_concrete",
+    "in_rounds",
+    "random",
+    "scaled_variance",
+    "top_k_gate",
+    "variance",
+]
+
+_PATCHED = re.compile(r"blocks\.(\d+)\.(?:attn\.hook_(z)|mlp\.hook_(post)|hook_(mlp_out|attn_out))")
+
+
+def random(model: Model, examples: Examples, units: Units, *, seed: int = 0) -> Scores:
+    """A random score for every unit: the control that every method must beat. No model pass."""
+    scores = _random.uniform(seed, 61, torch.arange(len(units)))
+    return Scores(units, scores, torch.full_like(scores, float("nan")), "random", "no unit", 0, 0)
+
+
+def activation_norm(
+    model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None
+) -> Scores:
+    """The length of each unit's value, in its own units: the mean over an example's positions that are neither padding
+    nor the beginning-of-sequence token, then over examples. Rescaling a unit fools it.
+
+    One forward pass over the data.
+
+    Raises:
+        ValueError: a model in training mode.
+    """
+    check_model(model)
+    parts: list[Moments] = []
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            here = units.for_examples(index)
+            with recorded(model, here) as recording:
+                output(model, batch)
+            lengths: list[Float[Tensor, "batch some"]] = []
+            for site, v in zip(here.sites, recording.read(), strict=True):
+                where = unit_positions(model, batch, site, v).double()[..., None]
+                total = (where * v.double().norm(dim=3)).sum(1) / where.sum(1).clamp_min(1)
+                lengths.append(total.to(device_of(model)))
+            parts.append(Moments.of(torch.cat(lengths, 1)))
+    total = Moments.merge(parts)
+    return Scores(units, total.mean, total.stderr, "activation norm", "activation units", 1, 0)
+
+
+def exact_zero(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """:func:`score.exact` with zeros: the KL divergence (nats), or the drop of ``metric``, when one unit is zero.
+
+    One forward pass over the data for each unit and one for the original; one of one example.
+
+    Raises:
+        ValueError: as :func:`score.exact`.
+    """
+    check_model(model)
+    settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
+    found = exact(model, examples, units, values=zero(model, examples, units), **settings)
+    return replace(found, name="exact, zero")
+
+
+def exact_mean(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    values: Values | None = None,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """:func:`score.exact` with means (or other constants): the KL divergence (nats), or the drop of ``metric``, when
+    one unit is at its mean.
+
+    One forward pass over the data for each unit and one for the original; one for the means where not given.
+
+    Raises:
+        ValueError: as :func:`score.exact`.
+    """
+    settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
+    return replace(exact(model, examples, units, values=values, **settings), name="exact, mean")
+
+
+def activation_patching(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    source: Run | None = None,
+    direction: Direction = "noising",
+    metric: Metric = log_odds,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Activation patching by TransformerLens: what each unit's value in another run does to ``metric`` (in its units),
+    one unit at a time, at all of its positions together.
+
+    Args:
+        source: the corrupted run; where not given the counterfactual if the examples have one, else another example.
+        direction: ``noising``: the drop when the clean run gets the corrupted value, which is
+            :func:`score.exact` with that source. ``denoising``: the rise when the corrupted run gets the clean value,
+            of the metric with the clean run's right answers. Both are positive for a unit that carries the answer.
+        metric: one number for each labelled position; an example's is their mean.
+
+    One forward pass over the data for each unit, one for the run that is changed and one for the other. Units are
+    heads, neurons, whole MLPs and attention layers.
+
+    Raises:
+        ValueError: a model in training mode or none of TransformerLens's; other units; an unknown ``source`` or
+            ``direction``, or one that the examples do not have; a metric that gives not one number for each row.
+    """
+    check_model(model)
+    for site in units.sites:
+        if _PATCHED.fullmatch(site.hook) is None or site.kind not in ("head", "neuron", "mlp", "attention"):
+            raise ValueError(
+                f"{site.kind} units of {site.hook} are not patched: use heads(), neurons(), mlps() or attentions()"
+            )
+    if not all(hasattr(model, name) for name in ("run_with_hooks", "cfg")):
+        raise ValueError(f"{type(model).__name__} is no model of TransformerLens's: use score.exact with a source")
+    sign = 1 if direction == "noising" else -1
+    parts: list[Moments] = []
+    with torch.no_grad():
+        for index, _ in examples.batches(batch_size_for(model, examples, batch_size)):
+            near, far = runs(examples, index, source, direction, seed)
+            here = units.for_examples(index)
+            before = by_example(metric_rows(metric, answer_logits(model, near), near), near).double()
+            after = _patched(model, near, run_values(model, far, here), metric, progress)
+            parts.append(Moments.of(sign * (before[:, None] - after)))
+    total = Moments.merge(parts)
+    name = f"activation patching ({direction})"
+    return Scores(units, total.mean, total.stderr, name, "units of the metric", len(units) + 2, 0)
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """What TransformerLens's patching asks of a model, for one batch: the attention mask goes along, which it leaves
+    out."""
+
+    model: Any
+    batch: Examples
+
+    @property
+    def cfg(self) -> Any:
+        return self.model.cfg
+
+    def run_with_hooks(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
+        mask = self.batch.attention_mask
+        given = {} if mask is None else {"attention_mask": mask.to(tokens.device).long()}
+        return methodcaller("run_with_hooks", tokens, fwd_hooks=fwd_hooks, **given)(self.model)
+
+
+def _patched(
+    model: Model, batch: Examples, values: Values, metric: Metric, progress: bool
+) -> Float[Tensor, "batch units"]:
+    """The metric of each example with each unit alone at its value. One forward pass for each unit."""
+    units = values.units
+    example, position = answer_rows(batch)
+    found: list[Tensor] = []
+
+    def measured(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+        rows = logits[example.to(logits.device), position.to(logits.device)]
+        rows = rows if batch.choices is None else rows[:, batch.choices.to(rows.device)]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        found.append(by_example(metric_rows(metric, rows, batch), batch).double())
+        return found[-1].mean()  # what TransformerLens keeps, in float32
+
+    def patch(activation: Tensor, index: list[int], new: dict[int, Tensor]) -> Tensor:
+        _, number, unit = index
+        site = units.sites[number]
+        v = site.read(activation)
+        value, changed = new[number][:, :, unit].to(v), v.clone()
+        where = site.position_mask(*v.shape[:2])
+        kept = v[:, :, unit]
+        changed[:, :, unit] = value if where is None else torch.where(where.to(v.device)[..., None], value, kept)
+        return site.write(activation, v, changed)
+
+    cache: dict[str, dict[int, Tensor]] = {}
+    rows: dict[str, list[tuple[int, int, int]]] = {}
+    for number, (site, value) in enumerate(zip(units.sites, values.tensors, strict=True)):
+        match = cast("re.Match[str]", _PATCHED.fullmatch(site.hook))
+        cache.setdefault(site.hook, {})[number] = value
+        rows.setdefault(cast(str, match[match.lastindex or 2]), []).extend(
+            (int(match[1]), number, unit) for unit in range(site.size)
+        )
+    tokens = batch.tokens.to(device_of(model))
+    order: list[int] = []
+    with nullcontext() if progress and sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        for name, cells in rows.items():
+            order += [units.offsets[number] + unit for _, number, unit in cells]
+            frame = pd.DataFrame(cells, columns=["layer", "site", "unit"])
+            patching: Any = generic_activation_patch
+            patching(_Masked(model, batch), tokens, cache, measured, patch, activation_name=name, index_df=frame)
+    return torch.stack(found, 1)[:, torch.tensor(order).argsort().to(found[0].device)]
+
+
+def attribution_patching(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    source: Run | None = None,
+    metric: Metric = log_odds,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """Attribution patching: :func:`activation_patching` (``noising``) to first order, linearised at the clean run. It
+    is :func:`score.gradient` with a source run: signed, in units of ``metric``.
+
+    Args:
+        source: the corrupted run; where not given the counterfactual if the examples have one, else another example.
+
+    Two forward and one backward pass over the data.
+
+    Raises:
+        ValueError: as :func:`score.gradient`.
+    """
+    run = corrupted_run(examples, source)
+    found = gradient(model, examples, units, source=run, metric=metric, seed=seed, batch_size=batch_size)
+    return replace(found, name="attribution patching")
+
+
+def in_rounds(
+    scorer: Callable[..., Scores],
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    rounds: int = 20,
+    smallest: float = 0.01,
+    absolute: bool = False,
+    values: Values | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Scores:
+    """Any scorer, iterated: score in the model with the units removed so far ablated, remove the lowest, go on. A
+    unit's score is its place in the order of removal; the units that are left at the end are in order of their last
+    score.
+
+    Args:
+        scorer: a function ``(model, examples, units, *, seed, ...) -> Scores``.
+        rounds, smallest: the schedule of :func:`sparsify`: from all units down to ``smallest`` of them.
+        absolute: order by the size of signed scores.
+        values: what removed units are set to; their means over ``examples`` where not given. They are also what the
+            scorer removes units to, if it takes constants.
+        settings: go to the scorer.
+
+    The passes of the scorer in each round that removes a unit; one forward pass for the means where not given.
+
+    Raises:
+        ValueError: ``rounds`` below one, ``smallest`` outside (0, 1] or too large to remove any unit, and what the
+            scorer raises.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; at least one is needed")
+    least = kept_count(len(units), smallest, "smallest")
+    if least == len(units):
+        raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
+    given = values is not None
+    values = values if values is not None else mean(model, examples, units, batch_size=settings.get("batch_size"))
+    takes = inspect.signature(scorer).parameters
+    run = settings.get("source", takes["source"].default if "source" in takes else "constant")
+    if "values" in takes and run == "constant":
+        settings["values"] = values
+    if "progress" in takes:
+        settings["progress"] = False
+    current = Reduction(Circuit.full(units), values)
+    order: list[Tensor] = []
+    rest = torch.arange(len(units))
+    name, forward, backward = "", int(not given), 0
+    targets = [kept_count(len(units), f) for f in schedule(rounds, least / len(units), None, 1.0)]
+    for number, target in enumerate(bar(targets, "removing units", progress)):
+        excess = len(current.circuit) - target
+        if excess <= 0:
+            continue
+        with intervened(model, ablate(current)):
+            found = scorer(model, examples, units, seed=seed + number, **settings)
+        found = found.absolute if absolute else found
+        name, forward, backward = found.name, forward + found.forward_passes, backward + found.backward_passes
+        ranked = found.order.cpu()
+        ranked = ranked[current.circuit.mask[ranked]]
+        order.append(ranked[:excess])
+        rest = ranked[excess:]
+        removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, ranked[:excess], True)
+        current = current.with_circuit(current.circuit - Circuit(units, removed))
+    place = torch.empty(len(units), dtype=torch.float64)
+    place[torch.cat([*order, rest])] = torch.arange(len(units), dtype=torch.float64)
+    unknown = torch.full_like(place, float("nan"))
+    return Scores(units, place, unknown, f"{name}, {rounds} rounds", "place in the order of removal", forward, backward)

@@ -1,0 +1,334 @@
+"""Benchmark: methods side by side on the same units, examples and measures.
+
+A cell is one method on one task with one seed. Every setting of the method orders the units on the training examples;
+the setting whose circuits have the least risk on validation is judged on test: under zero, mean and counterfactual
+ablation, and with constants that are refitted alike for every method, so that selection and constants are judged apart.
+Finished cells are files, so an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tl_sparsify._internal.files import write_bytes, write_text
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.versions import versions
+from tl_sparsify.comparison.cost import Cost, cost_of
+from tl_sparsify.comparison.curves import SIZES, Curve
+from tl_sparsify.comparison.evaluate import auroc, average_precision, evaluate
+from tl_sparsify.comparison.methods import METHODS, Method, Scorer, named, run
+from tl_sparsify.comparison.tables import markdown
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units, heads, neurons
+from tl_sparsify.search import constants
+from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.scores import Scores
+from tl_sparsify.tasks.task import Task, load_task
+
+_LEAST = 1e-6  # nats: lower risks do not decide between settings
+_PER_STEP = 128  # examples in a step of the refit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the cells of a comparison have in common.
+
+    Attributes:
+        sizes: fractions of units at which circuits are judged.
+        refit_steps: of the refit that every circuit gets.
+        examples: the most training and the most validation examples that are used.
+        bootstrap: replicates for intervals over test examples.
+    """
+
+    sizes: tuple[float, ...] = (0.2, 0.1, 0.05, 0.03)
+    refit_steps: int = 60
+    examples: int = 512
+    bootstrap: int = 1000
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A task as every method of a comparison sees it."""
+
+    task: Task
+    model: Model
+    units: Units
+    train: Examples
+    validation: Examples
+    test: Examples
+    values: Values
+    seed: int
+
+
+def compare(
+    model: Model,
+    task: Task,
+    methods: Sequence[Method | Scorer] = METHODS,
+    *,
+    units: Units | None = None,
+    sizes: Sequence[float] = (0.2, 0.1, 0.05, 0.03),
+    seeds: int | Sequence[int] = 3,
+    refit_steps: int = 60,
+    examples: int = 512,
+    bootstrap: int = 1000,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Run every method with every seed and judge its circuits alike.
+
+    Args:
+        methods: of :data:`methods.METHODS`, or functions ``(model, examples, units, *, seed, ...)`` of your own.
+        units: heads and neurons where not given.
+        sizes: fractions of units at which circuits are judged; the areas CPR and CMD are over :data:`curves.SIZES`.
+        seeds: how many, or which: of the data split and of everything random.
+        refit_steps: of :func:`constants.refit` on 128 examples each, the same for every method's circuits; 0: none.
+        examples: use at most so many training and validation examples, drawn at random; test examples are all used.
+        bootstrap: replicates for the intervals; 0: none.
+        out: a folder for finished cells; those that it already has are not run again.
+
+    Returns:
+        A row for each task, method, seed, ablation and size: ``task, method, setting, seed, own_ablation, ablation,
+        size, kept, fraction``; ``risk`` (nats), ``accuracy`` and ``faithfulness``, each with ``_low`` and ``_high``;
+        ``cpr, cmd``;
+        ``auroc, average_precision`` for the true units where they are known (those whose removal matters, else those
+        whose weights do work); the cost of the chosen setting (``forward, backward`` passes, ``seconds``, ``peak_mb``)
+        and of all that were tried (``settings, all_forward, all_backward``). ``ablation`` is ``zero``, ``mean``,
+        ``counterfactual``, or ``refitted`` (from ``own_ablation``, which the task calls for).
+
+    Raises:
+        ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
+            :func:`evaluate` raises.
+    """
+    chosen = [Method.of(method) for method in methods]
+    names = [method.name for method in chosen]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"methods is {names}; give at least one, each once (Method(name, ...) names one)")
+    shared = Comparison(tuple(sizes), refit_steps, examples, bootstrap)
+    folder = None if out is None else _prepared(Path(out), shared)
+    units = heads(model) + neurons(model) if units is None else units
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    found: list[pd.DataFrame] = []
+    for seed in numbers:
+        data: _Data | None = None
+        for method in bar(chosen, f"{task.name}, seed {seed}", progress):
+            file = None if folder is None else cell_file(folder, task.name, method.name, seed)
+            if file is not None and file.is_file():
+                found.append(pd.read_csv(file))
+                continue
+            data = _data(model, task, units, seed, examples) if data is None else data
+            frame = _cell(data, method, shared)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, frame.to_csv(index=False))
+            found.append(frame)
+    return pd.concat(found, ignore_index=True)
+
+
+def write_comparison(table: pd.DataFrame, folder: str | Path) -> tuple[Path, ...]:
+    """Write a table as ``table.csv``, ``table.parquet`` and, a part for each task, ``table.md``; returns the files."""
+    folder = Path(folder)
+    parts = [f"## {task}\n\n{markdown(table, task)}" for task in dict.fromkeys(table["task"])]
+    write_text(folder / "table.csv", table.to_csv(index=False))
+    write_bytes(folder / "table.parquet", table.to_parquet(index=False))
+    write_text(folder / "table.md", "\n".join(parts))
+    return folder / "table.csv", folder / "table.parquet", folder / "table.md"
+
+
+def compare_tasks(
+    tasks: Sequence[str],
+    methods: Sequence[str] = (),
+    *,
+    seeds: int = 3,
+    out: str | Path,
+    workers: int = 2,
+    progress: bool = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """:func:`compare` for several tasks by name, in processes of one thread each: a task and a seed at a time.
+
+    ``methods`` are names of :data:`methods.METHODS` (all where none is given), ``settings`` those of :func:`compare`.
+    The numbers do not depend on ``workers``. Returns all finished cells of ``out``.
+
+    Raises:
+        ValueError: an unknown task or method, fewer than one worker or seed, and what :func:`compare` raises.
+    """
+    if workers < 1 or seeds < 1:
+        raise ValueError(f"workers is {workers} and seeds {seeds}; at least one of each is needed")
+    named(methods)
+    for task in tasks:
+        load_task(task)
+    groups = [(task, list(methods), seed, str(out), settings) for seed in range(seeds) for task in tasks]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_group, *group) for group in groups]
+        try:
+            for future in bar(futures, "tasks and seeds", progress):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return gathered(out)
+
+
+def _group(task: str, methods: list[str], seed: int, out: str, settings: dict[str, Any]) -> None:
+    """The cells of one task and seed, in a process of its own."""
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    loaded = load_task(task)
+    compare(loaded.model(), loaded, named(methods), seeds=[seed], out=out, progress=False, **settings)
+
+
+def cell_file(folder: Path, task: str, method: str, seed: int) -> Path:
+    """Where a finished cell lies."""
+    return folder / "cells" / task / f"{re.sub('[^a-z0-9]+', '_', method.lower())}-{seed}.csv"
+
+
+def gathered(folder: str | Path) -> pd.DataFrame:
+    """All finished cells of a folder as one table.
+
+    Raises:
+        FileNotFoundError: none is there.
+    """
+    files = sorted((Path(folder) / "cells").glob("*/*.csv"))
+    if not files:
+        raise FileNotFoundError(f"no finished cells in {folder}: run `tl-sparsify bench --out {folder}`")
+    table = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    places = {method.name: place for place, method in enumerate(METHODS)}
+    rank = table.method.map(places).fillna(len(places))
+    return table.assign(rank=rank).sort_values(["task", "rank", "method", "seed"], kind="stable").drop(columns="rank")
+
+
+def _prepared(folder: Path, shared: Comparison) -> Path:
+    """The folder, with the settings of its cells written down; refused where they are others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, mine = folder / "settings.json", json.loads(json.dumps(asdict(shared)))
+    if not file.is_file():
+        write_text(file, json.dumps(mine, indent=1) + "\n")
+        return folder
+    before = json.loads(file.read_text())
+    for name in mine:
+        if mine[name] != before.get(name):
+            raise ValueError(
+                f"out has cells made with {name} = {before.get(name)}, and this comparison has {mine[name]}: "
+                f"name another folder than {folder}"
+            )
+    return folder
+
+
+def _data(model: Model, task: Task, units: Units, seed: int, most: int) -> _Data:
+    train, validation, test = task.examples(seed)
+    train, validation = train.sample(most, seed=seed), validation.sample(most, seed=seed)
+    values = (constants.zero if task.ablation == "zero" else constants.mean)(model, train, units)
+    return _Data(task, model, units, train, validation, test, values, seed)
+
+
+def _cell(data: _Data, method: Method, shared: Comparison) -> pd.DataFrame:
+    """One method on one task with one seed: choose its setting, judge its circuits."""
+    given: dict[str, Any] = {"values": data.values, "held_out": data.validation, "progress": False}
+    tried: list[tuple[float, str, Scores | CircuitPath, Cost]] = []
+    costs: list[Cost] = []
+    for name, scorer in method.settings.items():
+        call = partial(run, scorer, data.model, data.train, data.units, data.seed, **given)
+        result, cost = cost_of(data.model, len(data.train), call)
+        costs.append(cost)
+        candidates: dict[str, Scores | CircuitPath] = {name: result}
+        if method.signed and isinstance(result, Scores):
+            candidates = {f"{name}, signed": result, f"{name}, by size": result.absolute}
+        alone = len(method.settings) == len(candidates) == 1
+        tried += [(0.0 if alone else _worth(data, one, shared), label, one, cost) for label, one in candidates.items()]
+    _, setting, found, cost = min(tried, key=lambda one: one[0])
+    key = {"task": data.task.name, "method": method.name, "setting": setting, "seed": data.seed}
+    key |= {"own_ablation": data.task.ablation, "ablation": "", "size": float("nan")}
+    spent = asdict(cost) | {"settings": len(tried)}
+    spent |= {"all_forward": sum(one.forward for one in costs), "all_backward": sum(one.backward for one in costs)}
+    truth = _truth(data, found)
+    return pd.DataFrame([key | row | truth | spent for row in _judged(data, found, shared)])
+
+
+def _worth(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> float:
+    """The mean logarithm of the risk on validation over the sizes, under the task's own ablation."""
+    risks = _curve(data, found, data.task.ablation, data.validation, shared.sizes, 0).risk
+    return sum(math.log(max(risk, _LEAST)) for risk in risks) / len(risks)
+
+
+def _curve(
+    data: _Data, found: Scores | CircuitPath, kind: str, examples: Examples, sizes: Sequence[float], bootstrap: int
+) -> Curve:
+    given: dict[str, Any] = {"ablation": kind, "sizes": sizes, "bootstrap": bootstrap, "seed": data.seed}
+    if kind == "mean":
+        given["values"] = data.values if data.task.ablation == "mean" else _means(data)
+    return evaluate(data.model, found, examples, **given)
+
+
+def _means(data: _Data) -> Values:
+    return constants.mean(data.model, data.train, data.units)
+
+
+def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> list[dict[str, Any]]:
+    """A row for each ablation and size, on test examples."""
+    rows: list[dict[str, Any]] = []
+    for kind in ("zero", "mean", "counterfactual"):
+        areas = _curve(data, found, kind, data.test, SIZES, shared.bootstrap)
+        others = [size for size in shared.sizes if size not in SIZES]
+        frames = [areas.to_frame().assign(cpr=areas.cpr, cmd=areas.cmd)]
+        if others:
+            more = _curve(data, found, kind, data.test, others, shared.bootstrap).to_frame()
+            frames.append(more.assign(cpr=areas.cpr, cmd=areas.cmd))
+        for row in pd.concat(frames).drop_duplicates("kept").to_dict("records"):
+            rows.append({str(name): value for name, value in row.items()} | {"ablation": kind})
+    for size in shared.sizes if shared.refit_steps else ():
+        rows.append(_refitted(data, found, size, shared) | {"ablation": "refitted"})
+    for row in rows:  # the size asked for, where one was
+        near = [size for size in {*shared.sizes, *SIZES} if max(1, round(size * len(data.units))) == row["kept"]]
+        row["size"] = max(near, key=lambda size: (size in shared.sizes, -size), default=row["fraction"])
+    return rows
+
+
+def _refitted(data: _Data, found: Scores | CircuitPath, size: float, shared: Comparison) -> dict[str, Any]:
+    """The circuit of a size with its constants refitted, as for every method."""
+    reduction = _reduction(data, found, size)
+    settings: dict[str, Any] = {
+        "steps": shared.refit_steps,
+        "batch_size": _PER_STEP,
+        "seed": data.seed,
+    }
+    fitted = constants.refit(data.model, reduction, data.train, data.validation, progress=False, **settings)
+    outcome = evaluate(data.model, fitted, data.test, bootstrap=shared.bootstrap, seed=data.seed)
+    row: dict[str, Any] = {"kept": outcome.kept, "fraction": outcome.fraction}
+    for name, (low, high) in outcome.intervals.items():
+        value = getattr(outcome, name)
+        row |= {name: float(getattr(value, "mean", value)), f"{name}_low": low, f"{name}_high": high}
+    return row | {"interchange_agreement": outcome.interchange_agreement}
+
+
+def _reduction(data: _Data, found: Scores | CircuitPath, size: float) -> Reduction:
+    """A method's circuit of a size, with the replacements that the method itself gives where it has any."""
+    if isinstance(found, Scores):
+        return constants.reduced(data.model, found.top(size), data.values, data.task.ablation)
+    circuit = found.at(size).circuit
+    own = [step.reduction for step in found.rounds if step.reduction.circuit == circuit]
+    return own[0] if own else found.at(size)
+
+
+def _truth(data: _Data, found: Scores | CircuitPath) -> dict[str, float]:
+    """How well the order finds the units that are known to matter; NaN where none are known."""
+    names = data.task.truth.get("removal", data.task.truth.get("weights"))
+    if names is None:
+        return {"auroc": float("nan"), "average_precision": float("nan")}
+    truth = Circuit.of(data.units, list(names))
+    return {"auroc": auroc(found.scores, truth), "average_precision": average_precision(found.scores, truth)}

@@ -1,0 +1,128 @@
+"""Intervention distributions: what both models are under while they are compared, and how it is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import run_values
+from tl_sparsify.core.intervene import Intervention
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model
+
+
+@dataclass(frozen=True)
+class InterventionDistribution:
+    """From what the interventions are drawn under which two models are compared.
+
+    Attributes:
+        kind: ``none`` (the observational case), ``interchange`` (each unit takes, with ``probability``, its value on a
+            paired source input: each model its own value), ``mean`` (it takes its mean), or ``mixture``.
+        probability: of each unit, independently, for each example.
+        source: ``counterfactual`` pairs each example with its counterfactual input, ``shuffled`` with another
+            example of the whole split.
+        of: the units of ``kept`` ones only, or of ``all``: the reduced model then gets the interventions on the
+            units that it still has.
+        parts: of a mixture, each with its weight; every example draws one of them.
+    """
+
+    kind: Literal["none", "interchange", "mean", "mixture"] = "none"
+    probability: float = 0.0
+    source: Literal["counterfactual", "shuffled"] = "shuffled"
+    of: Literal["kept", "all"] = "kept"
+    parts: tuple[tuple[float, InterventionDistribution], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = ("none", "interchange", "mean", "mixture")
+        if self.kind not in known:
+            raise ValueError(f"kind is {self.kind!r}; the known distributions are {', '.join(known)}")
+        for name, choices in (("source", ("counterfactual", "shuffled")), ("of", ("kept", "all"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(choices)}")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {self.probability}; it lies in [0, 1]")
+        if (self.kind == "mixture") != bool(self.parts):
+            raise ValueError(f"a distribution of kind {self.kind} has {len(self.parts)} parts")
+        if any(weight <= 0 or part.kind == "mixture" for weight, part in self.parts):
+            raise ValueError("parts of a mixture need positive weights, and are no mixtures themselves")
+
+    @staticmethod
+    def interchange(
+        probability: float,
+        source: Literal["counterfactual", "shuffled"] = "shuffled",
+        of: Literal["kept", "all"] = "kept",
+    ) -> InterventionDistribution:
+        """Random interchange of units."""
+        return InterventionDistribution("interchange", probability, source, of)
+
+    @staticmethod
+    def mean(probability: float, of: Literal["kept", "all"] = "kept") -> InterventionDistribution:
+        """Random units set to the reduction's mean values."""
+        return InterventionDistribution("mean", probability, of=of)
+
+    @staticmethod
+    def mixture(*parts: tuple[float, InterventionDistribution]) -> InterventionDistribution:
+        """Each example draws one of the distributions, by weight."""
+        return InterventionDistribution("mixture", parts=parts)
+
+    @property
+    def components(self) -> tuple[tuple[float, InterventionDistribution], ...]:
+        """The parts of a mixture, or the one distribution, with weights that sum to 1."""
+        parts = self.parts or ((1.0, self),)
+        total = sum(weight for weight, _ in parts)
+        return tuple((weight / total, part) for weight, part in parts)
+
+
+NONE = InterventionDistribution()
+
+
+def source_batch(
+    distribution: InterventionDistribution, examples: Examples, index: Int[Tensor, "batch"], seed: int
+) -> Examples:
+    """The source inputs of the examples ``index``; partners come from the whole split."""
+    if distribution.source == "counterfactual":
+        if examples.counterfactual_tokens is None:
+            raise ValueError("examples have no counterfactual_tokens: use source='shuffled', or give them")
+        batch = examples[index]
+        return Examples(
+            examples.counterfactual_tokens[index], batch.labels, batch.attention_mask, choices=batch.choices
+        )
+    return examples[_random.shifted_partner(len(examples), seed, 17)[index]]
+
+
+def drawn_interventions(
+    distribution: InterventionDistribution,
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    index: Int[Tensor, "batch"],
+    seed: int,
+) -> tuple[Intervention, ...]:
+    """The interventions on the reduction's units for the examples ``index``, source values taken from ``model`` as it
+    is now. The same units and sources for every model given the same seed. One forward pass for each part of kind
+    ``interchange``."""
+    drawn: list[Intervention] = []
+    reduction = reduction.for_examples(index)
+    lottery = _random.uniform(seed, 31, index)
+    low = 0.0
+    for number, (share, part) in enumerate(distribution.components):
+        mine = (lottery >= low) & (lottery < low + share)
+        low += share
+        if part.kind == "none" or part.probability == 0:
+            continue
+        draw = _random.uniform(seed, 29 + number, index[:, None], torch.arange(len(reduction.units)))
+        chosen = (draw < part.probability) & mine[:, None]
+        if part.of == "kept":
+            chosen &= reduction.circuit.mask
+        if part.kind == "mean":
+            values = reduction.baseline
+        else:
+            values = run_values(model, source_batch(part, examples, index, seed), reduction.units)
+        drawn.append(Intervention(reduction.units, (~chosen).float(), values))
+    return tuple(drawn)

@@ -1,0 +1,148 @@
+"""Forward: run a model and read its answers: logits at the labelled positions, units' values, positions that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.intervene import first_bad_hook, recorded
+from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Units
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Switch the parameters' gradients off, and afterwards on again where they were: only activations are
+    differentiated here, and the weights' part of the graph would cost memory."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model in training mode: dropout and batch statistics would make every number a random one."""
+    roots = [("", model), ("original_model.", getattr(model, "original_model", None))]
+    for prefix, root in roots:
+        for name, module in root.named_modules() if isinstance(root, torch.nn.Module) else ():
+            if module.training:
+                raise ValueError(f"model is in training mode (at {prefix}{name or 'its root'}): call model.eval()")
+
+
+def device_of(model: Model) -> torch.device:
+    """The device of the model's first parameter: where inputs go."""
+    return next(iter(model.parameters())).device
+
+
+def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
+    """The model's logits on a batch. One forward pass.
+
+    Raises:
+        ValueError: a token id outside the vocabulary, or an output that is no logits.
+    """
+    device = device_of(model)
+    tokens = batch.tokens.to(device)
+    embedding = getattr(model, "W_E", None)
+    if embedding is not None and not tokens.is_floating_point():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= len(embedding):
+            bad = low if low < 0 else high
+            raise ValueError(f"tokens holds id {bad}; the model's vocabulary has ids 0 to {len(embedding) - 1}")
+    if batch.attention_mask is None:
+        logits = model(tokens)
+    else:
+        logits = model(tokens, attention_mask=batch.attention_mask.to(device).long())
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+        raise ValueError(f"the model returned {type(logits).__name__}, not logits [batch, pos, vocab]")
+    return logits if logits.ndim == 3 else logits[:, None]
+
+
+def answer_rows(batch: Examples) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
+    """Example (within the batch) and position of every labelled position, in order."""
+    example, position = (batch.labels != NO_LABEL).nonzero(as_tuple=True)
+    return example, position
+
+
+def answer_logits(model: Model, batch: Examples) -> Float[Tensor, "rows choices"]:
+    """The logits at the labelled positions, over ``choices`` (or every token), in float32 or better.
+
+    One forward pass.
+
+    Raises:
+        ValueError: labels or choices outside the output vocabulary, or labels of another length than the output; a
+            NaN or infinite output, with the first hook point that has one.
+    """
+    logits = output(model, batch)
+    if batch.labels.shape[1] != logits.shape[1]:
+        raise ValueError(f"labels has {batch.labels.shape[1]} positions, the model's output {logits.shape[1]}")
+    top = int(batch.labels.max() if batch.choices is None else batch.choices.max())
+    if top >= logits.shape[-1]:
+        raise ValueError(f"labels or choices hold id {top}; the model's output has ids 0 to {logits.shape[-1] - 1}")
+    example, position = answer_rows(batch)
+    rows = logits[example.to(logits.device), position.to(logits.device)]
+    if batch.choices is not None:
+        rows = rows[:, batch.choices.to(rows.device)]
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(
+            f"the model's output is NaN or infinite, {first_bad_hook(model, lambda: output(model, batch))}"
+        )
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def answer_index(batch: Examples) -> Int[Tensor, "rows"]:
+    """The right answer's column in :func:`answer_logits` for every labelled position."""
+    example, position = answer_rows(batch)
+    labels = batch.labels[example, position]
+    if batch.choices is None:
+        return labels
+    return (labels[:, None] == batch.choices).int().argmax(1)
+
+
+def run_values(model: Model, batch: Examples, units: Units) -> Values:
+    """The units' values on a batch: the source of an interchange. One forward pass, no gradients."""
+    with torch.no_grad(), recorded(model, units) as recording:
+        output(model, batch)
+    return Values(units, recording.read())
+
+
+def batch_size_for(model: Model, examples: Examples, batch_size: int | None) -> int:
+    """The given batch size, or one that runs about 16,384 tokens at a time."""
+    if batch_size is not None:
+        return batch_size
+    per_example = examples.labels.shape[1]
+    return max(1, min(len(examples), 16_384 // per_example))
+
+
+def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
+    """Positions that hold input: neither padding nor the beginning-of-sequence token, whose activations are
+    outliers that spoil a mean."""
+    shape = batch.labels.shape
+    valid = torch.ones(shape, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.cpu()
+    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    if bos is None or batch.tokens.shape != shape:
+        return valid
+    first = valid & (valid.long().cumsum(1) == 1)
+    without = valid & ~(first & (batch.tokens.cpu() == bos))
+    return torch.where(without.any(1, keepdim=True), without, valid)  # an example that is nothing else keeps it
+
+
+def unit_positions(
+    model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]
+) -> Bool[Tensor, "batch pos"]:
+    """Positions that hold input and at which the site is meant."""
+    valid = valid_positions(model, batch)
+    wanted = valid if valid.shape == v.shape[:2] else torch.ones(v.shape[:2], dtype=torch.bool)
+    where = site.position_mask(*v.shape[:2])
+    return (wanted if where is None else wanted & where).to(v.device)

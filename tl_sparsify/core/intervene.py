@@ -1,0 +1,193 @@
+"""Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks.
+
+Under an intervention a unit's value ``v`` becomes ``lerp(value, v, keep)``: 1 keeps it, 0 sets it to ``value``.
+Ablation takes constants for ``value``, interchange the values of a source run, and ``keep`` may be anything between.
+Interventions nest: the inner context sees the values that the outer one left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Units
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """``do(unit = value)`` for some units, softened by ``keep``.
+
+    Attributes:
+        units: the units.
+        keep: ``[units]`` or, by example, ``[batch, units]``; 1 leaves a unit alone, 0 replaces it.
+        values: what replaces them: constants, or the values of another run.
+        mixing: for each site, what is added to that as a linear map of the site's units as they are there.
+    """
+
+    units: Units
+    keep: Float[Tensor, "*batch units"]
+    values: Values
+    mixing: tuple[NeighbourMap | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep.ndim not in (1, 2) or self.keep.shape[-1] != len(self.units):
+            raise ValueError(f"keep has shape {tuple(self.keep.shape)}; {self.units!r} need [units] or [batch, units]")
+        if self.values.units != self.units:
+            raise ValueError(f"values are for {self.values.units!r}, the intervention for {self.units!r}")
+
+
+def ablate(reduction: Reduction) -> Intervention:
+    """Set every removed unit of a reduction to its constant (or affine replacement), everywhere.
+
+    Nested with other interventions on its units it comes last, so that affine replacements see what the others left.
+    """
+    return Intervention(reduction.units, reduction.circuit.mask.float(), reduction.values, reduction.mixing)
+
+
+def interchange(circuit: Circuit, source: Values) -> Intervention:
+    """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`run_values`)."""
+    return Intervention(circuit.units, (~circuit.mask).float(), source)
+
+
+def _canonical(model: Model, hook: str) -> str:
+    """The hook point's own name: under an alias, compatibility mode would call a hook twice."""
+    if hook not in model.hook_dict:
+        raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
+    return model.hook_dict[hook].name or hook
+
+
+def _apply(
+    site: Site,
+    keep: Float[Tensor, "*batch some"],
+    value: Float[Tensor, "..."],
+    mixing: NeighbourMap | None,
+    activation: Float[Tensor, "..."],
+    hook: Any,
+) -> Float[Tensor, "..."]:
+    v = site.read(activation)
+    if keep.ndim == 2 and len(keep) != len(activation):
+        raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
+    weight = keep.to(v)[..., None] if keep.ndim == 1 else keep.to(v)[:, None, :, None]
+    target = value.to(v).expand_as(v)
+    if mixing is not None:
+        target = target + mixing.of(v)
+    new = torch.lerp(target, v, weight.expand_as(v))
+    where = site.position_mask(v.shape[0], v.shape[1])
+    if where is not None:
+        new = torch.where(where.to(v.device)[..., None, None], new, v)
+    return site.write(activation, v, new)
+
+
+@contextmanager
+def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
+    """Run the model under interventions, in the order given; nothing of them is left afterwards.
+
+    Units that are kept outright cost nothing and stay the same bit for bit. Gradients flow through values and keep.
+    No model pass of its own.
+
+    Raises:
+        ValueError: a hook point that the model lacks, or (when the model runs) an activation of another shape.
+    """
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    for intervention in interventions:
+        parts = zip(
+            intervention.units.sites,
+            intervention.units.split(intervention.keep),
+            intervention.values.tensors,
+            intervention.mixing or (None,) * len(intervention.units.sites),
+            strict=True,
+        )
+        for site, keep, value, mixing in parts:
+            if keep.requires_grad or bool((keep != 1).any()):
+                for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
+                    hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing)))
+    with model.hooks(fwd_hooks=hooks):
+        yield
+
+
+def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The activations that the last forward pass left at each hook point, and the units to read in them."""
+
+    units: Units
+    activations: dict[str, Float[Tensor, "..."]]
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook points, each once, in order of the units."""
+        return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hook_names))
+
+    def read(self) -> tuple[Float[Tensor, "batch pos some width"], ...]:
+        """The units' values, per site.
+
+        Raises:
+            ValueError: a hook point that did not fire.
+        """
+        for hook in self.hooks:
+            if hook not in self.activations:
+                raise ValueError(
+                    f"hook point {hook} did not fire: the model does not compute it, or it is switched off"
+                )
+        return tuple(_joined([site.read(self.activations[h]) for h in site.hook_names]) for site in self.units.sites)
+
+    def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
+        """The gradients with respect to the units' values, per site, from those with respect to the activations."""
+        return tuple(_joined([site.pull(gradients[h]) for h in site.hook_names]) for site in self.units.sites)
+
+
+@contextmanager
+def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator[Recording]:
+    """Record the units' activations in every forward pass inside the context (the last one's are kept).
+
+    With ``gradients`` the graph starts at the first recorded activation, and the recorded tensors are part of it, so
+    that ``torch.autograd.grad`` can be taken with respect to them; otherwise they are detached.
+
+    Raises:
+        ValueError: a hook point that the model lacks.
+    """
+    recording = Recording(units, {})
+
+    def keep(activation: Float[Tensor, "..."], hook: Any, name: str) -> Float[Tensor, "..."] | None:
+        if not gradients:
+            recording.activations[name] = activation.detach()
+            return None
+        if not activation.requires_grad:
+            activation = activation.detach().requires_grad_()
+        recording.activations[name] = activation
+        return activation
+
+    with model.hooks(fwd_hooks=[(_canonical(model, name), partial(keep, name=name)) for name in recording.hooks]):
+        yield recording
+
+
+def first_bad_hook(model: Model, run: Callable[[], Any]) -> str:
+    """Where in ``run``, a forward pass, the first NaN or infinite activation stands, in words."""
+    bad: list[str] = []
+
+    def look(activation: Any, hook: Any) -> None:
+        if isinstance(activation, Tensor) and activation.is_floating_point() and not torch.isfinite(activation).all():
+            bad.append(str(hook.name))
+
+    def watched(name: str) -> bool:  # masked attention scores are minus infinity by design
+        return not name.endswith("hook_attn_scores")
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hook points that are switched off
+        with model.hooks(fwd_hooks=[(watched, look)]):
+            run()
+    return f"first at hook point {bad[0]}" if bad else "at no hook point before the output"

@@ -1,0 +1,137 @@
+"""Measured risk: how far a reduced model's answers are from the original's, under a declared distribution of
+interventions.
+
+``R(M') = E_{x, i} D(p(x, i) || p'(x, i))`` (arXiv 2602.24266, interventional risk). ``D`` of an example is the mean
+over its labelled positions; risk is the mean over examples. ``D`` is the KL divergence of the answer distribution in
+nats, or half the squared error of a scalar metric. Risk says nothing about *why* two models agree: a reduced model
+that is right without interventions can be wrong under interchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model
+from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.moments import Estimate, Moments
+from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.units import Model
+
+_REMEMBERED = 2**24  # numbers
+
+
+Recall = Callable[[int, Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
+"""The logits of the batch that begins with this example: from memory, or computed."""
+
+
+def computed(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+    """Remember nothing."""
+    return compute()
+
+
+def remembering(numbers: int = _REMEMBERED) -> Recall:
+    """Remember the logits of the batches that come first, up to so many numbers in all: what is kept does not grow
+    with the number of examples. For calls with the same model, examples and batch size only."""
+    kept: dict[int, Float[Tensor, "rows choices"]] = {}
+
+    def recall(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+        if start in kept:
+            return kept[start]
+        logits = compute()
+        if sum(part.numel() for part in kept.values()) + logits.numel() <= numbers:
+            kept[start] = logits
+        return logits
+
+    return recall
+
+
+def remembered(
+    model: Model, examples: Examples, *, batch_size: int | None = None, numbers: int = _REMEMBERED
+) -> Callable[[Int[Tensor, "batch"]], Float[Tensor, "rows choices"]] | None:
+    """The model's logits for any of the examples (:func:`intervene.answer_logits`), from one forward pass over all of
+    them; ``None`` where they are more than so many numbers."""
+    count = torch.bincount(answer_rows(examples)[0], minlength=len(examples))
+    start = count.cumsum(0) - count
+    kept: list[Float[Tensor, "rows choices"]] = []
+    with torch.no_grad():
+        for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            kept.append(answer_logits(model, batch))
+            if kept[0].shape[1] * int(count.sum()) > numbers:
+                return None
+    table = torch.cat(kept)
+
+    def of(index: Int[Tensor, "batch"]) -> Float[Tensor, "rows choices"]:
+        many = count[index]
+        within = torch.arange(int(many.sum())) - (many.cumsum(0) - many).repeat_interleave(many)
+        return table[(start[index].repeat_interleave(many) + within).to(table.device)]
+
+    return of
+
+
+def compared(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    compare: Callable[[Float[Tensor, "rows choices"], Float[Tensor, "rows choices"], Examples], Float[Tensor, "..."]],
+    *,
+    interventions: InterventionDistribution = NONE,
+    batch_size: int | None = None,
+    seed: int = 0,
+    recall: Recall = computed,
+) -> Moments:
+    """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
+
+    Two forward passes over the data (one where ``recall`` knows the original's logits from an earlier call under the
+    same interventions); two more for each ``interchange`` in the distribution.
+    """
+    check_model(model)
+    check_fingerprint(model, reduction)
+    parts: list[Moments] = []
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            removed = ablate(reduction.for_examples(index))
+            same = (interventions, model, reduction, examples, index, seed)
+            with intervened(model, *drawn_interventions(*same)):
+                original = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
+            with intervened(model, removed):
+                drawn = drawn_interventions(*same)
+            with intervened(model, *drawn, removed):
+                reduced = answer_logits(model, batch)
+            parts.append(Moments.of(compare(original, reduced, batch)))
+    return Moments.merge(parts)
+
+
+def risk(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    *,
+    interventions: InterventionDistribution = NONE,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    recall: Recall = computed,
+) -> Estimate:
+    """Measured interventional risk of a reduction: mean KL(original || reduced) in nats, or half the mean squared
+    error of ``metric``, with both models under the same interventions.
+
+    Two forward passes over the data; two more for each ``interchange`` in the distribution. ``recall`` may know the
+    original's logits from an earlier call (:func:`remembering`).
+
+    Raises:
+        ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.
+    """
+
+    def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:
+        return divergence(original, reduced, batch, metric)
+
+    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
+    moments = compared(model, reduction, examples, compare, **settings)
+    return Estimate.of(moments, "nats" if metric is None else "squared units")

@@ -1,0 +1,192 @@
+"""Reduction: a circuit and what replaces its removed units, for one model. It is what search returns, what ablation,
+folding and evaluation take, and what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal.files import read_tensors, write_tensors
+from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A circuit and the constants that replace its removed units, for the model with ``fingerprint``.
+
+    Attributes:
+        circuit: the kept units.
+        values: a constant for every unit; the kept units' are not used by the reduction itself.
+        reference: the constants of the empty circuit that faithfulness is measured from (``values`` before a refit).
+        fingerprint: of the model, checked by everything that takes both; ``None`` is never refused.
+        mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
+            the affine fold into neighbours. Made for this circuit only.
+    """
+
+    circuit: Circuit
+    values: Values
+    reference: Values | None = None
+    fingerprint: str | None = None
+    mixing: tuple[NeighbourMap | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.circuit.units != self.values.units:
+            raise ValueError(f"values are for {self.values.units!r}, the circuit for {self.circuit.units!r}")
+        if not self.values.constant:
+            raise ValueError("values vary by example or position: a reduction needs constants, which fold")
+        if self.mixing is not None:
+            self._check_mixing(self.mixing)
+
+    def _check_mixing(self, mixing: tuple[NeighbourMap | None, ...]) -> None:
+        if len(mixing) != len(self.units.sites):
+            raise ValueError(f"mixing has {len(mixing)} parts for the {len(self.units.sites)} sites of {self.units!r}")
+        for site, kept, part in zip(self.units.sites, self.units.split(self.circuit.mask), mixing, strict=True):
+            if part is None:
+                continue
+            if part.size != site.size or site.kind not in ("neuron", "direction"):
+                raise ValueError(f"mixing of {site.hook} is for {part.size} units, not {site.size} {site.kind} units")
+            if bool(kept[part.rows].any()) or not bool(kept[part.columns].all()):
+                raise ValueError(f"mixing of {site.hook} maps from removed or to kept units: is it of this circuit?")
+
+    @property
+    def units(self) -> Units:
+        """All units, kept or removed."""
+        return self.circuit.units
+
+    @property
+    def kind(self) -> str:
+        """How the constants were made (``mean``, ``zero``, ``refit``, ``given``: by the user); part of every number."""
+        return self.values.kind
+
+    @property
+    def baseline(self) -> Values:
+        """The constants that the empty circuit is measured with (``reference``, else ``values``)."""
+        return self.values if self.reference is None else self.reference
+
+    def with_circuit(self, circuit: Circuit) -> Reduction:
+        """The same constants with another circuit.
+
+        Raises:
+            ValueError: a reduction with affine replacements, which were fitted for their own circuit.
+        """
+        if self.mixing is not None and circuit != self.circuit:
+            raise ValueError("mixing was fitted for its own circuit: take another circuit first, then fit neighbours")
+        return replace(self, circuit=circuit)
+
+    def for_examples(self, index: Int[Tensor, "batch"]) -> Reduction:
+        """The same reduction, with per-example positions taken for the examples ``index``."""
+        units = self.units.for_examples(index)
+        if units is self.units:
+            return self
+        reference = None if self.reference is None else replace(self.reference, units=units)
+        circuit, values = Circuit(units, self.circuit.mask), replace(self.values, units=units)
+        return replace(self, circuit=circuit, values=values, reference=reference)
+
+    def save(self, path: str | Path) -> None:
+        """Write json and tensors to one safetensors file, with a checksum: complete, or not at all."""
+        sites = [_site_to_json(site) for site in self.units.sites]
+        header = {"sites": sites, "kind": self.kind, "fingerprint": self.fingerprint}
+        tensors = {"mask": self.circuit.mask}
+        tensors |= {f"values.{i}": tensor for i, tensor in enumerate(self.values.tensors)}
+        if self.reference is not None:
+            header["reference_kind"] = self.reference.kind
+            tensors |= {f"reference.{i}": tensor for i, tensor in enumerate(self.reference.tensors)}
+        tensors |= {f"basis.{i}": site.basis for i, site in enumerate(self.units.sites) if site.basis is not None}
+        for i, part in enumerate(self.mixing or ()):
+            if part is not None:
+                parts = {"rows": part.rows, "columns": part.columns, "weights": part.weights}
+                tensors |= {f"mixing.{i}.{name}": tensor for name, tensor in parts.items()}
+        write_tensors(Path(path), "reduction", header, tensors)
+
+    @staticmethod
+    def load(path: str | Path) -> Reduction:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, truncated or no reduction.
+        """
+        header, tensors = read_tensors(Path(path), "reduction")
+        bases = [tensors.get(f"basis.{i}") for i in range(len(header["sites"]))]
+        sites = [_site_from_json(site, basis) for site, basis in zip(header["sites"], bases, strict=True)]
+        units = Units(tuple(sites))
+        n = range(len(sites))
+        reference = None
+        if "reference.0" in tensors:
+            reference = Values(units, tuple(tensors[f"reference.{i}"] for i in n), header["reference_kind"])
+        values = Values(units, tuple(tensors[f"values.{i}"] for i in n), header["kind"])
+        mixing = tuple(
+            NeighbourMap(sites[i].size, *(tensors[f"mixing.{i}.{part}"] for part in ("rows", "columns", "weights")))
+            if f"mixing.{i}.rows" in tensors
+            else None
+            for i in n
+        )
+        kept = Circuit(units, tensors["mask"])
+        affine = mixing if any(mixing) else None
+        return Reduction(kept, values, reference, header["fingerprint"], affine)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Reduction)
+            and (self.circuit, self.values, self.reference) == (other.circuit, other.values, other.reference)
+            and self.mixing == other.mixing
+            and self.fingerprint == other.fingerprint
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.circuit, self.fingerprint))
+
+    def __repr__(self) -> str:
+        return f"Reduction({self.circuit!r}, {self.kind} values)"
+
+
+def _site_to_json(site: Site) -> dict[str, Any]:
+    if isinstance(site.positions, Tensor | slice):
+        raise ValueError(f"positions of {site.hook} vary by example or are a slice: such units cannot be saved")
+    return {
+        "kind": site.kind,
+        "layer": site.layer,
+        "hook": site.hook,
+        "size": site.size,
+        "positions": None if site.positions is None else list(site.positions),  # type: ignore[arg-type]
+        "also": list(site.also),
+    }
+
+
+def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | None) -> Site:
+    return Site(**site | {"basis": basis, "also": tuple(site.get("also", ()))})
+
+
+_SAMPLED = 65_536
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of the model's parameters: names, shapes and values (every one up to 65,536 in a tensor, else that many
+    evenly spaced), in float32, so that a model's float64 copy has the same. No model pass."""
+    total = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        flat = parameter.detach().reshape(-1)
+        flat = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
+        total.update(f"{name}:{tuple(parameter.shape)}".encode() + flat.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def check_fingerprint(model: Any, reduction: Reduction) -> None:
+    """Refuse a reduction that was made for another model."""
+    if reduction.fingerprint is None:
+        return
+    found = fingerprint(model)
+    if found != reduction.fingerprint:
+        raise ValueError(
+            f"reduction was made for the model {reduction.fingerprint}, this one is {found}: "
+            "load the model that it was made for, or make a reduction for this one"
+        )

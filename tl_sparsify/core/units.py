@@ -1,0 +1,325 @@
+"""Units: the variables of the structural causal model, as one flat index over all of them.
+
+A *site* is a hook point cut into units of one kind: the heads of ``blocks.3.attn.hook_z``, the neurons of
+``blocks.3.mlp.hook_post``. ``Units`` concatenates sites, so that a score, a mask or a ranking over every unit of a
+model is one tensor. ``Unit`` objects exist for printing and for naming a few of them.
+
+A site reads an activation as ``[batch, pos, units, width]`` and writes it back: heads are ``width = d_head`` wide,
+neurons ``width = 1``; whole layers are one unit of width ``d_model``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_sparsify.core.site import LETTER, Positions, Site
+
+_KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
+_NAME = re.compile(r"(?:L(\d+))?(H|N|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is asked of a model: any ``TransformerBridge`` or ``HookedRootModule`` has it."""
+
+    training: bool
+    hook_dict: Mapping[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def hooks(self, fwd_hooks: list[Any]) -> AbstractContextManager[Any]: ...
+
+    def modules(self) -> Iterator[torch.nn.Module]: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit, for printing and for naming: ``units["L1H3"]``, ``units["L0N12"].at(4)``."""
+
+    site: Site
+    index: int
+
+    @property
+    def name(self) -> str:
+        """``L1H3``, ``L0N12@4``, ..."""
+        return self.site.name(self.index)
+
+    def at(self, positions: Positions) -> Unit:
+        """This unit at the given positions only."""
+        return replace(self, site=replace(self.site, positions=positions))
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Units:
+    """A flat index over the units of several sites: unit ``i`` is one entry of every ``[units]`` tensor.
+
+    ``units["L1H3"]`` and ``units[17]`` give a :class:`Unit`, ``units + units`` concatenates, ``units.at(4)``
+    restricts all of them to a position.
+    """
+
+    sites: tuple[Site, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError("sites is empty: units need at least one site")
+        if len(set(self.sites)) != len(self.sites):
+            twice = next(site for site in self.sites if self.sites.count(site) > 1)
+            raise ValueError(f"sites holds {twice.hook}{twice.suffix} twice; each unit may stand once")
+        named: dict[str, Site] = {}
+        for site in self.sites:
+            other = named.setdefault(site.name(0), site)
+            if other is not site:
+                raise ValueError(
+                    f"sites {other.hook} and {site.hook} both have a unit {site.name(0)}: give them different layers"
+                    + (", or join their bases" if site.basis is not None else "")
+                )
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The flat index of each site's first unit, and at the end the number of units."""
+        ends = [0]
+        for site in self.sites:
+            ends.append(ends[-1] + site.size)
+        return tuple(ends)
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Each site's range in the flat index."""
+        return tuple(slice(a, b) for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every unit's name, in flat order."""
+        return tuple(site.name(i) for site in self.sites for i in range(site.size))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def index(self, unit: str | Unit) -> int:
+        """The flat index of a unit.
+
+        Raises:
+            KeyError: no such unit here; the message names the nearest part of the model.
+        """
+        name = unit if isinstance(unit, str) else unit.name
+        if name in self._numbers:
+            return self._numbers[name]
+        match = _NAME.match(name)
+        if match is None:
+            raise KeyError(f"{name!r} is no unit name; names look like {self.names[0]} or {self.names[-1]}")
+        layer, kind = int(match[1] or 0), _KIND[match[2]]
+        same = [site for site in self.sites if (site.layer, site.kind) == (layer, kind)]
+        has = f"layer {layer} has {sum(site.size for site in same)} of kind {kind}"
+        raise KeyError(f"unknown unit {name!r}: {has} among these {self!r}")
+
+    def __getitem__(self, unit: str | int) -> Unit:
+        if isinstance(unit, str) and unit not in self._numbers and "@" in unit:
+            name, _, where = unit.partition("@")
+            return self[name].at(_parse_positions(where))
+        number = self.index(unit) if isinstance(unit, str) else range(len(self))[unit]
+        for site, part in zip(self.sites, self.slices, strict=True):
+            if number < part.stop:
+                return Unit(site, number - part.start)
+        raise IndexError(number)
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (Unit(site, i) for site in self.sites for i in range(site.size))
+
+    def __add__(self, other: Units) -> Units:
+        return Units(self.sites + other.sites)
+
+    def at(self, positions: Positions) -> Units:
+        """The same units at the given positions only."""
+        return Units(tuple(replace(site, positions=positions) for site in self.sites))
+
+    def for_examples(self, index: Int[Tensor, "batch"]) -> Units:
+        """The same units, with per-example positions taken for the examples ``index``."""
+        if not any(isinstance(site.positions, Tensor) for site in self.sites):
+            return self
+        return Units(tuple(site.for_examples(index) for site in self.sites))
+
+    def split(self, flat: Shaped[Tensor, "*batch units"]) -> tuple[Shaped[Tensor, "*batch some"], ...]:
+        """Cut a tensor over all units into one per site."""
+        return tuple(flat[..., part] for part in self.slices)
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Every unit's kind, in flat order."""
+        return tuple(site.kind for site in self.sites for _ in range(site.size))
+
+    @cached_property
+    def layers(self) -> Int[Tensor, "units"]:
+        """Every unit's layer, in flat order."""
+        return torch.cat([torch.full((site.size,), site.layer) for site in self.sites])
+
+    def describe(self, mask: Bool[Tensor, "units"] | None = None) -> str:
+        """``31 heads, 169 neurons``: the number of units of each kind (within ``mask``)."""
+        counts: dict[str, int] = {}
+        for site, part in zip(self.sites, self.slices, strict=True):
+            n = site.size if mask is None else int(mask[part].sum())
+            counts[site.kind] = counts.get(site.kind, 0) + n
+        plural = {"mlp": "MLPs", "attention": "attentions"}
+        return ", ".join(f"{n:,} {plural.get(kind, kind + 's') if n != 1 else kind}" for kind, n in counts.items())
+
+    def __repr__(self) -> str:
+        return f"Units({len(self):,}: {self.describe()})"
+
+
+def _parse_positions(text: str) -> Positions:
+    try:
+        if ":" in text:
+            start, _, stop = text.partition(":")
+            return slice(int(start) if start else None, int(stop) if stop else None)
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise KeyError(f"positions {text!r} do not parse; write @4, @1,3 or @0:4") from None
+
+
+def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
+    """The sites of some units, and the mask of these units over them (a unit counts once)."""
+    chosen = list(chosen)
+    units = Units(tuple(dict.fromkeys(unit.site for unit in chosen)))
+    mask = torch.zeros(len(units), dtype=torch.bool)
+    for unit in chosen:
+        mask[units.offsets[units.sites.index(unit.site)] + unit.index] = True
+    return units, mask
+
+
+def _blocks(model: Any) -> list[tuple[int, Any]]:
+    if not hasattr(model, "blocks"):
+        raise ValueError(
+            f"{type(model).__name__} has no blocks; name its hook points yourself: "
+            'Units((Site(kind="neuron", layer=0, hook="...", size=...),))'
+        )
+    return list(enumerate(model.blocks))
+
+
+def _sites(model: Any, kind: str, part: str, hook: str, weight: str | None) -> Units:
+    sites: list[Site] = []
+    for layer, block in _blocks(model):
+        name = f"blocks.{layer}.{hook}"
+        module = getattr(block, part, None) if part else block
+        if module is None or name not in model.hook_dict:
+            continue
+        # Sizes come from the weights: a folded model's layers differ, and its cfg fits none of them.
+        size = 1 if weight is None else getattr(module, weight).shape[0]
+        if size:
+            sites.append(Site(kind=kind, layer=layer, hook=name, size=size))
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no hook point blocks.*.{hook}: it has no {kind} units")
+    return Units(tuple(sites))
+
+
+def heads(model: Any) -> Units:
+    """All attention heads: ``blocks.{l}.attn.hook_z``, value a ``d_head`` vector per position. No model pass."""
+    return _sites(model, "head", "attn", "attn.hook_z", "W_O")
+
+
+def neurons(model: Any) -> Units:
+    """All MLP neurons: ``blocks.{l}.mlp.hook_post``, value a scalar per position. No model pass."""
+    return _sites(model, "neuron", "mlp", "mlp.hook_post", "W_out")
+
+
+def mlps(model: Any) -> Units:
+    """All whole MLP layers: ``blocks.{l}.hook_mlp_out``, value a ``d_model`` vector per position. No model pass."""
+    return _sites(model, "mlp", "mlp", "hook_mlp_out", None)
+
+
+def attentions(model: Any) -> Units:
+    """All whole attention layers: ``blocks.{l}.hook_attn_out``, value a ``d_model`` vector per position."""
+    return _sites(model, "attention", "attn", "hook_attn_out", None)
+
+
+def residuals(model: Any) -> Units:
+    """The whole residual stream after each block: ``blocks.{l}.hook_resid_post``, a ``d_model`` vector per position.
+    For interchange, where it is the ceiling of what a layer's units can carry; it cannot be folded. No model pass."""
+    return _sites(model, "residual", "", "hook_resid_post", None)
+
+
+def directions(model: Any, hook: str, basis: Any) -> Units:
+    """Directions of an activation as units: value a coordinate per position, removed by a constant coordinate.
+
+    Args:
+        hook: a hook point with activations ``[batch, pos, width]``, such as ``blocks.3.hook_resid_post``.
+        basis: ``[width, r]``, a direction in each column: a matrix of the user's own, :func:`basis.pca`, what
+            TransformerLens's ``mean_difference_basis``, ``probe_basis`` or ``fit_das`` return, or (transposed) the
+            decoder of a sparse autoencoder. Columns may overlap.
+
+    Raises:
+        ValueError: a hook point that the model lacks, or a basis that is no matrix of finite numbers.
+    """
+    if hook not in model.hook_dict:
+        raise ValueError(f"the model has no hook point {hook!r}: this architecture does not compute it")
+    match = re.search(r"blocks\.(\d+)\.", hook)
+    columns = _matrix(basis)
+    layer = int(match[1]) if match else 0
+    return Units((Site(kind="direction", layer=layer, hook=hook, size=columns.shape[1], basis=columns),))
+
+
+def stream_directions(model: Any, basis: Any) -> Units:
+    """Directions in *every* write to the residual stream (the embedding's, each attention's, each MLP's): value one
+    coordinate for each write; removed by constant coordinates, which weight orthogonalisation does in the weights.
+
+    Raises:
+        ValueError: a model without residual stream, or a basis that is no matrix of finite numbers.
+    """
+    columns = _matrix(basis)
+    writes = [name for name in ("blocks.0.hook_resid_pre",) if name in model.hook_dict]
+    for layer, _ in _blocks(model):
+        names = (f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out")
+        writes += [name for name in names if name in model.hook_dict]
+    if not writes or writes[0] != "blocks.0.hook_resid_pre":
+        raise ValueError(f"{type(model).__name__} has no hook point blocks.0.hook_resid_pre: no stream to write to")
+    site = Site(kind="stream", layer=0, hook=writes[0], size=columns.shape[1], basis=columns, also=tuple(writes[1:]))
+    return Units((site,))
+
+
+def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
+    """How many parameters each head, neuron or whole layer has in the weights: its share of its layer's attention or
+    MLP, without the output bias. For a search by cost. No model pass.
+
+    Raises:
+        ValueError: units that are no part of the weights, such as directions.
+    """
+    parts = {"head": "attn", "attention": "attn", "neuron": "mlp", "mlp": "mlp"}
+    found: list[Tensor] = []
+    for site in units.sites:
+        if site.kind not in parts:
+            raise ValueError(f"{site.kind} units of {site.hook} are no part of the weights: they have no parameters")
+        part = getattr(dict(_blocks(model))[site.layer], parts[site.kind])
+        bias = getattr(part, "b_O" if parts[site.kind] == "attn" else "b_out", None)
+        total = sum(parameter.numel() for parameter in part.parameters())
+        total -= 0 if bias is None else bias.numel()
+        found.append(torch.full((site.size,), total / site.size))
+    return torch.cat(found)
+
+
+def _matrix(basis: Any) -> Float[Tensor, "width r"]:
+    """The columns of a matrix, of a learnt subspace or of the result that holds one."""
+    found = getattr(basis, "subspace", basis)
+    found = getattr(found, "basis", found)
+    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+        raise ValueError(f"basis is {type(basis).__name__}; it must be a floating-point matrix [width, directions]")
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("basis holds NaN or infinite entries")
+    return found.detach().clone()

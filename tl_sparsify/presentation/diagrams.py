@@ -1,0 +1,306 @@
+"""Diagrams: matplotlib pictures of a model's units, layer by layer, and of a causal model's variables.
+
+:mod:`tl_sparsify.plot` has all of them. Layers are drawn as data flows, the first one below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units
+from tl_sparsify.search.scores import Scores
+
+KEPT, FAINT, LINE = "#08306b", "#f3f5f8", "#b4bdc7"
+_WIDE = 1e3  # scores that span more than this are shaded by their logarithm
+_POWERS = 1e-6  # of the largest score: what a logarithmic shade shows for less
+_HATCH = {"constant": "", "refitted constant": "/////", "affine in kept units": "....."}
+
+
+def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Figure:
+    """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
+
+    With ``scores``, removed units are shaded by their rank in them.
+    """
+    circuit = _circuit(reduction)
+    units = circuit.units
+    rank = np.zeros(len(units))
+    if scores is not None:
+        rank[scores.order.cpu().numpy()] = np.linspace(0, 0.45, len(units))
+    shade = np.where(circuit.mask.numpy(), 1.0, rank)
+    kinds = list(dict.fromkeys(site.kind for site in units.sites))
+    widths = [max(site.size for site in units.sites if site.kind == kind) for kind in kinds]
+    ratios = [max(width, max(widths) / 6) for width in widths]
+    layers = sorted({site.layer for site in units.sites})
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(layers)), layout="constrained")
+    for axes, kind, width in zip(
+        figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, strict=True
+    ):
+        grid = np.full((len(layers), width), np.nan)
+        count = {layer: 0 for layer in layers}
+        for site, part in zip(units.sites, units.slices, strict=True):
+            if site.kind == kind:
+                grid[layers.index(site.layer), : site.size] = shade[part]
+                count[site.layer] += int(circuit.mask[part].sum())
+        axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6 if width < 100 else 0)
+        axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}: {count[layer]}" for layer in layers])
+        axes.set(xlabel=f"{kind} index", title=f"{(n := sum(count.values()))} {kind}{'s' * (n != 1)} kept")
+        if width <= 16:
+            _index_ticks(axes, width)
+    return figure
+
+
+def head_map(of: Scores | Reduction | Circuit) -> Figure:
+    """Layers by heads, a cell for each head: its score, or dark where it is kept.
+
+    Scores that span more than three powers of ten are shaded by their logarithm, down to a millionth of the largest;
+    signed ones have a colour for each sign.
+
+    Raises:
+        ValueError: there is no head among the units.
+    """
+    rows = _rows(of.units, "head")
+    flat = of.scores.cpu().double().numpy() if isinstance(of, Scores) else _circuit(of).mask.double().numpy()
+    grid = np.full((len(rows), max(site.size for site, _ in rows)), np.nan)
+    for number, (site, part) in enumerate(rows):
+        grid[number, : site.size] = flat[part]
+    width = min(9.0, 2.6 + 0.42 * grid.shape[1])
+    figure = Figure(figsize=(width, 1.3 + min(0.42, 9 / len(rows)) * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    norm, colours, note = _shades(grid) if isinstance(of, Scores) else (Normalize(0, 1), "Blues", "")
+    shown = np.clip(grid, norm.vmin, norm.vmax)  # keeps NaN, where a layer has no such head
+    mesh = axes.pcolormesh(shown, cmap=colours, norm=norm, edgecolors=LINE, linewidth=0.5)
+    axes.set_facecolor("0.8")
+    note += "; grey: no such head" if np.isnan(grid).any() else ""
+    if isinstance(of, Scores):
+        axes.set_title(f"{of.name} by head{note}", fontsize=10)
+        figure.colorbar(mesh, ax=axes, label=of.measured_in)
+    else:
+        axes.set_title(f"{int(np.nansum(grid))} of {np.isfinite(grid).sum()} heads kept: dark{note}", fontsize=10)
+    _layer_ticks(axes, rows)
+    _index_ticks(axes, grid.shape[1])
+    axes.set_xlabel("head index")
+    return figure
+
+
+def neuron_density(reduction: Reduction | Circuit, bins: int = 32) -> Figure:
+    """Where the kept neurons are: their share by layer, and in equal parts of each layer's index.
+
+    Raises:
+        ValueError: there is no neuron among the units, or fewer than one part.
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; at least one is needed")
+    circuit = _circuit(reduction)
+    rows = _rows(circuit.units, "neuron")
+    mask = circuit.mask.numpy()
+    widest = max(site.size for site, _ in rows)
+    bins = min(bins, min(site.size for site, _ in rows))
+    share = np.array([mask[part].mean() for _, part in rows])
+    grid = np.stack([[cut.mean() for cut in np.array_split(mask[part].astype(float), bins)] for _, part in rows])
+    figure = Figure(figsize=(9, 1.5 + min(0.36, 9 / len(rows)) * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    middle = np.arange(len(rows)) + 0.5
+    left.barh(middle, 100 * share, height=0.7, color=KEPT)
+    for y, (_, part), percent in zip(middle, rows, 100 * share, strict=True):
+        text = f" {mask[part].sum():,} of {mask[part].size:,}"
+        left.text(percent, y, text, va="center", fontsize=8 if len(rows) <= 24 else 6)
+    left.set(xlim=(0, max(1e-9, 100 * share.max()) * 1.9), ylim=(0, len(rows)), xlabel="neurons kept (%)")
+    left.set_title("kept neurons by layer", fontsize=10)
+    end = widest if all(site.size == widest for site, _ in rows) else 1.0
+    across = np.linspace(0, end, bins + 1)
+    mesh = right.pcolormesh(across, np.arange(len(rows) + 1), 100 * grid, cmap="Blues", vmin=0, edgecolors="white")
+    mesh.set_linewidth(0.4)
+    figure.colorbar(mesh, ax=right, label="kept (%)")
+    right.set_xlabel("neuron index" if end == widest else "neuron index, as a share of the layer's")
+    right.set_title(f"and by index, in {bins} equal parts", fontsize=10)
+    for axes in (left, right):
+        _layer_ticks(axes, rows)
+    return figure
+
+
+def circuit(reduction: Reduction) -> Figure:
+    """The circuit as a layered graph: the input below, a row for each layer with its attention heads and a box for its
+    MLP (or for other units), the output on top, and the residual stream, which they read and write, between them.
+
+    Kept units are dark, and what a removed one is replaced by is marked: a constant, a refitted constant, or (with an
+    arrow from the kept ones) an affine map of kept units. Arrows in both directions: something is kept that reads and
+    writes; in one: only constants are written. Edges between units are not drawn, because a reduction says nothing
+    about them.
+    """
+    units, mask = reduction.units, reduction.circuit.mask.numpy()
+    marks = _replacements(reduction)
+    layers = sorted({site.layer for site in units.sites})
+    sides = {True: [], False: []}  # heads to the left of the stream, all else to its right
+    place: dict[int, float] = {}
+    step = 0.62 if len(layers) <= 16 else 0.46
+    top = 0.0
+    for layer in layers:
+        here = [i for i, site in enumerate(units.sites) if site.layer == layer]
+        place[layer] = top
+        for side in (True, False):
+            chosen = [i for i in here if (units.sites[i].kind == "head") == side]
+            sides[side] += [(i, top + number * step) for number, i in enumerate(chosen)]
+        deepest = max(sum((units.sites[i].kind == "head") == side for i in here) for side in (True, False))
+        top += deepest * step
+    widest = max((units.sites[i].size for i, _ in sides[True]), default=0)
+    cell = min(0.42, 5.6 / max(widest, 1))
+    stream = widest * cell + 0.55
+    bar = stream + 0.55
+    page = Figure(figsize=(bar + 4.6, top + 2.05))
+    axes = page.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.85, bar + 3.75), ylim=(-1.3, top + 0.75))
+    axes.axis("off")
+    _arrow(axes, (stream, -0.42), (stream, top + 0.1), width=5.0, colour="#c9d3de", style="-|>")
+    for text, y in (("input", -0.6), ("output", top + 0.28)):
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "0.3"}
+        axes.text(stream, y, text, ha="center", va="center", fontsize=9, bbox=box)
+    for layer, y in place.items():
+        axes.text(-0.15, y, f"layer {layer}", ha="right", va="center", fontsize=8, color="0.25")
+    for i, y in sides[True]:
+        kept = mask[units.slices[i]]
+        _cells(axes, kept, y, cell, marks[i])
+        start = (kept.size * cell + 0.03, y)
+        _linked(axes, start, (stream - 0.04, y), bool(kept.any()))
+    for i, y in sides[False]:
+        up = y + 0.4 * step if widest else y  # an MLP reads what its layer's heads have written
+        _bar(axes, units.sites[i], mask[units.slices[i]], (bar, up), marks[i])
+        _linked(axes, (bar - 0.03, up), (stream + 0.04, up), bool(mask[units.slices[i]].any()))
+    title = f"{len(reduction.circuit):,} of {len(units):,} units kept: {units.describe(reduction.circuit.mask)}"
+    axes.text(-0.8, top + 0.62, title, va="center", fontsize=10)
+    present = dict.fromkeys(mark for i, mark in enumerate(marks) if not mask[units.slices[i]].all())
+    handles = [Patch(facecolor=KEPT, edgecolor=KEPT, label="kept")]
+    faint = {"facecolor": FAINT, "edgecolor": LINE, "linewidth": 0.8}
+    handles += [Patch(hatch=_HATCH[mark], label=f"removed: {mark}", **faint) for mark in present]
+    axes.legend(handles=handles, loc="lower left", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.0, 0.0))
+    return page
+
+
+def causal_graph(model: CausalModel) -> Figure:
+    """A causal model's graph: inputs below, each variable above its parents, the output with a bold frame."""
+    level = {name: 0 for name in model.inputs}
+    for name in model.variables:
+        level[name] = 1 + max((level[parent] for parent in model.parents[name]), default=0)
+    rows = [[name for name in level if level[name] == height] for height in range(max(level.values()) + 1)]
+    widest = max(map(len, rows))
+    place = {
+        name: ((i + 0.5) * widest / len(row), height) for height, row in enumerate(rows) for i, name in enumerate(row)
+    }
+    figure = Figure(figsize=(max(3.0, 1.4 * widest), 1.1 * len(rows) + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in model.variables:
+        for parent in model.parents[name]:
+            arrow = {"arrowstyle": "->", "color": "0.4", "shrinkA": 14, "shrinkB": 14}
+            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
+    for name, (x, y) in place.items():
+        box = {
+            "boxstyle": "square,pad=0.4" if name in model.inputs else "round,pad=0.4",
+            "facecolor": "0.93" if name in model.inputs else "white",
+            "edgecolor": "black" if name == model.output else "0.5",
+            "linewidth": 2 if name == model.output else 1,
+        }
+        axes.text(x, y, name, ha="center", va="center", bbox=box)
+    axes.set(xlim=(0, widest), ylim=(-0.6, len(rows) - 0.4))
+    axes.axis("off")
+    return figure
+
+
+def _circuit(of: Reduction | Circuit) -> Circuit:
+    return of.circuit if isinstance(of, Reduction) else of
+
+
+def _rows(units: Units, kind: str) -> list[tuple[Site, slice]]:
+    """The sites of one kind, by layer, each with its range in the flat index."""
+    rows = [(site, part) for site, part in zip(units.sites, units.slices, strict=True) if site.kind == kind]
+    if not rows:
+        raise ValueError(f"{units!r} holds no {kind}: there is nothing to draw; give units with {kind}s")
+    return sorted(rows, key=lambda row: row[0].layer)
+
+
+def _layer_ticks(axes: Axes, rows: list[tuple[Site, slice]]) -> None:
+    small = 9 if len(rows) <= 24 else 7
+    labels = [f"layer {site.layer}{site.suffix}" for site, _ in rows]
+    axes.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=small)
+
+
+def _index_ticks(axes: Axes, width: int) -> None:
+    every = 1 if width <= 16 else 4
+    axes.set_xticks(np.arange(0, width, every) + 0.5, [str(i) for i in range(0, width, every)])
+
+
+def _shades(grid: Float[np.ndarray, "layers heads"]) -> tuple[Normalize, str, str]:
+    """How scores are coloured, and what the title has to say of it."""
+    values = grid[np.isfinite(grid)]
+    largest = float(np.abs(values).max(initial=0)) or 1.0
+    if (values < 0).any():
+        return Normalize(-largest, largest), "PuOr", ""
+    positive = values[values > 0]
+    if positive.size and largest / positive.min() > _WIDE:
+        floor = max(float(positive.min()), largest * _POWERS)
+        return LogNorm(floor, largest), "Blues", f"; less than {floor:.0e} as that" if values.min() < floor else ""
+    return Normalize(0, largest), "Blues", ""
+
+
+def _replacements(reduction: Reduction) -> list[str]:
+    """For each site what its removed units are replaced by."""
+    constant = "refitted constant" if reduction.kind.startswith("refit") else "constant"
+    mixing = reduction.mixing or (None,) * len(reduction.units.sites)
+    return [constant if part is None else "affine in kept units" for part in mixing]
+
+
+def _cells(axes: Axes, kept: Bool[np.ndarray, "heads"], y: float, cell: float, mark: str) -> None:
+    """A row of heads, with their numbers where there is room."""
+    for index, here in enumerate(kept):
+        fill, edge, hatch = (KEPT, KEPT, "") if here else (FAINT, LINE, _HATCH[mark])
+        corner = (index * cell + 0.02, y - 0.15)
+        shape = Rectangle(corner, cell - 0.04, 0.3, hatch=hatch, linewidth=0.8, facecolor=fill, edgecolor=edge)
+        axes.add_patch(shape)
+        if cell >= 0.24 and here:
+            axes.text((index + 0.5) * cell, y, str(index), ha="center", va="center", fontsize=8, color="white")
+
+
+def _bar(
+    axes: Axes, site: Site, kept: Bool[np.ndarray, "units"], at: tuple[float, float], mark: str, width: float = 1.9
+) -> None:
+    """A box for a site's units: the kept share dark, the rest marked by what replaces it, and the number kept."""
+    x, y = at
+    share = 0.0 if not kept.any() else max(0.04, float(kept.mean()))
+    axes.add_patch(
+        Rectangle((x, y - 0.12), width, 0.24, hatch=_HATCH[mark] if share < 1 else "", linewidth=0.8, fc=FAINT, ec=LINE)
+    )
+    if share:
+        axes.add_patch(Rectangle((x, y - 0.12), width * share, 0.24, linewidth=0.8, facecolor=KEPT, edgecolor=KEPT))
+    if mark == "affine in kept units" and 0 < share < 1:
+        ends = ((x + width * share / 2, y + 0.12), (x + width * (share + min(1, share + 0.35)) / 2 + 0.1, y + 0.12))
+        bent = {"connectionstyle": "arc3,rad=-0.45", "color": "0.25", "linewidth": 0.9, "mutation_scale": 7}
+        axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", shrinkA=0, shrinkB=0, **bent))
+    names = {"mlp": "MLP", "attention": "attention", "residual": "residual stream"}
+    if kept.size == 1 and site.kind in names:
+        text = f"{names[site.kind]}{site.suffix} {'kept' if kept.all() else 'removed'}"
+    else:
+        text = f"{kept.sum():,} of {kept.size:,} {site.kind}s{site.suffix}"
+    axes.text(x + width + 0.08, y, text, va="center", fontsize=8, color="0.25" if kept.any() else "0.5")
+
+
+def _linked(axes: Axes, start: tuple[float, float], end: tuple[float, float], alive: bool) -> None:
+    """Between units and the stream: in both directions where one is kept, else the constants that are written."""
+    if alive:
+        _arrow(axes, start, end, width=1.1, colour="0.3", style="<|-|>")
+    else:
+        _arrow(axes, start, end, width=0.7, colour=LINE, style="-|>")
+
+
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], width: float, colour: str, style: str
+) -> None:
+    size = 6 if width < 2 else 16
+    shape = {"arrowstyle": style, "mutation_scale": size, "linewidth": width, "color": colour}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, zorder=0.5, **shape))

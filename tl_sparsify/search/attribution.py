@@ -1,0 +1,256 @@
+"""Attribution: what removing a unit does to a metric, to first order, along a line, or by doing it.
+
+All three are the one primitive, with a unit at ``value + keep * (v - value)`` and ``m(keep)`` the metric:
+
+    gradient[u]    d m / d keep[u]  at the clean run (keep = 1 everywhere): attribution patching;
+    integrated[u]  the same, averaged over the line on which all units have the same keep, from 0 to 1:
+                   sum_u integrated[u] = m(clean) - m(every unit removed);
+    exact[u]       m(clean) - m(unit u alone removed), or the KL divergence between the two.
+
+Signed: a positive score says that removing the unit *lowers* the metric. A first-order effect says little about large
+steps, and a metric's drop nothing about outputs that the metric does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, run_values
+from tl_sparsify.core.intervene import Intervention, intervened
+from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
+from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.constants import mean
+from tl_sparsify.search.scores import Scores
+
+Source = Literal["constant", "counterfactual", "shuffled"]
+"""What replaces a unit: a constant, or its value on the counterfactual or on another input of the split."""
+_SOURCES = ("constant", "counterfactual", "shuffled")
+_TOKENS = 16_384  # in one forward pass of exact
+
+
+def gradient(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    values: Values | None = None,
+    source: Source = "constant",
+    metric: Metric = log_odds,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """First-order drop of ``metric`` when a unit is removed, ``sum_t (dm/dv . (v - value))`` at the clean run
+    (attribution patching): signed, in units of the metric.
+
+    Args:
+        values: the constants that replace units; their means over the examples where not given.
+        source: take the replacement from another run instead. With ``counterfactual`` the score is *minus*
+            TransformerLens's ``attribution_patch(model, clean=counterfactuals, corrupt=tokens)``, which also takes
+            the gradient at ``tokens`` but reports the change; others take the gradient at the counterfactual run.
+        metric: one number for each labelled position; an example's is their mean.
+        seed: draws the partners for ``shuffled``.
+
+    One forward and one backward pass over the data; one forward more for the means or the other run.
+
+    Raises:
+        ValueError: a model in training mode, values of other units or of a run, values beside another source, an
+            unknown source or one that the examples do not have, a metric that gives not one number for each row.
+    """
+    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    total = _line(model, examples, units, replacement, (1.0,), metric, batch_size)
+    return Scores(units, total.mean, total.stderr, "gradient", "units of the metric", 1 + passes, 1)
+
+
+def integrated(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    steps: int = 5,
+    values: Values | None = None,
+    source: Source = "constant",
+    metric: Metric = log_odds,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """Integrated gradients over units: :func:`gradient` averaged over the line from every unit replaced
+    (``keep = 0``) to the clean run (``keep = 1``), at the midpoints of ``steps`` equal parts. Its sum over all units
+    tends to the metric's drop when all of them are removed (completeness; exact for a metric linear in the units).
+
+    Arguments and errors as in :func:`gradient`, and ``ValueError`` for ``steps`` below one.
+
+    ``steps`` forward and backward passes over the data; one forward more for the means or the other run.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; integrated needs at least one")
+    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    levels = tuple((step + 0.5) / steps for step in range(steps))
+    total = _line(model, examples, units, replacement, levels, metric, batch_size)
+    return Scores(units, total.mean, total.stderr, "integrated", "units of the metric", steps + passes, steps)
+
+
+def exact(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    values: Values | None = None,
+    source: Source = "constant",
+    metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """What removing each unit alone does, by doing it (activation patching): the KL divergence from the original
+    output in nats, or with ``metric`` its signed drop. With ``interventions`` both models are under them, as in
+    :func:`tl_sparsify.score.risk`.
+
+    Arguments and errors as in :func:`gradient`. Several units share a forward pass, each with a copy of the batch:
+    ``batch_size`` is the number of rows of a pass, copies included (about 16,384 tokens where not given).
+
+    One forward pass over the data for each unit and one for the original; one more for the means or the other run. With
+    ``interventions`` one more for their means and one for each ``interchange``.
+    """
+    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    rows = max(1, _TOKENS // examples.labels.shape[1]) if batch_size is None else batch_size
+    batches = list(examples.batches(min(rows, len(examples))))
+    whole = None
+    if interventions != NONE:
+        whole = Reduction(Circuit.full(units), mean(model, examples, units, batch_size=batch_size))
+        passes += 1 + sum(part.kind == "interchange" for _, part in interventions.components)
+    parts: list[Moments] = []
+    for number, (index, batch) in enumerate(batches):
+        together = max(1, rows // len(index))
+        firsts = range(0, len(units), together)
+        effects: list[Float[Tensor, "batch some"]] = []
+        with torch.no_grad():
+            values_here = replacement(index)
+            drawn = () if whole is None else drawn_interventions(interventions, model, whole, examples, index, seed)
+            with intervened(model, *drawn):
+                original = answer_logits(model, batch)
+            for first in bar(firsts, f"removing units one by one, batch {number + 1} of {len(batches)}", progress):
+                last = min(first + together, len(units))
+                copies = index.repeat(last - first)
+                again = (_copied(part, copies) for part in drawn)
+                with intervened(model, *again, _each_alone(units, values_here, copies, first, last)):
+                    removed = answer_logits(model, examples[copies])
+                drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
+                effects.append(drop.double().view(last - first, len(index)).T)
+        parts.append(Moments.of(torch.cat(effects, 1)))
+    total = Moments.merge(parts)
+    measured_in = "nats" if metric is None else "units of the metric"
+    return Scores(units, total.mean, total.stderr, "exact", measured_in, len(units) + 1 + passes, 0)
+
+
+def _drop(
+    original: Float[Tensor, "rows choices"],
+    removed: Float[Tensor, "rows choices"],
+    batch: Examples,
+    metric: Metric | None,
+) -> Float[Tensor, "batch"]:
+    if metric is None:
+        return by_example(kl(original, removed), batch)
+    return by_example(metric_rows(metric, original, batch) - metric_rows(metric, removed, batch), batch)
+
+
+def metric_rows(metric: Metric, logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    found = metric(logits, batch)
+    if found.shape != logits.shape[:1]:
+        raise ValueError(
+            f"metric gave shape {tuple(found.shape)} for {len(logits)} rows of logits: "
+            "it must give one number for each labelled position"
+        )
+    return found
+
+
+def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
+    """The same interventions for every copy of the batch."""
+    times = len(copies) // len(drawn.keep)
+    here = drawn.units.for_examples(torch.arange(len(drawn.keep)).repeat(times))
+    tiled = tuple(v if v.ndim == 2 else v.repeat(times, 1, 1, 1) for v in drawn.values.tensors)
+    return Intervention(here, drawn.keep.repeat(times, 1), Values(here, tiled))
+
+
+def _each_alone(units: Units, values: Values, copies: Int[Tensor, "rows"], first: int, last: int) -> Intervention:
+    """In the first copy of the batch remove unit ``first`` alone, in the next copy the next unit, ..."""
+    size = len(copies) // (last - first)
+    here = units.for_examples(copies)
+    touched = [i for i, part in enumerate(units.slices) if part.start < last and first < part.stop]
+    keep = torch.ones(last - first, units.slices[touched[-1]].stop - units.slices[touched[0]].start)
+    number = torch.arange(last - first)
+    keep[number, number + first - units.slices[touched[0]].start] = 0
+    chosen = Units(tuple(here.sites[i] for i in touched))
+    tensors = [values.tensors[i] for i in touched]
+    tiled = tuple(v if v.ndim == 2 else v.repeat(last - first, 1, 1, 1) for v in tensors)
+    return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled))
+
+
+def _replacement(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    values: Values | None,
+    source: Source,
+    seed: int,
+    batch_size: int | None,
+) -> tuple[Callable[[Int[Tensor, "batch"]], Values], int]:
+    """What replaces the units of the examples with an index, and the forward passes over the data that it takes."""
+    check_model(model)
+    if source not in _SOURCES:
+        raise ValueError(f"source is {source!r}; it is {', '.join(_SOURCES[:-1])} or {_SOURCES[-1]}")
+    if source == "constant":
+        constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
+        if constants.units != units:
+            raise ValueError(f"values are for {constants.units!r}, not for {units!r}: give a value for each unit")
+        if not constants.constant:
+            raise ValueError("values vary by example or position: give constants, or name the run by source")
+        return lambda index: constants, int(values is None)
+    if values is not None:
+        raise ValueError(f"values are given, and source is {source!r}: give one of them")
+    paired = InterventionDistribution.interchange(1.0, source)
+    return lambda index: run_values(model, source_batch(paired, examples, index, seed), units), 1
+
+
+def _line(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    replacement: Callable[[Int[Tensor, "batch"]], Values],
+    levels: tuple[float, ...],
+    metric: Metric,
+    batch_size: int | None,
+) -> Moments:
+    """The moments over examples of ``d metric / d keep``, averaged over the points at which ``keep`` has these levels
+    for all units."""
+    parts: list[Moments] = []
+    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        here = units.for_examples(index)
+        values = Values(here, replacement(index).tensors)
+        slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
+        parts.append(Moments.of(torch.stack(slopes).double().mean(0)))
+    return Moments.merge(parts)
+
+
+def _slopes(
+    model: Model, batch: Examples, units: Units, values: Values, level: float, metric: Metric
+) -> Float[Tensor, "batch units"]:
+    """``d metric / d keep`` of every example, with every unit at the same ``keep``."""
+    parameter = next(iter(model.parameters()))
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=parameter.device).requires_grad_()
+    with frozen(model), torch.enable_grad():
+        with intervened(model, Intervention(units, keep, values)):
+            logits = answer_logits(model, batch)
+        return torch.autograd.grad(by_example(metric_rows(metric, logits, batch), batch).sum(), keep)[0]

@@ -1,0 +1,224 @@
+"""Compensating search: the order in which units leave when those that stay take over their work.
+
+With affine replacements a removed unit costs only what its neighbours cannot predict of it. For one hook point let
+``P`` be the precision matrix of the units that are left and ``M = E[g g']`` the second moments of what reads them. To
+second order, with positions taken as independent, removing ``u`` costs
+
+    1/2 M[u, u] / P[u, u]        (what reads it, times the variance that the others leave unexplained),
+
+and then the units that are left are read with ``g[w] + b[w] g[u]``, ``b[w] = -P[u, w] / P[u, u]``: a rank-two change
+of ``M`` and a rank-one change of ``P``. This is the optimal-brain-surgeon order (Hassibi and Stork, 1992) in the Fisher
+metric, exact within a hook point. Between rounds everything is taken anew in the reduced model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, unit_positions
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.affine import MIXABLE, neighbours
+from tl_sparsify.search.constants import mean, reduced
+from tl_sparsify.search.path import CircuitPath, Round
+from tl_sparsify.search.scores import kept_count
+
+
+@dataclass
+class _Bank:
+    """One hook point's units while a round removes some of them; changed in place, seen by nobody else.
+
+    Attributes:
+        alone: the cost of units that cannot be compensated (heads, whole layers), else ``None``.
+        readers, precision: ``M`` and ``P`` of the module's text.
+        alive: the units that are left and may leave.
+    """
+
+    alone: Float[Tensor, "units"] | None
+    readers: Float[Tensor, "units some"]
+    precision: Float[Tensor, "units some"]
+    alive: Bool[Tensor, "units"]
+
+    def costs(self) -> Float[Tensor, "units"]:
+        """What each unit costs next (nats); infinite for one that is gone or pinned."""
+        cost = self.alone
+        if cost is None:
+            cost = self.readers.diagonal() / self.precision.diagonal().clamp_min(1e-300) / 2
+        return torch.where(self.alive, cost, float("inf"))
+
+    def remove(self, unit: int) -> None:
+        """Let the others take over the work of ``unit``."""
+        self.alive[unit] = False
+        if self.alone is not None:
+            return
+        row = self.precision[unit] / self.precision[unit, unit]
+        takeover, read = -row, self.readers[unit].clone()
+        takeover[unit] = 0
+        shared = torch.outer(takeover, read)
+        self.readers += shared + shared.T + self.readers[unit, unit] * torch.outer(takeover, takeover)
+        self.precision -= torch.outer(row, row) * self.precision[unit, unit]
+        self.readers[unit], self.readers[:, unit] = 0, 0
+        self.precision[unit], self.precision[:, unit] = 0, 0
+        self.precision[unit, unit] = 1
+
+
+def sparsify_affine(
+    model: Model,
+    train: Examples,
+    units: Units,
+    *,
+    sizes: Sequence[float] = (0.5, 0.2, 0.1, 0.05, 0.02),
+    held_out: Examples | None = None,
+    probes: int = 4,
+    temperature: float = 3.0,
+    metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
+    ridge: float = 1e-3,
+    pinned: Circuit | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> CircuitPath:
+    """Find a nested path of circuits whose removed neurons and directions are affine in the kept ones of their hook
+    point (:func:`affine.neighbours`, all kept units); heads and whole layers get constants.
+
+    Args:
+        sizes: the fraction kept after each round, falling.
+        held_out: where the measured risk is taken; ``train`` where not given.
+        interventions: what both models are under, in the search, in the fits and where risk is measured.
+
+    Returns:
+        A path; ``round.reduction`` holds the fitted maps, ``path.at`` gives circuits with constants (fit neighbours
+        anew for a size between rounds). ``predicted`` is what the rounds' removals sum to.
+
+    Cost in passes over the data: per round three forward and twice ``probes`` backward on ``train`` (two forward more
+    for each ``interchange``) and two forward on ``held_out``; one forward for the means. ``O(size**2)`` memory and
+    ``O(size**3)`` operations for each hook point.
+
+    Raises:
+        ValueError: a model in training mode, sizes that are not falling fractions.
+    """
+    check_model(model)
+    if not sizes or list(sizes) != sorted(sizes, reverse=True):
+        raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
+    constant = reduced(model, Circuit.full(units), mean(model, train, units, batch_size=batch_size))
+    current, judged = constant, train if held_out is None else held_out
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+    order: list[Int[Tensor, "picked"]] = []
+    rounds: list[Round] = []
+    total = 0.0
+    for size in bar(list(sizes), "removing units", progress):
+        count = len(current.circuit) - kept_count(len(units), size)
+        banks = _banks(model, train, current, pinned, interventions, ridge, batch_size, settings)
+        picks, cost = _removed(banks, units, count)
+        total += cost
+        mask = current.circuit.mask.index_fill(0, picks, False)
+        constant = constant.with_circuit(Circuit(units, mask))
+        fit = settings | {"ridge": ridge, "interventions": interventions, "batch_size": batch_size}
+        current = neighbours(model, constant, train, nearest=None, **fit)
+        measured = risk(
+            model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
+        )
+        order.append(picks)
+        rounds.append(Round(current, Estimate(total, float("nan"), len(train), measured.unit), measured, 0.0))
+    banks = _banks(model, train, current, pinned, interventions, ridge, batch_size, settings)
+    rest, _ = _removed(banks, units, sum(int(bank.alive.sum()) for bank in banks))
+    order.append(rest)
+    left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)
+    return CircuitPath(units, torch.cat([*order, left.nonzero().flatten()]), tuple(rounds), values=constant.values)
+
+
+def _removed(banks: list[_Bank], units: Units, count: int) -> tuple[Int[Tensor, "count"], float]:
+    """The next ``count`` units, cheapest first over all hook points, and what they cost together."""
+    costs = [bank.costs() for bank in banks]
+    picks: list[int] = []
+    total = 0.0
+    for _ in range(count):
+        lowest = [float(cost.min()) for cost in costs]
+        site = min(range(len(banks)), key=lowest.__getitem__)
+        unit = int(costs[site].argmin())
+        total += lowest[site]
+        banks[site].remove(unit)
+        costs[site] = banks[site].costs()
+        picks.append(units.offsets[site] + unit)
+    return torch.tensor(picks, dtype=torch.long), total
+
+
+def _banks(
+    model: Model,
+    examples: Examples,
+    current: Reduction,
+    pinned: Circuit | None,
+    interventions: InterventionDistribution,
+    ridge: float,
+    batch_size: int | None,
+    settings: dict[str, Any],
+) -> list[_Bank]:
+    """The units' statistics in the reduced model. Two forward and the probes' backward passes."""
+    free = current.circuit.mask if pinned is None else current.circuit.mask & ~pinned.mask
+    mixable = [site.kind in MIXABLE for site in current.units.sites]
+    zeros = [
+        torch.zeros(s.size, s.size if m else 1).double() for s, m in zip(current.units.sites, mixable, strict=True)
+    ]
+    readers, squares = [z.clone() for z in zeros], [z.clone() for z in zeros]
+    sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], [0.0 for _ in zeros]
+    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        here = current.for_examples(index)
+        with torch.no_grad(), intervened(model, ablate(here)):
+            drawn = drawn_interventions(interventions, model, current, examples, index, settings["seed"])
+        with frozen(model), torch.enable_grad(), intervened(model, *drawn, ablate(here)):
+            with recorded(model, here.units, gradients=True) as recording:
+                logits = answer_logits(model, batch)
+            gradients = list(pulled(recording, logits, output_probes(logits.detach(), batch, index, **settings)))
+        parts = zip(here.units.sites, recording.read(), here.values.tensors, mixable, strict=True)
+        for number, (site, v, c, mixes) in enumerate(parts):
+            where, v = unit_positions(model, batch, site, v), v.detach().double()
+            for found in gradients:
+                g = (found[number] * where.to(found[number])[..., None, None]).double()
+                if mixes:
+                    rows = g[where][..., 0].cpu()
+                    readers[number] += rows.T @ rows / len(examples)
+                else:
+                    effect = (g * (c.to(v) - v)).sum((1, 3)).cpu()
+                    readers[number] += effect.square().sum(0)[:, None] / len(examples)
+            if mixes:
+                rows = v[where][..., 0].cpu()
+                squares[number] += rows.T @ rows
+                sums[number] += rows.sum(0)
+                counts[number] += len(rows)
+    banks: list[_Bank] = []
+    for number, alive in enumerate(current.units.split(free)):
+        kept = current.units.split(current.circuit.mask)[number]
+        if not mixable[number]:
+            banks.append(_Bank(readers[number][:, 0] / 2, readers[number], squares[number], alive.clone()))
+            continue
+        centre = sums[number] / counts[number]
+        covariance = squares[number] / counts[number] - torch.outer(centre, centre)
+        banks.append(_Bank(None, readers[number], _precision(covariance, kept, ridge), alive.clone()))
+    return banks
+
+
+def _precision(
+    covariance: Float[Tensor, "units units"], kept: Bool[Tensor, "units"], ridge: float
+) -> Float[Tensor, "units units"]:
+    """The inverse of the kept units' covariance, its diagonal raised by ``ridge``; the identity elsewhere."""
+    scale = covariance.diagonal().clamp_min(1e-24).sqrt()
+    correlation = covariance / scale / scale[:, None]
+    correlation = torch.where(kept & kept[:, None], correlation, 0.0)
+    correlation.diagonal().copy_(1 + ridge * kept.double())
+    return torch.linalg.inv(correlation) / scale / scale[:, None]

@@ -1,0 +1,339 @@
+"""Constants: what a removed unit is replaced by.
+
+``mean``, ``zero``, ``curvature`` and ``newton`` give a value for every unit, each unit on its own. ``neighbours`` and
+``refit`` take a reduction: the one makes its removed units affine in kept units of their hook point, the other fits all
+its replacements together in the ablated model. None of them varies by example or position, so they fold.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import (
+    answer_index,
+    answer_logits,
+    batch_size_for,
+    check_model,
+    frozen,
+    output,
+    unit_positions,
+)
+from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.measure import computed, remembered, remembering, risk
+from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.affine import neighbours
+
+__all__ = ["curvature", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
+
+
+def unit_moments(
+    model: Model, examples: Examples, units: Units, *, batch_size: int | None = None
+) -> tuple[Moments, ...]:
+    """Per site the moments ``[units, width]`` of the units' values over examples and positions that are neither
+    padding nor the beginning-of-sequence token (and, for units at positions, only there). One forward pass.
+
+    Raises:
+        ValueError: a model in training mode; NaN or infinite activations, with the hook point's name.
+    """
+    check_model(model)
+    totals: list[Moments] | None = None
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            with recorded(model, units) as recording:
+                output(model, batch)
+            parts: list[Moments] = []
+            for site, v in zip(units.for_examples(index).sites, recording.read(), strict=True):
+                if not bool(torch.isfinite(v).all()):
+                    raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
+                parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
+            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
+    return tuple(totals or ())
+
+
+def mean(model: Model, examples: Examples, units: Units, *, batch_size: int | None = None) -> Values:
+    """Every unit's mean value (see :func:`unit_moments` for over what). One forward pass."""
+    return mean_of(unit_moments(model, examples, units, batch_size=batch_size), model, units)
+
+
+def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
+    """The means in ``moments``, in the model's precision (float32 at least)."""
+    dtype = next(iter(model.parameters())).dtype
+    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")
+
+
+def zero(model: Model, examples: Examples, units: Units) -> Values:
+    """Zero for every unit, of the width that the model shows. One forward pass of one example."""
+    shapes = mean(model, examples[:1], units).tensors
+    return Values(units, tuple(torch.zeros_like(tensor) for tensor in shapes), "zero")
+
+
+def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = None) -> Reduction:
+    """The reduction of ``model`` to a circuit of the user's own, bound to the model by its fingerprint; ``kind`` is
+    that of the values where not given."""
+    values = values if kind is None else replace(values, kind=kind)
+    return Reduction(circuit, values, fingerprint=fingerprint(model))
+
+
+def refit(
+    model: Model,
+    reduction: Reduction,
+    train: Examples,
+    validation: Examples,
+    *,
+    steps: int = 300,
+    learning_rate: float = 0.05,
+    metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
+    batch_size: int | None = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reduction:
+    """Fit the replacements of all removed units together, on the divergence from the original output, in the ablated
+    model: their constants and, where there are any, the weights of their affine maps.
+
+    Adam on the values in units of each one's standard deviation over ``train`` (so that rescaling a neuron and its
+    reader changes nothing), with a cosine schedule; what does best on ``validation`` is returned, never worse there
+    than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
+    ``interventions``, drawn anew in every step.
+
+    About ``steps * batch_size`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
+    over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
+    than a pass over ``train`` they are computed anew: two forward passes then, and 22 over ``validation``; two more for
+    each ``interchange`` in the distribution.
+
+    Raises:
+        ValueError: a model in training mode, a reduction of another model, fewer than one step.
+    """
+    check_model(model)
+    check_fingerprint(model, reduction)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; refit needs at least one")
+    removed = (~reduction.circuit).mask
+    if not bool(removed.any()):
+        values = replace(reduction.values, kind="refit")
+        return replace(reduction, values=values, reference=reduction.baseline)
+    start = reduction.values.tensors
+    deviations = _deviations(model, train, reduction.units)
+    scales = [
+        (s * gone[:, None].to(s)).to(v)
+        for s, gone, v in zip(deviations, reduction.units.split(removed), start, strict=True)
+    ]
+    mixing = reduction.mixing or (None,) * len(start)
+    slopes = [None if part is None else _slope_scale(part, s[:, 0]) for part, s in zip(mixing, deviations, strict=True)]
+    theta = [torch.zeros_like(v).requires_grad_() for v in start]
+    theta += [torch.zeros_like(part.weights).requires_grad_() for part in mixing if part is not None]
+
+    def at(parameters: list[Float[Tensor, "..."]]) -> Reduction:
+        moved = tuple(v + s.to(v) * t for v, s, t in zip(start, scales, parameters, strict=False))
+        rest = iter(parameters[len(start) :])
+        mixed = tuple(
+            None if part is None or scale is None else replace(part, weights=part.weights + scale * next(rest))
+            for part, scale in zip(mixing, slopes, strict=True)
+        )
+        kept_affine = None if reduction.mixing is None else mixed
+        values = Values(reduction.units, moved, "refit" if reduction.mixing is None else "refitted neighbours")
+        return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
+
+    clean = interventions == NONE
+    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
+    judging |= {"recall": remembering() if clean else computed}
+
+    def validated(parameters: list[Float[Tensor, "..."]]) -> float:
+        return risk(model, at(parameters), validation, **judging).mean
+
+    best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
+    size = batch_size_for(model, train, None if batch_size is None else min(batch_size, len(train)))
+    per_epoch = max(1, len(train) // size)
+    known = remembered(model, train) if clean and steps * size > len(train) else None
+    every = max(1, steps // 10)
+    optimizer = torch.optim.Adam(theta, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with frozen(model):
+        for step in bar(range(steps), "refitting constants", progress):
+            order = _random.permutation(len(train), seed, 41, step // per_epoch)
+            index = order[(step % per_epoch) * size :][:size].sort().values
+            batch, here = train[index], at(theta).for_examples(index)
+            same = (interventions, model, reduction, train, index, seed + step)
+            with torch.no_grad():
+                with intervened(model, *drawn_interventions(*same)):
+                    original = answer_logits(model, batch) if known is None else known(index)
+                with intervened(model, ablate(here)):
+                    drawn = drawn_interventions(*same)
+            with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
+                loss = divergence(original, answer_logits(model, batch), batch, metric).mean()
+            gradients = torch.autograd.grad(loss, theta, allow_unused=True)
+            for parameter, gradient in zip(theta, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                found = validated([t.detach() for t in theta])
+                if found < lowest:
+                    best, lowest = [t.detach().clone() for t in theta], found
+    return at(best)
+
+
+def _deviations(model: Model, examples: Examples, units: Units) -> list[Float[Tensor, "units one"]]:
+    """Each unit's standard deviation, over its width; 0 where a removed unit never varies."""
+    return [m.variance.mean(-1, keepdim=True).sqrt() for m in unit_moments(model, examples, units)]
+
+
+def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Float[Tensor, "entries"]:
+    """The natural size of a change in a map's weights: the removed unit's deviation over the kept one's, shared among
+    the removed unit's neighbours."""
+    shared = torch.bincount(mixing.rows, minlength=mixing.size).double().sqrt()[mixing.rows]
+    scale = deviation[mixing.rows] / deviation[mixing.columns].clamp_min(1e-12) / shared.to(deviation)
+    return torch.where(deviation[mixing.columns] > 0, scale, 0.0).to(mixing.weights)
+
+
+def curvature(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    probes: int = 4,
+    temperature: float = 1.0,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Values:
+    """The constant that is best for each unit alone to second order: the curvature-weighted mean
+    ``(E[g g'])^+ E[g g' v]`` over examples and positions (arXiv 2602.24266, closed form). Where the output does not
+    depend on a unit it is the mean.
+
+    Best one by one is not best together: used for many units at once these were measured to be worse than means.
+
+    Two forward and ``probes`` backward passes over the data.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations.
+    """
+    square: list[Tensor] = []
+    weighted: list[Tensor] = []
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+        g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
+        v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
+        outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
+        inner = [torch.einsum("suw,su->uw", a, (a * b).sum(-1)) for a, b in zip(g, v, strict=True)]
+        square = outer if not square else [a + b for a, b in zip(square, outer, strict=True)]
+        weighted = inner if not weighted else [a + b for a, b in zip(weighted, inner, strict=True)]
+    means = mean(model, examples, units, batch_size=batch_size)
+    found: list[Tensor] = []
+    for a, b, m in zip(square, weighted, means.tensors, strict=True):
+        width = a.shape[-1]
+        ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-300
+        damped = a + torch.diag_embed(ridge.expand(-1, width))
+        found.append(torch.linalg.solve(damped, b + ridge * m.double()).to(m))
+    return Values(units, tuple(found), "curvature")
+
+
+def newton(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    damping: float = 1e-3,
+    clip: bool = True,
+    probes: int = 4,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Values:
+    """The published Newton constant, against the labels: ``c = (sum h v - sum g) / (sum h + damping)`` for each
+    entry of each unit, with ``g`` the gradient and ``h`` the (Gauss-Newton) diagonal of the Hessian of the
+    cross-entropy (arXiv 2602.24266 v1, closed-form replacement). ``damping`` is relative to the unit's largest ``h``,
+    and pulls to the mean; ``clip`` keeps the constant in the range of the data.
+
+    In a well-trained model ``h`` vanishes faster than the gradients average out. Undamped and unclipped
+    (``damping=0, clip=False``) these constants destroy the model; a warning says how many left the data's range. Use
+    :func:`refit`.
+
+    Three forward and ``probes + 1`` backward passes over the data.
+
+    Raises:
+        ValueError: a negative ``damping``, a model in training mode, NaN or infinite activations.
+    """
+    if damping < 0:
+        raise ValueError(f"damping is {damping}; it must not be negative")
+    totals: list[list[Tensor]] = []
+    settings = {"probes": probes, "temperature": 1.0, "metric": None, "seed": seed, "labels": True}
+    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+        for site, value in enumerate(values):
+            v = value.double()
+            h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
+            low, high = v.flatten(0, 1).amin(0), v.flatten(0, 1).amax(0)
+            new = [
+                (h * v).sum((0, 1)),
+                gradients[-1][site].double().sum((0, 1)),
+                h.sum((0, 1)),
+                h.amax((0, 1)),
+                low,
+                high,
+            ]
+            if site == len(totals):
+                totals.append(new)
+                continue
+            old = totals[site]
+            joined = [a + b for a, b in zip(old[:3], new[:3], strict=True)]
+            totals[site] = [*joined, torch.maximum(old[3], new[3]), old[4].minimum(new[4]), old[5].maximum(new[5])]
+    means = mean(model, examples, units, batch_size=batch_size)
+    found: list[Tensor] = []
+    outside = 0
+    for (hv, g, h, top, low, high), m in zip(totals, means.tensors, strict=True):
+        extra = damping * len(examples) * top.amax(-1, keepdim=True)
+        bottom = h + extra
+        c = torch.where(bottom > 0, (hv - g + extra * m.double()) / bottom.clamp_min(1e-300), m.double())
+        outside += int(((c < low) | (c > high)).any(-1).sum())
+        found.append((c.clamp(low, high) if clip else c).to(m))
+    if outside:
+        done = "clipped to it" if clip else "and were left there: expect the model to be destroyed"
+        warnings.warn(
+            f"Newton constants of {outside} of {len(units)} units left the data's range, {done}", stacklevel=2
+        )
+    return Values(units, tuple(found), "newton")
+
+
+def _gradients(
+    model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
+) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]]:
+    """For each batch the units' values per site, and for each probe (with ``labels`` at last for the cross-entropy) the
+    gradients per site; zero at positions where a unit is not meant."""
+    check_model(model)
+    labels = settings.pop("labels", False)
+    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        here = units.for_examples(index)
+        with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
+            logits = answer_logits(model, batch)
+            vectors = output_probes(logits.detach(), batch, index, **settings)
+            if labels:
+                vectors = [*vectors, _cross_entropy_slope(logits.detach(), batch)]
+            masks = [site.position_mask(*v.shape[:2]) for site, v in zip(here.sites, recording.read(), strict=True)]
+            found = [
+                tuple(
+                    g if mask is None else g * mask.to(g)[..., None, None] for g, mask in zip(part, masks, strict=True)
+                )
+                for part in pulled(recording, logits, vectors)
+            ]
+        yield tuple(v.detach() for v in recording.read()), found
+
+
+def _cross_entropy_slope(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows choices"]:
+    right = answer_index(batch).to(logits.device)[:, None]
+    return logits.softmax(1).scatter_add(1, right, -torch.ones_like(logits[:, :1]))

@@ -1,0 +1,259 @@
+"""Scores: one number for every unit that says how much is lost by removing it alone.
+
+Every scorer is a function ``(model, examples, units, *, seed, ...) -> Scores``; larger means needed more. A one-unit
+score cannot see redundancy or cancellation: :func:`additivity` says how much that matters, and
+:func:`tl_sparsify.sparsify` selects jointly.
+
+==================  =====================================================  ====================================
+score               what it is                                             forward + backward passes
+==================  =====================================================  ====================================
+``risk``            divergence to second order                             2 + ``probes``
+``variance``        of the unit's value                                    2 + 0
+``scaled_variance`` of what the unit writes                                2 + 0
+``gradient``        a metric's drop to first order, signed                 2 + 1
+``integrated``      the same along the line to every unit removed          1 + ``steps``, ``steps``
+``exact``           divergence, or a metric's drop, by removing the unit   2 + number of units, 0
+==================  =====================================================  ====================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.distributions import NONE, InterventionDistribution
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import batch_size_for, output, unit_positions
+from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.moments import Estimate, Moments
+from tl_sparsify.core.probes import samples
+from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.attribution import exact, gradient, integrated
+from tl_sparsify.search.constants import mean, unit_moments
+from tl_sparsify.search.scores import Scores, kept_count
+
+__all__ = [
+    "Scores",
+    "additivity",
+    "exact",
+    "gradient",
+    "integrated",
+    "kept_count",
+    "risk",
+    "scaled_variance",
+    "variance",
+]
+
+
+def risk(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    values: Values | None = None,
+    probes: int = 4,
+    temperature: float = 1.0,
+    metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """Second-order risk of removing each unit alone, ``1/2 E[a[u]^2]`` (arXiv 2602.24266, second-order expansion,
+    against the original output): nats, or half squared units of ``metric``. With ``interventions`` both models are
+    under them (a unit that is itself interchanged is removed from the value that it then has).
+
+    One forward and ``probes`` backward passes over the data for all units together (fewer backward passes where
+    fewer probes are exact), and one forward pass for the means where ``values`` are not given; one more for each
+    ``interchange`` in the distribution. With ``temperature`` other than 1 the score is ``temperature**2`` times the
+    risk at that temperature.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations, wrong ``probes`` or ``temperature``.
+    """
+    given = values is not None
+    values = values if values is not None else mean(model, examples, units, batch_size=batch_size)
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "interventions": interventions}
+    removal = Reduction(Circuit.full(units), values)
+    parts: list[Moments] = []
+    backward = 0
+    for part in samples(model, examples, removal, seed=seed, batch_size=batch_size, **settings):
+        parts.append(Moments.of(part.effects.double().square().sum(0) / 2))
+        backward = len(part.effects)
+    total = Moments.merge(parts)
+    unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
+    return Scores(units, total.mean, total.stderr, "risk", unit, 1 if given else 2, backward)
+
+
+def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None) -> Scores:
+    """The variance of each unit's value over examples and positions, summed over its width (activation units
+    squared): risk if curvature were the same everywhere, which rescaling a unit fools.
+
+    Two forward passes: the means, and the deviations with their standard error over examples.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations.
+    """
+    same = tuple(torch.ones(site.size, dtype=torch.float64) for site in units.sites)
+    scores, stderr = _spread(model, examples, units, same, batch_size)
+    return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
+
+
+def scaled_variance(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    *,
+    readers: Mapping[str, Float[Tensor, "..."]] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Scores:
+    """The variance of what each unit writes, ``trace(D' Cov(v) D)`` with ``D`` the map that reads the unit; for a
+    scalar unit ``Var(v) |D|^2`` (arXiv 2602.24266, the rule for a last hidden layer; squared units of what is
+    written). The cheapest score that rescaling a unit and its reader cannot fool. Whether the output depends on what
+    is written it does not see.
+
+    ``D`` is the head's block of ``W_O``, the neuron's row of ``W_out``, the identity for whole layers, and for
+    directions their columns in the activation (1 for orthonormal ones). A norm between that and the stream (Gemma's) is
+    not part of it.
+
+    Args:
+        readers: for other models, or to say otherwise: hook name to ``[units, width, out]`` or, for units of one
+            number, ``[units, out]``.
+
+    Two forward passes: the means, and the deviations with their standard error over examples.
+
+    Raises:
+        ValueError: a model in training mode, NaN or infinite activations, units whose reader is not known, readers
+            of another shape or of a hook point that has no units here.
+    """
+    readers = readers or {}
+    hooks = {site.hook for site in units.sites}
+    for hook in readers:
+        if hook not in hooks:
+            raise ValueError(f"readers names {hook!r}; the units lie at {', '.join(sorted(hooks))}")
+    found = tuple(_reader(model, site, readers.get(site.hook)) for site in units.sites)
+    scores, stderr = _spread(model, examples, units, found, batch_size)
+    return Scores(units, scores, stderr, "scaled variance", "written variance", 2, 0)
+
+
+def additivity(
+    model: Model,
+    examples: Examples,
+    reduction: Reduction,
+    *,
+    probes: int = 4,
+    metric: Metric | None = None,
+    interventions: InterventionDistribution = NONE,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Estimate:
+    """How far scores of single units add up for the removed units: ``(R_joint - sum_u R_u) / R_joint``, both to
+    second order at the original model, at temperature 1.
+
+    0: the sum of the single risks is the joint risk. Towards 1: units that each look harmless are not harmless
+    together (backups). Below 0: removals cancel. Far from 0 no one-unit score can be trusted, and rounds are needed
+    (:func:`tl_sparsify.sparsify`). The standard error is that of a ratio of means over examples.
+
+    One forward and ``probes`` backward passes over the data; one forward pass more for each ``interchange`` in the
+    distribution.
+
+    Raises:
+        ValueError: a model in training mode, a reduction of another model, with affine replacements or of no unit.
+    """
+    check_fingerprint(model, reduction)
+    if reduction.mixing is not None:
+        raise ValueError("reduction has affine replacements: additivity is that of units set to constants")
+    removed = ~reduction.circuit.mask
+    if not bool(removed.any()):
+        raise ValueError(f"reduction removes none of {reduction.units!r}: there is nothing to add up")
+    parts: list[Float[Tensor, "two batch"]] = []
+    settings = {"probes": probes, "metric": metric, "interventions": interventions}
+    for part in samples(model, examples, reduction, seed=seed, batch_size=batch_size, **settings):
+        effects = part.effects[..., removed.to(part.effects.device)].double()
+        parts.append(torch.stack([effects.sum(2).square().sum(0), effects.square().sum((0, 2))]) / 2)
+    joint, alone = torch.cat(parts, 1)
+    if not bool(alone.any()):
+        return Estimate(0.0, 0.0, len(examples))  # nothing reads these units
+    ratio = alone.mean() / joint.mean()
+    scatter = Moments.of((alone - ratio * joint) / joint.mean())
+    return Estimate(float(1 - ratio), float(scatter.stderr), len(examples))
+
+
+def _spread(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    readers: tuple[Float[Tensor, "..."], ...],
+    batch_size: int | None,
+) -> tuple[Float[Tensor, "units"], Float[Tensor, "units"]]:
+    """The variance over examples and positions of every unit as its reader (:func:`_reader`) sees it, and its standard
+    error: of a ratio, since examples may differ in how many positions they have."""
+    means = [part.mean for part in unit_moments(model, examples, units, batch_size=batch_size)]
+    sums = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            here = units.for_examples(index)
+            with recorded(model, here) as recording:
+                output(model, batch)
+            q: list[Float[Tensor, "batch some"]] = []
+            n: list[Float[Tensor, "batch some"]] = []
+            for site, v, m, reader in zip(here.sites, recording.read(), means, readers, strict=True):
+                where = unit_positions(model, batch, site, v).double()
+                q.append(torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m))).to(sums))
+                n.append(where.sum(1, keepdim=True).expand(-1, site.size).to(sums))
+            total, count = torch.cat(q, 1), torch.cat(n, 1)
+            products = (total, count, total * total, total * count, count * count)
+            sums = sums + torch.stack([product.sum(0) for product in products])
+    q1, n1, qq, qn, nn = sums
+    n1 = n1.clamp_min(1)
+    scores = q1 / n1
+    scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / len(examples))
+    return scores, scatter.sqrt() / n1
+
+
+def _seen(
+    site: Site, deviation: Float[Tensor, "batch pos some width"], reader: Float[Tensor, "..."]
+) -> Float[Tensor, "batch pos some"]:
+    """The squared length of each unit's deviation after its reader."""
+    if reader.ndim == 1:
+        return deviation.square().sum(-1) * reader
+    if reader.shape[2] != deviation.shape[-1]:
+        raise ValueError(
+            f"readers of {site.hook} take units of width {reader.shape[2]}, there they have width "
+            f"{deviation.shape[-1]}: give [{site.size}, {deviation.shape[-1]}, out]"
+        )
+    return torch.einsum("bpuw,urw->bpur", deviation, reader).square().sum(-1)
+
+
+def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float[Tensor, "..."]:
+    """What a site's units are read by, as far as lengths go: a factor ``[units]`` on their squares, or the triangular
+    factor ``[units, rows, width]`` of the map, which keeps lengths and has at most ``width`` rows."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_post)", site.hook)
+    if given is None and site.kind in ("head", "neuron") and match is not None and hasattr(model, "blocks"):
+        block = model.blocks[int(match[1])]
+        given = block.attn.W_O if site.kind == "head" else block.mlp.W_out
+    if given is not None:
+        if given.ndim not in (2, 3) or len(given) != site.size:
+            raise ValueError(
+                f"readers of {site.hook} have shape {tuple(given.shape)}; it must be [{site.size}, width, out] "
+                f"or [{site.size}, out]"
+            )
+        wide = given.detach().double()
+        return torch.linalg.qr((wide if wide.ndim == 3 else wide[:, None]).mT, mode="r").R
+    if site.basis is not None:
+        return site.basis.detach().double().square().sum(0)
+    if site.kind in ("mlp", "attention", "residual"):
+        return torch.ones(site.size, dtype=torch.float64)
+    raise ValueError(
+        f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "
+        f"give readers={{{site.hook!r}: weights [{site.size}, width, out] or [{site.size}, out]}}"
+    )

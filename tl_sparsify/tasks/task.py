@@ -1,0 +1,127 @@
+"""Task: a model, its examples and the algorithm that it is supposed to run, reached by name or by folder.
+
+A task folder holds ``task.py`` with ``def task() -> Task``, a card ``README.md``, and whatever these load. Loading a
+task runs its ``task.py``: load only folders that you trust.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.evidence import Alignment, Pairs
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.tasks.native import load_native, save_native
+
+__all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth", "own_language_model", "save_native"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task made of pure functions.
+
+    Attributes:
+        name, description: for people.
+        model: loads the trained model, in evaluation mode.
+        dataset: the raw data of a seed, as a ``datasets.DatasetDict``.
+        examples: train, validation and test examples of a seed.
+        causal_model: the algorithm, as a hypothesis.
+        alignment: which units carry its variables, as a hypothesis.
+        pairs: ``pairs(n, seed)``: base and source inputs for interchange, from the test split.
+        chance: the accuracy of a constant answer.
+        causal_models: competing hypotheses by name, right and wrong ones.
+        wrong: the names of those that the network should *not* be found to implement.
+        truth: for models whose circuit is known, the names of the true units by what makes them true (``"weights"``:
+            their weights do work; ``"removal"``: removing one of them matters under ``ablation``).
+        ablation: what kind of ablation the model calls for: ``zero`` for compiled ones, else ``mean``.
+    """
+
+    name: str
+    description: str
+    model: Callable[[], Any]
+    dataset: Callable[[int], Any]
+    examples: Callable[[int], tuple[Examples, Examples, Examples]]
+    causal_model: CausalModel
+    alignment: Alignment
+    pairs: Callable[[int, int], Pairs]
+    chance: float
+    causal_models: Mapping[str, CausalModel] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+    truth: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ablation: Literal["zero", "mean"] = "mean"
+
+    def __repr__(self) -> str:
+        return f"Task({self.name}: {self.description})"
+
+
+def _folders() -> list[Path]:
+    """Where tasks live: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    return [folder for folder in (package / "_tasks", package.parent / "tasks") if folder.is_dir()]
+
+
+def list_tasks() -> tuple[str, ...]:
+    """The names of the tasks that ship with the package."""
+    return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
+
+
+def load_task(name: str | Path, *, model: Any = None) -> Task:
+    """Load a task by name, or from a folder of your own (which runs its ``task.py``).
+
+    Args:
+        model: for tasks of text the language model to ask: a Hugging Face name or folder, or a bridge. It is loaded
+            when ``task.model()`` is called. Where not given, the one that comes with the package.
+
+    Raises:
+        ValueError: an unknown name (with the near ones), a folder without its parts, a ``model`` for a task that has
+            its own.
+    """
+    here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
+    path = here[0] if here and Path(name).name == str(name) else Path(name)
+    if not path.is_dir():
+        near = difflib.get_close_matches(str(name), list_tasks(), n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `tl-sparsify tasks`."
+        raise ValueError(f"unknown task {str(name)!r}: {hint} The tasks are: {', '.join(list_tasks())}")
+    for part in ("task.py", "README.md"):
+        if not (path / part).is_file():
+            raise ValueError(f"task folder {path} has no {part}")
+    module = _module(path / "task.py")
+    function = getattr(module, "task", None)
+    if model is not None and callable(function) and "model" not in inspect.signature(function).parameters:
+        raise ValueError(f"model is given, but the task {path.name} has a model of its own: leave it out")
+    made = (function() if model is None else function(model=model)) if callable(function) else None
+    if not isinstance(made, Task):
+        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+    return made
+
+
+def own_language_model() -> Path:
+    """The folder of the small language model that comes with the package, in Hugging Face format."""
+    here = [folder / "language_model" / "model" for folder in _folders()]
+    return next((folder for folder in here if folder.is_dir()), here[-1])
+
+
+def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The true units of a model whose circuit is known, by what makes them true, from ``truth.json`` in its folder;
+    none where there is no such file."""
+    path = folder / "truth.json"
+    return {kind: tuple(names) for kind, names in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tl_sparsify_task_{path.parent.name}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the module of their class
+    spec.loader.exec_module(module)
+    return module
