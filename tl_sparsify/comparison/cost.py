@@ -44,9 +44,10 @@ def counted(model: Any) -> Iterator[Counter[str]]:
 
     def counting(*inputs: Any, **settings: Any) -> Any:
         output = forward(*inputs, **settings)
-        passes["forward"] += len(output)
+        n = len(inputs[0] if inputs else output)  # the output may have a row for each answer
+        passes["forward"] += n
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: passes.update(backward=len(gradient)))
+            output.register_hook(lambda gradient: passes.update(backward=n))
         return output
 
     model.forward = counting

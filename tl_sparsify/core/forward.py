@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.intervene import first_bad_hook, recorded
+from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
@@ -53,13 +53,13 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
         ValueError: a token id outside the vocabulary, or an output that is no logits.
     """
     device = device_of(model)
-    tokens = batch.tokens.to(device)
     embedding = getattr(model, "W_E", None)
-    if embedding is not None and not tokens.is_floating_point():
-        low, high = int(tokens.min()), int(tokens.max())
+    if embedding is not None and not batch.tokens.is_floating_point():
+        low, high = int(batch.tokens.min()), int(batch.tokens.max())
         if low < 0 or high >= len(embedding):
             bad = low if low < 0 else high
             raise ValueError(f"tokens holds id {bad}; the model's vocabulary has ids 0 to {len(embedding) - 1}")
+    tokens = batch.tokens.to(device)
     if batch.attention_mask is None:
         logits = model(tokens)
     else:
@@ -78,20 +78,22 @@ def answer_rows(batch: Examples) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows
 def answer_logits(model: Model, batch: Examples) -> Float[Tensor, "rows choices"]:
     """The logits at the labelled positions, over ``choices`` (or every token), in float32 or better.
 
-    One forward pass.
+    One forward pass, which unembeds no other position where the architecture allows that (:func:`narrows`).
 
     Raises:
         ValueError: labels or choices outside the output vocabulary, or labels of another length than the output; a
             NaN or infinite output, with the first hook point that has one.
     """
-    logits = output(model, batch)
-    if batch.labels.shape[1] != logits.shape[1]:
-        raise ValueError(f"labels has {batch.labels.shape[1]} positions, the model's output {logits.shape[1]}")
+    rows = _narrow_logits(model, batch)
+    if rows is None:
+        logits = output(model, batch)
+        if batch.labels.shape[1] != logits.shape[1]:
+            raise ValueError(f"labels has {batch.labels.shape[1]} positions, the model's output {logits.shape[1]}")
+        example, position = answer_rows(batch)
+        rows = logits[example.to(logits.device), position.to(logits.device)]
     top = int(batch.labels.max() if batch.choices is None else batch.choices.max())
-    if top >= logits.shape[-1]:
-        raise ValueError(f"labels or choices hold id {top}; the model's output has ids 0 to {logits.shape[-1] - 1}")
-    example, position = answer_rows(batch)
-    rows = logits[example.to(logits.device), position.to(logits.device)]
+    if top >= rows.shape[-1]:
+        raise ValueError(f"labels or choices hold id {top}; the model's output has ids 0 to {rows.shape[-1] - 1}")
     if batch.choices is not None:
         rows = rows[:, batch.choices.to(rows.device)]
     if not bool(torch.isfinite(rows).all()):
@@ -99,6 +101,16 @@ def answer_logits(model: Model, batch: Examples) -> Float[Tensor, "rows choices"
             f"the model's output is NaN or infinite, {first_bad_hook(model, lambda: output(model, batch))}"
         )
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _narrow_logits(model: Model, batch: Examples) -> Float[Tensor, "rows vocab"] | None:
+    """The logits at the labelled positions, where the model computes no others; ``None`` where it has to."""
+    if not narrows(model):
+        return None
+    example, position = answer_rows(batch)
+    with narrowed(model, example, position, batch.labels.shape[1]) as times:
+        logits = output(model, batch)
+    return logits[:, 0] if len(times) == 1 and logits.shape[:2] == (len(example), 1) else None
 
 
 def answer_index(batch: Examples) -> Int[Tensor, "rows"]:

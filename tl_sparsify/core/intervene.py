@@ -7,6 +7,7 @@ Interventions nest: the inner context sees the values that the outer one left.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
@@ -173,6 +174,50 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
 
     with model.hooks(fwd_hooks=[(_canonical(model, name), partial(keep, name=name)) for name in recording.hooks]):
         yield recording
+
+
+_STREAM, _LOGITS = "unembed.hook_in", "unembed.hook_out"
+
+
+def narrows(model: Any) -> bool:
+    """Whether :func:`narrowed` leaves every logit what it is: all that follows the unembedding's input takes each
+    position alone, and nobody looks at what comes out of the unembedding.
+
+    The first is what a Hugging Face model says that can leave logits out itself (``logits_to_keep``), and true of
+    TransformerLens's native models.
+    """
+    inner, points = getattr(model, "original_model", None), getattr(model, "hook_dict", {})
+    if inner is None or _STREAM not in points or _LOGITS not in points:
+        return False
+    native = type(inner).__name__ == "NativeModel"
+    if not native and "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+        return False
+    seen = points[_LOGITS].fwd_hooks or points[_LOGITS].bwd_hooks or points[_STREAM].bwd_hooks
+    return not seen and model.unembed.hook_out is points[_LOGITS]
+
+
+@contextmanager
+def narrowed(
+    model: Model, example: Int[Tensor, "rows"], position: Int[Tensor, "rows"], labelled: int
+) -> Iterator[list[int]]:
+    """Unembed only the stream at these positions: the model's output has a row for each, ``[rows, 1, vocab]``. Every
+    other hook sees what it sees without. For models that :func:`narrows` knows; what it yields gets an entry each
+    time that the stream is narrowed. No model pass of its own.
+
+    Raises:
+        ValueError: (when the model runs) a stream that has other than ``labelled`` positions.
+    """
+    times: list[int] = []
+
+    def narrow(stream: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "rows one d_model"]:
+        if stream.shape[1] != labelled:
+            raise ValueError(f"labels has {labelled} positions, the model's output {stream.shape[1]}")
+        times.append(len(example))
+        index = (example * labelled + position).to(stream.device)
+        return stream.flatten(0, 1).index_select(0, index)[:, None]
+
+    with model.hooks(fwd_hooks=[(_canonical(model, _STREAM), narrow)]):
+        yield times
 
 
 def first_bad_hook(model: Model, run: Callable[[], Any]) -> str:
