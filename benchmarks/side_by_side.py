@@ -26,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SIZES = (0.1, 0.05)
 MORE_TASKS = ("greatest_of_list", "tracr_hist")  # beside what `tl-sparsify bench` runs by default
-OURS = ("joint", "compensating")
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -52,12 +51,13 @@ def _cells(rows: list[dict[str, Any]], measure: str) -> list[str]:
     for row in rows:
         found.setdefault(row["method"], []).append(row[measure])
     means = {method: sum(values) / len(values) for method, values in found.items()}
+    mine = {row["method"] for row in rows if row["ours"]}
 
     def least(names: list[str]) -> str:
         name = min(names, key=lambda one: means[one], default="")
         return f"{_number(means[name])} ({name})" if name else ""
 
-    ours = [name for name in means if name.startswith(OURS)]
+    ours = [name for name in means if name in mine]
     others = [name for name in means if name not in ours and name != "random"]
     one, last = (_number(means[name]) if name in means else "" for name in ("joint risk", "random"))
     return [one, least(ours), least(others), last]

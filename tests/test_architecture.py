@@ -15,8 +15,8 @@ ORDER = {
     "core": "site units prompts examples circuit reduction moments intervene forward metrics distributions measure "
     "probes basis",
     "search": "affine constants scores attribution score curvature path joint compensating exchanges",
-    "folding": "narrow stream_writes rebuild bridge export fold",
-    "abstraction": "causal_model evidence interchange controls certificates verdicts verify das align",
+    "folding": "narrow stream_writes rebuild bridge export fold sizes",
+    "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",
     "tasks": "native task pairing input_space text compiled overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks baselines methods tables "
     "benchmark",

@@ -40,7 +40,7 @@ def parts(model: TwoLayers, data: Examples) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_curvature_weighted_mean_is_the_closed_form(seed: int):
     model, data = network(seed), inputs(30, seed=seed)
     v, h, _ = parts(model, data)
-    found = constants.curvature(model, data, model.units).tensors[0][:, 0]
+    found = constants.curvature_weighted(model, data, model.units).tensors[0][:, 0]
     used = h.sum(0) > 1e-6
     torch.testing.assert_close(found[used], ((h * v).sum(0) / h.sum(0))[used], rtol=1e-4, atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_the_curvature_weighted_mean_is_the_closed_form(seed: int):
 @settings(max_examples=10)
 def test_no_other_constant_has_a_lower_risk_for_a_unit_alone(seed: int, change: float):
     model, data = network(seed), inputs(30, seed=seed)
-    best = constants.curvature(model, data, model.units)
+    best = constants.curvature_weighted(model, data, model.units)
     other = Values(best.units, (best.tensors[0] + change,))
     at_best = score.risk(model, data, model.units, values=best).scores
     at_other = score.risk(model, data, model.units, values=other).scores
@@ -61,7 +61,9 @@ def test_where_the_curvature_is_the_same_everywhere_it_is_the_mean():
     with torch.no_grad():
         model.w_out.mul_(1e-6)  # the answer hardly depends on the input: the same curvature for all examples
     mean = constants.mean(model, data, model.units).tensors[0]
-    torch.testing.assert_close(constants.curvature(model, data, model.units).tensors[0], mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        constants.curvature_weighted(model, data, model.units).tensors[0], mean, rtol=1e-4, atol=1e-6
+    )
 
 
 @given(SEEDS)
@@ -117,7 +119,7 @@ def test_undamped_newton_constants_destroy_a_well_trained_model():
     assert accuracy(tamed) >= 0.99
 
 
-@pytest.mark.parametrize("name", ["curvature", "newton"])
+@pytest.mark.parametrize("name", ["curvature_weighted", "newton"])
 def test_batches_do_not_matter_and_the_model_leaves_as_it_came_in(name: str):
     model, data = bridge(), examples(12, answers=2)
     units = units_of(model)

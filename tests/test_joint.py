@@ -298,7 +298,7 @@ def test_a_path_says_how_its_values_were_made(kind: str):
     made = {
         "mean": lambda: None,
         "zero": lambda: zeros,
-        "curvature": lambda: constants.curvature(model, data, units),
+        "curvature": lambda: constants.curvature_weighted(model, data, units),
         "given": lambda: Values(units, tuple(tensor + 1 for tensor in zeros.tensors)),
     }
     path = found(values=made[kind]())

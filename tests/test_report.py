@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_sparsify import Circuit, Evidence, report
+from tl_sparsify.abstraction.verdicts import accepted
 from tl_sparsify.presentation import sentences
-from tl_sparsify.presentation.results import RUN_FILES, Run
+from tl_sparsify.presentation.results import RUN_FILES, RunResults
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -227,39 +228,41 @@ def test_where_it_cannot_be_written_is_said(tmp_path: Path):
 def test_a_variable_is_accepted_by_one_rule_which_controls_are_held_to_as_well(accuracy: float, changed: float):
     fine = accuracy >= 0.95 and not changed < 0.9
     rows = (row("original", "aligned units", "v", accuracy, changed), row("original", "do nothing", "v", 0.96, 0.91))
-    verdict = sentences.verdicts(Evidence(rows).to_frame()).iloc[0]
-    assert verdict.accepted == fine == sentences.accepted(accuracy, changed)
+    verdict = Evidence(rows).verdicts().iloc[0]
+    assert verdict.accepted == fine == accepted(accuracy, changed) == Evidence(rows).verdict("v").accepted
     assert verdict.passing == ["do nothing"] and (verdict.control, verdict.control_accuracy) == ("do nothing", 0.96)
 
 
 def test_a_control_that_passes_is_a_limit_and_so_is_what_is_left_in_the_rest(tmp_path: Path):
-    plain = sentences.limits(Run.load(run_folder(tmp_path / "plain")))
+    plain = sentences.limits(RunResults.load(run_folder(tmp_path / "plain")))
     assert not any("accepted too" in said or "Completeness" in said for said in plain)
     found = evidence(random={"accuracy": 0.97, "accuracy_changed": 0.96})
-    odd = Run.load(run_folder(tmp_path / "odd", evidence=found, evaluation={"completeness": 0.41}))
+    odd = RunResults.load(run_folder(tmp_path / "odd", evidence=found, evaluation={"completeness": 0.41}))
     said = sentences.limits(odd)
     assert any("For left (original) random weights would be accepted too" in each for each in said)
     assert any("Completeness is 0.410" in each for each in said)
 
 
 def test_intervals_of_resampled_examples_go_before_those_by_standard_errors(tmp_path: Path):
-    plain = sentences.quality(Run.load(run_folder(tmp_path / "plain")))
+    plain = sentences.quality(RunResults.load(run_folder(tmp_path / "plain")))
     assert any("is 0.0101 nats (95% interval 0.00814 to 0.0121)" in said for said in plain)
     resampled = run_folder(tmp_path / "resampled", evaluation={"risk_low": 0.0021, "risk_high": 0.0391})
-    assert any("0.0101 nats (95% interval 0.0021 to 0.0391)" in said for said in sentences.quality(Run.load(resampled)))
+    assert any(
+        "0.0101 nats (95% interval 0.0021 to 0.0391)" in said for said in sentences.quality(RunResults.load(resampled))
+    )
     none = run_folder(tmp_path / "none", evaluation={"risk": 3e-9, "risk_stderr": 1e-9, "completeness": -1e-9})
-    said = " ".join(sentences.quality(Run.load(none)))
+    said = " ".join(sentences.quality(RunResults.load(none)))
     assert "is less than 1e-06 nats." in said and "completeness 0.000" in said
 
 
 def test_the_search_is_not_praised_where_it_is_not_ahead(tmp_path: Path):
-    behind = sentences.compared(Run.load(run_folder(tmp_path / "a", baselines=baselines(found=0.6, best=0.5))))
+    behind = sentences.compared(RunResults.load(run_folder(tmp_path / "a", baselines=baselines(found=0.6, best=0.5))))
     assert all("the search is not ahead of it here" in said for said in behind) and len(behind) == 2
-    equal = sentences.compared(Run.load(run_folder(tmp_path / "b", baselines=baselines(found=0.5, best=0.5))))
+    equal = sentences.compared(RunResults.load(run_folder(tmp_path / "b", baselines=baselines(found=0.5, best=0.5))))
     assert all(said.endswith(": the same.") for said in equal)
-    nothing = sentences.compared(Run.load(run_folder(tmp_path / "c", baselines=baselines(found=0.0, best=0.5))))
+    nothing = sentences.compared(RunResults.load(run_folder(tmp_path / "c", baselines=baselines(found=0.0, best=0.5))))
     assert all("times" not in said and said.endswith(").") for said in nothing)
-    tiny = sentences.compared(Run.load(run_folder(tmp_path / "d", baselines=baselines(found=3e-15, best=1e-15))))
+    tiny = sentences.compared(RunResults.load(run_folder(tmp_path / "d", baselines=baselines(found=3e-15, best=1e-15))))
     assert all(said.endswith(": the same, up to rounding.") and "less than 1e-06 nats" in said for said in tiny)
 
 

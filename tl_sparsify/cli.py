@@ -24,6 +24,7 @@ from tl_sparsify._internal.progress import step
 from tl_sparsify._internal.versions import versions
 from tl_sparsify.abstraction.align import align
 from tl_sparsify.abstraction.evidence import Evidence
+from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.abstraction.verify import verify
 from tl_sparsify.comparison import baselines
 from tl_sparsify.comparison.benchmark import compare_tasks, write_comparison
@@ -39,8 +40,9 @@ from tl_sparsify.core.metrics import by_example, correct, kl
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import heads, neurons
 from tl_sparsify.folding.bridge import FOLDED, save_folded
-from tl_sparsify.folding.fold import fold, parameter_count
-from tl_sparsify.presentation import plot, report, sentences
+from tl_sparsify.folding.fold import fold
+from tl_sparsify.folding.sizes import sizes_by_layer
+from tl_sparsify.presentation import plot, report
 from tl_sparsify.search import constants, score
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.tasks.overview import overview
@@ -141,7 +143,7 @@ def run(
         found = evaluate(model, reduction, test, seed=seed)
     difference = _difference(model, reduction, small, test)
     _write_csv(pd.DataFrame([found.to_dict() | {"folded_difference": difference}]), folder / "evaluation.csv")
-    layers = _layers(model, small)
+    layers = sizes_by_layer(model, small)
     _write_csv(layers, folder / "fold.csv")
     console.print(_table(f"Fold: {reduction.circuit!r}", _before_and_after(layers)))
     console.print(
@@ -153,8 +155,14 @@ def run(
     with step("comparing with other orders", not quiet):
         splits = (train, validation, test)
         beside = _beside(model, reduction.circuit, values, loaded.ablation, splits, seed, beside_steps)
-    last = {"method": f"{sentences.FOUND}, as saved", "replacements": reduction.kind, "steps": ""}
-    last |= {"kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr, "accuracy": found.accuracy}
+    last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": reduction.kind}
+    last |= {
+        "steps": "",
+        "kept": found.kept,
+        "risk": found.risk.mean,
+        "risk_stderr": found.risk.stderr,
+        "accuracy": found.accuracy,
+    }
     beside = pd.DataFrame([*beside, last])
     _write_csv(beside, folder / "baselines.csv")
     console.print(_table(f"Circuits of {found.kept:,} units: risk in nats on test examples", beside))
@@ -243,7 +251,7 @@ def _beside(
         "activation variance": score.variance(model, train, found.units),
         "gradient attribution": score.gradient(model, train, found.units, values=values).absolute,
     }
-    circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {sentences.FOUND: found}
+    circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {"found circuit": found}
     rows: list[dict[str, Any]] = []
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, ablation)
@@ -260,7 +268,8 @@ def _beside(
         for reduction, fitted in ((plain, 0), (again, steps)):
             moments = compared(model, reduction, test, _risk_and_right)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
-            row = {"method": name, "replacements": reduction.kind, "steps": fitted, "kept": len(circuit)}
+            row = {"method": name, "found": circuit is found, "as_saved": False, "replacements": reduction.kind}
+            row |= {"steps": fitted, "kept": len(circuit)}
             rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
     return rows
 
@@ -323,40 +332,16 @@ def _evidence(evidence: Evidence) -> tuple[Table, str]:
         table.add_row(*names, *(cells.get(model, "") for model in models))
     notes: list[str] = []
     for model in models:
-        aligned = [row for row in evidence.rows if row.model == model and row.intervention == "aligned units"]
+        aligned = [
+            row for row in evidence.rows if row.model == model and row.role is Role.ALIGNED and not row.sources_apart
+        ]
         kept = ", ".join(f"{row.variable} {row.units:.0f} of {row.units + row.removed:.0f}" for row in aligned)
         notes.append(f"{model}: {aligned[0].retained:.1%} of the pairs right on both inputs, aligned units: {kept}")
     return table, "\n".join(notes)
 
 
-def _layers(model: Any, small: Any) -> pd.DataFrame:
-    """Heads, neurons and parameters of each layer and of the whole model, before and after."""
-
-    def sizes(of: Any, layer: int) -> dict[str, int]:
-        inside = {unit for unit in heads_and_neurons(of) if unit.startswith(f"L{layer}")}
-        return {
-            "heads": sum("H" in unit for unit in inside),
-            "neurons": sum("N" in unit for unit in inside),
-            "parameters": parameter_count(of.blocks[layer]),
-        }
-
-    def heads_and_neurons(of: Any) -> tuple[str, ...]:
-        return tuple(small.units) if of is small else (heads(of) + neurons(of)).names
-
-    rows: list[dict[str, Any]] = []
-    for layer in range(len(model.blocks)):
-        before, after = sizes(model, layer), sizes(small, layer)
-        rows.append(
-            {"part": f"layer {layer}"}
-            | {f"{k}{end}": v[k] for k in before for end, v in (("", before), ("_kept", after))}
-        )
-    total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
-    total |= {"parameters": parameter_count(model), "parameters_kept": parameter_count(small)}
-    return pd.DataFrame([*rows, {"part": "whole model"} | total])
-
-
 def _before_and_after(layers: pd.DataFrame) -> pd.DataFrame:
-    """The sizes of :func:`_layers` as ``4 to 3``."""
+    """The sizes of :func:`sizes_by_layer` as ``4 to 3``."""
     columns = {name: zip(layers[name], layers[f"{name}_kept"], strict=True) for name in _SIZES}
     return pd.DataFrame(
         {"part": layers.part} | {name: [f"{a:,} to {b:,}" for a, b in c] for name, c in columns.items()}

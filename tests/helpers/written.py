@@ -26,6 +26,7 @@ from tl_sparsify import (
     plot,
 )
 from tl_sparsify.abstraction.evidence import NOTHING, Row
+from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.core.circuit import NeighbourMap
 from tl_sparsify.search.path import Round
 
@@ -81,9 +82,19 @@ def scores(values: Sequence[float] | None = None, name: str = "test") -> Scores:
     return Scores(UNITS, given, torch.zeros_like(given), name, "nats", 0, 0)
 
 
+ROLES = {
+    "aligned units": Role.ALIGNED,
+    "aligned units, a source each": Role.ALIGNED,
+    "whole residual stream": Role.CEILING,
+    "all unaligned units": Role.UNALIGNED,
+    "random kept units, p = 0.1": Role.CHECK,
+}
+
+
 def row(model: str, intervention: str, variable: str, accuracy: float, changed: float = 0.0, **other: Any) -> Row:
     plain = Row(model, intervention, variable, accuracy, 0.01, accuracy - 0.02, min(1.0, accuracy + 0.02), changed,
-                float("nan"), float("nan"), 512, 1.0, 1.0, 0)  # fmt: skip
+                float("nan"), float("nan"), 512, 1.0, 1.0, 0, ROLES.get(intervention, Role.CONTROL),
+                model == "random weights", intervention == "aligned units, a source each")  # fmt: skip
     return replace(plain, **other)
 
 
@@ -141,7 +152,15 @@ def table(
                         risk = 0.002 * 1.45**m * (0.2 / size) ** 2 * np.exp(rng.normal(0, 0.3))
                         right = max(0.5, 1 - risk / 4)
                         faith = 1 - risk
-                        row = {"task": task, "method": method, "setting": "", "seed": seed, "ablation": ablation}
+                        ours = method.startswith(("joint", "compensating"))
+                        row = {
+                            "task": task,
+                            "method": method,
+                            "ours": ours,
+                            "setting": "",
+                            "seed": seed,
+                            "ablation": ablation,
+                        }
                         row |= {"size": size, "kept": kept, "fraction": kept / units}
                         row |= {"risk": risk, "accuracy": right, "faithfulness": faith}
                         for name, value in (("risk", risk), ("accuracy", right), ("faithfulness", faith)):
@@ -157,9 +176,11 @@ def baselines(found: float = 0.012, best: float = 0.5) -> pd.DataFrame:
     rows = []
     for method, risk in (("random", 0.69), ("activation variance", best), ("found circuit", found)):
         for replacements, steps, times in (("mean", 0, 3.0), ("refit", 60, 1.0)):
-            row = {"method": method, "replacements": replacements, "steps": steps, "kept": 6, "risk": risk * times}
+            row = {"method": method, "found": method == "found circuit", "as_saved": False}
+            row |= {"replacements": replacements, "steps": steps, "kept": 6, "risk": risk * times}
             rows.append(row | {"risk_stderr": risk / 10, "accuracy": 1 - risk / 2})
-    last = {"method": "found circuit, as saved", "replacements": "refit", "steps": "", "kept": 6}
+    last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": "refit"}
+    last |= {"steps": "", "kept": 6}
     return pd.DataFrame([*rows, last | {"risk": 0.0101, "risk_stderr": 0.001, "accuracy": 0.9973}])
 
 

@@ -13,12 +13,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.verdicts import Role, Verdict, judged, verdicts
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.units import Unit
 
 NOTHING = "(none)"
 """Stands for the variable where units are interchanged that carry none: the answer should stay."""
+ALIGNED_UNITS = "aligned units"
+"""What the interchange of the alignment itself is called in tables."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,9 @@ class Row:
         retained: the share of pairs that the model answers right on all their inputs.
         units: units interchanged.
         removed: aligned units that this model no longer has.
+        role: what the line is for.
+        untrained: whether the model has random weights; its lines are controls of the other models'.
+        sources_apart: whether each of several variables has a source of its own.
     """
 
     model: str
@@ -137,6 +143,9 @@ class Row:
     retained: float
     units: float
     removed: int
+    role: Role
+    untrained: bool = False
+    sources_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,23 @@ class Evidence:
         """One row a line of evidence; the columns are :class:`Row`'s attributes."""
         return pd.DataFrame([asdict(row) for row in self.rows])
 
-    def accuracy(self, variable: str, model: str = "original", intervention: str = "aligned units") -> float:
+    def verdicts(self) -> pd.DataFrame:
+        """Whether each aligned variable is accepted, in each trained model, and the controls beside it: a row each; the
+        columns are :class:`~tl_sparsify.abstraction.verdicts.Verdict`'s attributes. No model pass."""
+        return verdicts(self.to_frame())
+
+    def verdict(self, variable: str, model: str = "original") -> Verdict:
+        """The judgement on one variable: ``evidence.verdict("left").accepted``. No model pass.
+
+        Raises:
+            KeyError: nothing was judged under these names; it says what was.
+        """
+        found = {(verdict.variable, verdict.model): verdict for verdict in judged(self.to_frame())}
+        if (variable, model) not in found:
+            raise KeyError(f"no verdict on {variable!r} in the {model} model; there is one on {sorted(found)}")
+        return found[variable, model]
+
+    def accuracy(self, variable: str, model: str = "original", intervention: str = ALIGNED_UNITS) -> float:
         """One accuracy of the table; a ``KeyError`` names what there is."""
         for row in self.rows:
             if (row.model, row.intervention, row.variable) == (model, intervention, variable):
@@ -165,5 +190,6 @@ class Evidence:
         raise KeyError(f"no evidence for {(model, intervention, variable)}; there is {known}")
 
     def __repr__(self) -> str:
-        found = [f"{r.variable} {r.accuracy:.3f} ({r.model})" for r in self.rows if r.intervention == "aligned units"]
+        aligned = [row for row in self.rows if row.role is Role.ALIGNED and not row.sources_apart]
+        found = [f"{row.variable} {row.accuracy:.3f} ({row.model})" for row in aligned]
         return f"Evidence({', '.join(found)}; {len(self.rows)} rows with controls)"

@@ -51,12 +51,14 @@ class TestedModel:
     Attributes:
         removal: what is ablated in it.
         own_names: its own unit name for each original unit that it still has; ``None``: the original's names.
+        untrained: whether it has random weights, and so is a control.
     """
 
     name: str
     model: Any
     removal: Reduction | None = None
     own_names: Mapping[str, str] | None = None
+    untrained: bool = False
 
     @cached_property
     def _gone(self) -> frozenset[str]:

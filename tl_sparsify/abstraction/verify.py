@@ -31,7 +31,7 @@ from tl_sparsify.abstraction.controls import (
     random_weights,
     streams,
 )
-from tl_sparsify.abstraction.evidence import NOTHING, Alignment, Evidence, Pairs, Row
+from tl_sparsify.abstraction.evidence import ALIGNED_UNITS, NOTHING, Alignment, Evidence, Pairs, Row
 from tl_sparsify.abstraction.interchange import (
     Swap,
     TestedModel,
@@ -41,6 +41,7 @@ from tl_sparsify.abstraction.interchange import (
     right_answers,
     tokens,
 )
+from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_model
 from tl_sparsify.core.metrics import kl
@@ -111,7 +112,7 @@ def verify(
     unaligned = outside(model, alignment)
     checks = [
         _Check(subject, causal_model, alignment, unaligned, draws, level, seed, batch_size)
-        for subject in (*subjects, TestedModel("random weights", random_weights(model, seed)))
+        for subject in (*subjects, TestedModel("random weights", random_weights(model, seed), untrained=True))
     ]
     if goal is not None:
         pairs = _enough(checks[: len(subjects)], pairs, goal)
@@ -182,13 +183,13 @@ def _rows(check: _Check, pairs: Pairs) -> Iterator[Row]:
         yield from _of_variable(check, pairs, plain, variable)
     if check.together:
         yield from _jointly(check, pairs, plain)
-    if check.subject.name != "random weights":
+    if not check.subject.untrained:
         yield from _unaligned(check, pairs, plain)
 
 
 def _row(
     check: _Check,
-    names: tuple[str, str],
+    names: tuple[str, str, Role],
     plain: _Plain,
     pairs: Pairs,
     given: Sequence[Int[Tensor, "n"]],
@@ -197,17 +198,18 @@ def _row(
     *,
     removed: int = 0,
     right: Bool[Tensor, "n"] | None = None,
+    sources_apart: bool = False,
 ) -> Row:
     """The line of some interventions (one, or the draws of a random one) by the answers ``given`` to them."""
     right = plain.right & plain.source_right if right is None else right
-    counts = torch.ones_like(right) if check.subject.name == "random weights" else right
+    counts = torch.ones_like(right) if check.subject.untrained else right
     # the draws of a random control share their pairs: a pair is one draw of their mean, not several
     right_share = torch.stack([answer == expected for answer in given]).double().mean(0)
     hits, changed = right_share[counts], counts & (expected != right_answers(pairs.base))
     lower, upper = confidence_sequence(hits, level=check.level)
     some = len(hits) > 0
     return Row(
-        *(check.subject.name, *names),
+        *(check.subject.name, *names[:2]),
         accuracy=float(hits.mean()),
         stderr=float(hits.std(correction=0)) / math.sqrt(len(hits)) if some else float("nan"),
         lower=float(lower[-1]) if some else 0.0,
@@ -219,6 +221,9 @@ def _row(
         retained=float(right.double().mean()),
         units=units,
         removed=removed,
+        role=names[2],
+        untrained=check.subject.untrained,
+        sources_apart=sources_apart,
     )
 
 
@@ -227,22 +232,23 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     subject, expected = check.subject, pairs.expected(check.causal_model, (variable,))
     chosen = list(check.alignment.units[variable])
     own = subject.own(chosen)
-    control = subject.name != "random weights"
-    draws = check.draws if control and has_others(chosen) else 0
+    trained = not subject.untrained
+    draws = check.draws if trained and has_others(chosen) else 0
     random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(draws)]
     everywhere = any(unit.site.positions is None for unit in chosen)
     places = [None] if everywhere else [unit.site.positions for unit in chosen]
     whole = [
-        list(dict.fromkeys(Unit(site, 0).at(where) for where in places)) for site in streams(subject.model) if control
+        list(dict.fromkeys(Unit(site, 0).at(where) for where in places)) for site in streams(subject.model) if trained
     ]
     given = check.answers(pairs.base, [[(units, pairs.source)] for units in (own, *random, *whole)])
 
-    def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, removed: int = 0) -> Row:
-        return _row(check, (name, variable), plain, pairs, some, expected, units, removed=removed)
+    def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, role: Role = Role.CONTROL) -> Row:
+        removed = len(chosen) - len(own) if role is Role.ALIGNED else 0
+        return _row(check, (name, variable, role), plain, pairs, some, expected, units, removed=removed)
 
-    yield row("aligned units", given[:1], float(len(own)), len(chosen) - len(own))
+    yield row(ALIGNED_UNITS, given[:1], float(len(own)), Role.ALIGNED)
     yield row("do nothing", [plain.base], 0.0)
-    if not control:
+    if not trained:
         return
     if random:
         yield row("random units", given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
@@ -250,9 +256,9 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     if moved:
         yield row("norm-matched random subspace", moved, float(len(own)))
     arbitrary = made_up(pairs, check.seed)
-    yield _row(check, ("arbitrary labels", variable), plain, pairs, given[:1], arbitrary, float(len(own)))
+    yield _row(check, ("arbitrary labels", variable, Role.CONTROL), plain, pairs, given[:1], arbitrary, float(len(own)))
     ceilings = [
-        row("whole residual stream", [answer], float(len(units)))
+        row("whole residual stream", [answer], float(len(units)), Role.CEILING)
         for units, answer in zip(whole, given[1 + len(random) :], strict=True)
     ]
     if ceilings:
@@ -272,9 +278,9 @@ def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
     apart = not any(isinstance(unit.site.positions, Tensor) for unit in chosen)
     given = check.answers(pairs.base, [one, each] if apart else [one])
     units = sum(map(len, own.values()))
-    settings = {"units": float(units), "removed": len(chosen) - units}
+    settings: dict[str, Any] = {"units": float(units), "removed": len(chosen) - units}
     expected = pairs.expected(check.causal_model, variables)
-    yield _row(check, ("aligned units", names), plain, pairs, given[:1], expected, **settings)
+    yield _row(check, (ALIGNED_UNITS, names, Role.ALIGNED), plain, pairs, given[:1], expected, **settings)
     if not apart:
         return
     inputs = {variable: other.source_inputs for variable, other in others.items()}
@@ -282,8 +288,8 @@ def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
     right = plain.right.clone()
     for number in range(len(variables)):
         right &= plain.source_right.roll(-number)
-    name = ("aligned units, a source each", names)
-    yield _row(check, name, plain, pairs, given[1:], expected, **settings, right=right)
+    name = (f"{ALIGNED_UNITS}, a source each", names, Role.ALIGNED)
+    yield _row(check, name, plain, pairs, given[1:], expected, **settings, right=right, sources_apart=True)
 
 
 def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
@@ -298,9 +304,10 @@ def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
     ]
     given = check.answers(pairs.base, [[(units, pairs.source)] for units in (pool, *draws)])
     if draws:
-        name = ("unaligned units, at random", NOTHING)
+        name = ("unaligned units, at random", NOTHING, Role.CHECK)
         yield _row(check, name, plain, pairs, given[1:], plain.base, float(count))
-    yield _row(check, ("all unaligned units", NOTHING), plain, pairs, given[:1], plain.base, float(len(pool)))
+    name = ("all unaligned units", NOTHING, Role.UNALIGNED)
+    yield _row(check, name, plain, pairs, given[:1], plain.base, float(len(pool)))
 
 
 def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: Pairs) -> Row:
@@ -311,7 +318,7 @@ def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: 
         for check in (original, reduced)
     )
     same, everywhere = tokens(one, pairs.base), torch.ones(len(pairs), dtype=torch.bool)
-    names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING)
+    names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING, Role.CHECK)
     plain = _Plain(same, everywhere, everywhere)
     row = _row(reduced, names, plain, pairs, [tokens(two, pairs.base)], same, _PROBABILITY * len(kept))
     best = one.topk(2, 1).values

@@ -1,4 +1,4 @@
-"""Baselines: other ways to order units, with the signature of :mod:`tl_sparsify.score`'s.
+"""Baselines: other ways to order units, with the signature of :mod:`tl_sparsify.search.score`'s.
 
 Each is a function ``(model, examples, units, *, seed, ...) -> Scores``; larger means needed more. They are here to be
 beaten, so each is the method as published, without its bugs, and states what it costs. ``n`` is the number of units.
@@ -8,8 +8,8 @@ method                    what it is                                            
 ========================  =================================================================  ======================
 ``random``                a random order                                                     0
 ``activation_norm``       the length of the unit's value                                     1
-``variance``              of the unit's value (:mod:`tl_sparsify.score`)                     2
-``scaled_variance``       of what the unit writes (:mod:`tl_sparsify.score`)                 2
+``variance``              of the unit's value (:mod:`tl_sparsify.search.score`)                     2
+``scaled_variance``       of what the unit writes (:mod:`tl_sparsify.search.score`)                 2
 ``exact_zero``            divergence by setting the unit to zero                             ``n + 1``
 ``exact_mean``            divergence by setting the unit to its mean                         ``n + 2``
 ``activation_patching``   a metric's change by the unit's value in another run               ``n + 2``

@@ -103,13 +103,13 @@ def compare(
         out: a folder for finished cells; those that it already has are not run again.
 
     Returns:
-        A row for each task, method, seed, ablation and size: ``task, method, setting, seed, own_ablation, ablation,
-        size, kept, fraction``; ``risk`` (nats), ``accuracy`` and ``faithfulness``, each with ``_low`` and ``_high``;
-        ``cpr, cmd``;
-        ``auroc, average_precision`` for the true units where they are known (those whose removal matters, else those
-        whose weights do work); the cost of the chosen setting (``forward, backward`` passes, ``seconds``, ``peak_mb``)
-        and of all that were tried (``settings, all_forward, all_backward``). ``ablation`` is ``zero``, ``mean``,
-        ``counterfactual``, or ``refitted`` (from ``own_ablation``, which the task calls for).
+        A row for each task, method, seed, ablation and size: ``task, method, ours, setting, seed, own_ablation,
+        ablation, size, kept, fraction``; ``risk`` (nats), ``accuracy`` and ``faithfulness``, each with ``_low`` and
+        ``_high``; ``cpr, cmd``; ``auroc, average_precision`` for the true units where they are known (those whose
+        removal matters, else those whose weights do work); the cost of the chosen setting (``forward, backward``
+        passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward, all_backward``).
+        ``ablation`` is ``zero``, ``mean``, ``counterfactual``, or ``refitted`` (from ``own_ablation``, which the task
+        calls for).
 
     Raises:
         ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
@@ -252,7 +252,7 @@ def _cell(data: _Data, method: Method, shared: Comparison) -> pd.DataFrame:
         alone = len(method.settings) == len(candidates) == 1
         tried += [(0.0 if alone else _worth(data, one, shared), label, one, cost) for label, one in candidates.items()]
     _, setting, found, cost = min(tried, key=lambda one: one[0])
-    key = {"task": data.task.name, "method": method.name, "setting": setting, "seed": data.seed}
+    key = {"task": data.task.name, "method": method.name, "ours": method.ours, "setting": setting, "seed": data.seed}
     key |= {"own_ablation": data.task.ablation, "ablation": "", "size": float("nan")}
     spent = asdict(cost) | {"settings": len(tried)}
     spent |= {"all_forward": sum(one.forward for one in costs), "all_backward": sum(one.backward for one in costs)}

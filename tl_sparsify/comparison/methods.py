@@ -37,11 +37,13 @@ class Method:
         name: in tables.
         settings: functions of one signature by the name of their setting; validation chooses where there are several.
         signed: whether its scores have signs that mean something; the order by their size is then another setting.
+        ours: whether it is this package's own; figures and tables set these apart from what they are held against.
     """
 
     name: str
     settings: Mapping[str, Scorer]
     signed: bool = False
+    ours: bool = False
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -74,10 +76,10 @@ def _edges(scorer: Callable[..., Scores], rounds: int) -> dict[str, Scorer]:
 
 
 METHODS: tuple[Method, ...] = (
-    Method("joint risk", {"default": partial(sparsify, held_out=None)}),
-    Method("joint risk, 60 rounds", {"default": partial(sparsify, rounds=60, held_out=None)}),
-    Method("joint risk, refitted inside", {"default": sparsify}),
-    Method("compensating", {"default": partial(sparsify_affine, sizes=_SIZES)}),
+    Method("joint risk", {"default": partial(sparsify, held_out=None)}, ours=True),
+    Method("joint risk, 60 rounds", {"default": partial(sparsify, rounds=60, held_out=None)}, ours=True),
+    Method("joint risk, refitted inside", {"default": sparsify}, ours=True),
+    Method("compensating", {"default": partial(sparsify_affine, sizes=_SIZES)}, ours=True),
     Method(
         "risk",
         {

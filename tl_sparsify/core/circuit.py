@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tl_sparsify.core.units import Unit, Units
 
+REFIT, REFITTED_NEIGHBOURS = "refit", "refitted neighbours"
+"""The kinds of values that were fitted together on the divergence: constants, and maps of kept units."""
+
 
 @dataclass(frozen=True, eq=False)
 class Circuit:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.files import read_tensors, write_tensors
-from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
 
@@ -66,6 +66,11 @@ class Reduction:
     def kind(self) -> str:
         """How the constants were made (``mean``, ``zero``, ``refit``, ``given``: by the user); part of every number."""
         return self.values.kind
+
+    @property
+    def refitted(self) -> bool:
+        """Whether the constants, or the maps of kept units, were fitted together on the divergence."""
+        return self.kind in (REFIT, REFITTED_NEIGHBOURS)
 
     @property
     def baseline(self) -> Values:

@@ -42,7 +42,7 @@ from tl_sparsify.folding.narrow import Shares, kv_index, n_neurons, narrow_atten
 from tl_sparsify.folding.rebuild import HUGGING_FACE, NATIVE
 from tl_sparsify.folding.stream_writes import Step, fix_layer, step_writer, writers
 
-__all__ = ["ARCHITECTURES", "FoldedBridge", "export_hf", "fold", "load_folded", "parameter_count", "save_folded"]
+__all__ = ["ARCHITECTURES", "FoldedBridge", "export_hf", "fold", "load_folded", "save_folded"]
 
 ARCHITECTURES = (NATIVE, *HUGGING_FACE)
 """The architectures whose folding is tested (``model.cfg.architecture``)."""
@@ -123,24 +123,6 @@ class _Change:
 
     hook: str
     to: Step | Float[Tensor, "width"]
-
-
-def parameter_count(module: nn.Module) -> int:
-    """How many numbers a module's parameters hold. What several of them share counts once: tied weights, and parts of a
-    joint projection (GPT-2's queries, keys and values). No pass."""
-    spans = sorted({_span(parameter) for parameter in module.parameters() if parameter.numel()})
-    total, end = 0.0, 0
-    for start, stop, size in spans:
-        total += max(0, stop - max(start, end)) / size
-        end = max(end, stop)
-    return round(total)
-
-
-def _span(parameter: Float[Tensor, "..."]) -> tuple[int, int, int]:
-    """Where a parameter begins and ends in memory, and the bytes of one number."""
-    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    size = parameter.element_size()
-    return parameter.data_ptr(), parameter.data_ptr() + (last + 1) * size, size
 
 
 def _plan(model: TransformerBridge, reduction: Reduction) -> tuple[list[_Cut], list[_Change]]:

@@ -1,6 +1,6 @@
 """Diagrams: matplotlib pictures of a model's units, layer by layer, and of a causal model's variables.
 
-:mod:`tl_sparsify.plot` has all of them. Layers are drawn as data flows, the first one below.
+:mod:`tl_sparsify.presentation.plot` has all of them. Layers are drawn as data flows, the first one below.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _shades(grid: Float[np.ndarray, "layers heads"]) -> tuple[Normalize, str, st
 
 def _replacements(reduction: Reduction) -> list[str]:
     """For each site what its removed units are replaced by."""
-    constant = "refitted constant" if reduction.kind.startswith("refit") else "constant"
+    constant = "refitted constant" if reduction.refitted else "constant"
     mixing = reduction.mixing or (None,) * len(reduction.units.sites)
     return [constant if part is None else "affine in kept units" for part in mixing]
 

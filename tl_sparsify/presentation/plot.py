@@ -1,4 +1,5 @@
-"""Plots: matplotlib figures of paths, methods, scores and evidence, and those of :mod:`tl_sparsify.diagrams`.
+"""Plots: matplotlib figures of paths, methods, scores and evidence, and those of
+:mod:`tl_sparsify.presentation.diagrams`.
 
 Every function returns the figure and draws on nothing else.
 """
@@ -19,6 +20,7 @@ from matplotlib.patches import Rectangle
 
 from tl_sparsify._internal.files import write_bytes
 from tl_sparsify.abstraction.evidence import NOTHING, Evidence
+from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.presentation.diagrams import causal_graph, circuit, head_map, neuron_density, unit_map
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores
@@ -45,7 +47,6 @@ _MEASURES = {
 }
 _WIDE = 100  # scores that span more are drawn on logarithmic axes
 _SEEN = (-0.5, 1.5)  # of faithfulness, which has no bounds
-_OURS = ("joint", "compensating")  # how the names of this package's methods begin
 _BOLD = ("#d55e00", "#0072b2", "#009e73", "#000000")  # Okabe and Ito's colours; then Tol's
 _THIN = ("#56b4e9", "#e69f00", "#cc79a7", "#882255", "#999933", "#44aa99", "#777777")
 _MARKERS = "os^vDPX*<>hp"
@@ -90,8 +91,8 @@ def frontier(
     """A measure against the number of units kept: a panel for each task and kind of ablation, a line for each method.
 
     Lines are means over seeds, bands go from the lowest seed to the highest (with one seed: bars, its own intervals).
-    This package's methods, whose names begin with ``joint`` or ``compensating``, are drawn bolder. Risk below 1e-6 nats
-    is drawn there, and the axis of faithfulness ends at -0.5 and 1.5.
+    This package's methods (``ours``) are drawn bolder. Risk below 1e-6 nats is drawn there, and the axis of
+    faithfulness ends at -0.5 and 1.5.
 
     Args:
         table: the benchmark's, one row for each task, method, seed, ablation and size.
@@ -104,7 +105,8 @@ def frontier(
     """
     if measure not in _MEASURES:
         raise ValueError(f"measure is {measure!r}; it is {', '.join(list(_MEASURES)[:-1])} or {list(_MEASURES)[-1]}")
-    needed = ("task", "method", "seed", "ablation", "size", "kept", measure, f"{measure}_low", f"{measure}_high")
+    needed = ("task", "method", "ours", "seed", "ablation", "size", "kept")
+    needed = (*needed, measure, f"{measure}_low", f"{measure}_high")
     missing = [name for name in needed if name not in table]
     if missing:
         raise ValueError(f"table has no column {', '.join(missing)}: give the benchmark's table")
@@ -118,7 +120,7 @@ def frontier(
     if rows.empty:
         raise ValueError("table has no rows: there is nothing to draw")
     rows = rows.assign(line=_names(rows))
-    styles = _styles(list(dict.fromkeys(rows.line)))
+    styles = _styles(dict(zip(rows.line, rows.ours, strict=True)))
     panels = list(dict.fromkeys(zip(rows.task, rows.ablation, strict=True)))
     kinds = rows.ablation.nunique()
     across = kinds if 1 < kinds <= 4 else 2 if len(panels) == 4 else min(3, len(panels))
@@ -199,7 +201,7 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
         ValueError: a table without the columns or rows of :meth:`Evidence.to_frame`.
     """
     frame = cast(Any, found.to_frame() if isinstance(found, Evidence) else found)
-    needed = ("model", "intervention", "variable", "accuracy", "accuracy_changed")
+    needed = ("model", "intervention", "variable", "accuracy", "accuracy_changed", "role", "untrained")
     missing = [name for name in needed if name not in frame]
     if missing or frame.empty:
         raise ValueError(f"found has no {', '.join(missing) or 'rows'}: give Evidence, or its to_frame()")
@@ -208,12 +210,12 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
         "no variable, or random ones: the answer should stay": [],
         "controls: need not be good": [],
     }
-    for variable, name in dict.fromkeys(zip(frame.variable, frame.intervention, strict=True)):
-        block = 1 if variable == NOTHING else 0 if name.startswith("aligned") else 2
+    for variable, name, role in dict.fromkeys(zip(frame.variable, frame.intervention, frame.role, strict=True)):
+        block = 1 if variable == NOTHING else 0 if role == Role.ALIGNED else 2
         list(blocks.values())[block].append((variable, name))
-    models = list(dict.fromkeys(frame.model))
-    models = [m for m in models if m != "random weights"] + [m for m in models if m == "random weights"]
-    place = {model: i + 0.15 * (model == "random weights") for i, model in enumerate(models)}
+    untrained = dict(zip(frame.model, frame.untrained, strict=True))
+    models = sorted(untrained, key=lambda model: untrained[model])
+    place = {model: i + 0.15 * untrained[model] for i, model in enumerate(models)}
     cells = {(row.variable, row.intervention, row.model): row for row in frame.itertuples()}
     height = sum(len(rows) + 1 for rows in blocks.values() if rows)
     figure = Figure(figsize=(2.9 + 1.65 * len(models), 0.9 + 0.27 * height), layout="constrained")
@@ -260,10 +262,9 @@ def _names(rows: Any) -> pd.Series:
     return rows.method.where(~twice, rows.method + ", " + rows.setting.astype(str))
 
 
-def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
-    """A line style for each method, this package's first."""
-    ours = [name for name in names if name.startswith(_OURS)]
-    others = [name for name in names if not name.startswith(_OURS)]
+def _styles(lines: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    """A line style for each method, this package's (those that are true) first."""
+    ours, others = ([name for name, mine in lines.items() if mine == side] for side in (True, False))
     styles: dict[str, dict[str, Any]] = {}
     for part, colours, width, layer in ((ours, _BOLD, 2.4, 3), (others, _THIN, 1.1, 2)):
         for i, name in enumerate(part):

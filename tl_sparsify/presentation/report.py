@@ -1,7 +1,8 @@
 """Report: one self-contained HTML file about what a run found, what a benchmark measured, or both.
 
-Text comes from :mod:`tl_sparsify.findings`, pictures from :mod:`tl_sparsify.plot`; here they are escaped, put into a
-page and written. Pictures are inside the file, styles too: it loads nothing, in light and in dark.
+Text comes from :mod:`tl_sparsify.presentation.sentences`, pictures from :mod:`tl_sparsify.presentation.plot`; here they
+are escaped, put into a page and written. Pictures are inside the file, styles too: it loads nothing, in light and in
+dark.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 
 from tl_sparsify._internal.files import write_text
+from tl_sparsify.abstraction.verdicts import verdicts
 from tl_sparsify.presentation import plot, sentences
-from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, Run, read_table
+from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, RunResults, read_table
 from tl_sparsify.search.scores import Scores
 
 _DPI = 150
-_COLUMNS = ("task", "method", "seed", "ablation", "size", "kept", "risk", "accuracy", "faithfulness")
+_COLUMNS = ("task", "method", "seed", "ablation", "size", "kept", "risk", "accuracy", "faithfulness", "ours")
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b2129; --soft: #5b6672; --line: #d8dee5; --tint: #f4f6f8; }
 @media (prefers-color-scheme: dark) {
@@ -91,7 +93,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
         )
     if not target.parent.is_dir():
         raise ValueError(f"out is {target}; there is no folder {target.parent}: make it first")
-    run = Run.load(folder) if ran else None
+    run = RunResults.load(folder) if ran else None
     table = _benchmark_table(folder / TABLE) if measured else None
     body = [*(_of_run(run, folder) if run is not None else []), *(_of_benchmark(table) if table is not None else [])]
     about = {"run": run.about} if run is not None else {}
@@ -103,7 +105,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def _of_run(run: Run, folder: Path) -> list[str]:
+def _of_run(run: RunResults, folder: Path) -> list[str]:
     """Everything about one run."""
     reduction, units = run.reduction, run.reduction.units
     scores = _scores(run)
@@ -169,9 +171,9 @@ def _of_benchmark(table: Frame) -> list[str]:
     return [*body, _details("The lowest risks", _table(sentences.leading(table)))]
 
 
-def _facts(run: Run) -> str:
+def _facts(run: RunResults) -> str:
     whole = run.fold[run.fold.part == "whole model"].iloc[0]
-    aligned = sentences.verdicts(run.evidence)
+    aligned = verdicts(run.evidence)
     original = aligned[aligned.model == "original"]
     facts = {
         "units kept": f"{len(run.reduction.circuit):,} of {len(run.reduction.units):,}",
@@ -192,7 +194,7 @@ def _before_and_after(fold: Frame) -> pd.DataFrame:
 
 
 def _verdicts(evidence: Frame) -> pd.DataFrame:
-    table = sentences.verdicts(evidence)
+    table = verdicts(evidence)
     return pd.DataFrame(
         {
             "variable": table.variable,
@@ -212,7 +214,7 @@ def _decimals(column: Frame) -> list[str]:
     return ["" if np.isnan(value) else f"{value:.3f}" for value in column]
 
 
-def _scores(run: Run) -> Scores:
+def _scores(run: RunResults) -> Scores:
     """The scores of ``scores.csv``, in the order of the circuit's units."""
     frame = run.scores.set_index("unit")
     units = run.reduction.units

@@ -15,9 +15,6 @@ from tl_sparsify.core.reduction import Reduction
 Frame = Any
 """A ``pandas.DataFrame``, whose own annotations name every type that a cell may have."""
 
-FOUND = "found circuit"
-"""What the circuit of the search is called in ``baselines.csv``."""
-
 RUN_FILES = (
     "run.json",
     "scores.csv",
@@ -37,7 +34,7 @@ SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunResults:
     """What ``tl-sparsify run`` wrote in a folder.
 
     Attributes:
@@ -57,7 +54,7 @@ class Run:
     evaluation: Mapping[str, Any]
 
     @staticmethod
-    def load(folder: Path) -> Run:
+    def load(folder: Path) -> RunResults:
         """Read the files of a complete run; a damaged one is a ``ValueError`` that names it."""
         names = ("scores", "path", "fold", "baselines", "evidence")
         tables = {name: read_table(folder / f"{name}.csv") for name in names}
@@ -66,7 +63,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{folder / 'run.json'} is damaged ({error}): run the task again") from error
         evaluation = read_table(folder / "evaluation.csv").iloc[0].to_dict()
-        return Run(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)
+        return RunResults(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)
 
 
 def read_table(path: Path) -> Frame:

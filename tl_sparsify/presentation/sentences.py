@@ -1,6 +1,6 @@
 """Findings: what the files of a run and a benchmark's table say, as plain sentences made from their numbers.
 
-Nothing is escaped here, and nothing is drawn: :mod:`tl_sparsify.report` does both.
+Nothing is escaped here, and nothing is drawn: :mod:`tl_sparsify.presentation.report` does both.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_sparsify.abstraction.evidence import NOTHING
-from tl_sparsify.abstraction.verdicts import GOAL, GOAL_CHANGED, verdicts
+from tl_sparsify.abstraction.verdicts import GOAL, GOAL_CHANGED, Role, verdicts
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.presentation.results import FOUND, Frame, Run
+from tl_sparsify.presentation.results import Frame, RunResults
 
-_OURS = ("joint", "compensating")
 _LEAST = 1e-6  # nats; lower risks are told apart by rounding only
 _COSTS = ("cmd", "cpr", "auroc", "average_precision", "all_forward", "all_backward", "seconds", "peak_mb")
 
@@ -47,7 +45,7 @@ def listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
 
-def headline(run: Run) -> str:
+def headline(run: RunResults) -> str:
     """The whole run in a sentence or two."""
     found, kept = run.evaluation, len(run.reduction.circuit)
     verdict = verdicts(run.evidence)
@@ -60,7 +58,7 @@ def headline(run: Run) -> str:
     )
 
 
-def discovered(run: Run) -> list[str]:
+def discovered(run: RunResults) -> list[str]:
     """What was found: the circuit by layer and the size of the folded model."""
     circuit, units = run.reduction.circuit, run.reduction.units
     removed = len(units) - len(circuit)
@@ -85,7 +83,7 @@ def discovered(run: Run) -> list[str]:
     return [*said, f"{text}."]
 
 
-def quality(run: Run) -> list[str]:
+def quality(run: RunResults) -> list[str]:
     """How good the circuit is on the test examples."""
     found, about = run.evaluation, run.about
     risk = _interval(found, "risk")
@@ -103,11 +101,11 @@ def quality(run: Run) -> list[str]:
     ]
 
 
-def compared(run: Run) -> list[str]:
+def compared(run: RunResults) -> list[str]:
     """The found circuit beside circuits of the same size in other orders."""
     said: list[str] = []
     for kind, part in run.baselines.groupby("replacements", sort=False):
-        ours, others = part[part.method == FOUND], part[~part.method.str.startswith(FOUND)]
+        ours, others = part[part.found & ~part.as_saved], part[~part.found]
         if ours.empty or others.empty:
             continue
         mine, best = ours.iloc[0], others.loc[others.risk.idxmin()]
@@ -127,7 +125,7 @@ def compared(run: Run) -> list[str]:
     return said
 
 
-def algorithm(run: Run) -> list[str]:
+def algorithm(run: RunResults) -> list[str]:
     """The verdict on the causal model, for each network."""
     said = [
         f"A variable counts as accepted when at least {share(GOAL)} of the interchanged runs answer what the causal "
@@ -147,7 +145,7 @@ def algorithm(run: Run) -> list[str]:
     return said
 
 
-def limits(run: Run) -> list[str]:
+def limits(run: RunResults) -> list[str]:
     """What these numbers do not show."""
     found, about, table = run.evaluation, run.about, verdicts(run.evidence)
     said = [
@@ -181,7 +179,7 @@ def limits(run: Run) -> list[str]:
                 f"On the {model} model {share(1 - retained)} of the pairs do not count, because it is wrong on one of "
                 "their inputs."
             )
-    outside = run.evidence[run.evidence.variable.eq(NOTHING) & run.evidence.intervention.eq("all unaligned units")]
+    outside = run.evidence[run.evidence.role == Role.UNALIGNED]
     for row in outside[outside.accuracy < GOAL].itertuples():
         said.append(
             f"Interchanging every unit that no variable is aligned with changes {share(1 - float(row.accuracy))} of "
@@ -201,10 +199,11 @@ def sizes(table: Frame) -> list[float]:
 def leading(table: Frame) -> Frame:
     """For each task, kind of ablation and size the lowest mean risk of this package's methods and of the others."""
     some = table[table["size"].isin(sizes(table))]
-    means = some.groupby(["task", "ablation", "size", "method"], sort=False)[["risk", "accuracy"]].mean().reset_index()
+    keys = ["task", "ablation", "size", "method", "ours"]
+    means = some.groupby(keys, sort=False)[["risk", "accuracy"]].mean().reset_index()
     rows: list[dict[str, Any]] = []
     for (task, ablation, size), part in means.dropna(subset="risk").groupby(["task", "ablation", "size"], sort=False):
-        mine = part[part.method.str.startswith(_OURS)]
+        mine = part[part.ours]
         row: dict[str, Any] = {"task": task, "ablation": ablation, "size": size}
         for side, methods in (("ours", mine), ("other", part.drop(mine.index))):
             best = methods.loc[methods.risk.idxmin()] if len(methods) else None
@@ -217,11 +216,11 @@ def leading(table: Frame) -> Frame:
 def summary(table: Frame) -> list[str]:
     """Who is ahead in a benchmark, by kind of ablation and size; risks below a millionth of a nat count as equal."""
     best = leading(table)
+    ours = list(dict.fromkeys(table.method[table.ours]))
     said = [
         f"{counted(table.method.nunique(), 'method')} on {counted(table.task.nunique(), 'task')}, "
-        f"{counted(table.seed.nunique(), 'seed')}; risks are means over seeds. This package's methods are those whose "
-        "names begin with "
-        f"{listed([repr(name) for name in _OURS])}."
+        f"{counted(table.seed.nunique(), 'seed')}; risks are means over seeds. This package's "
+        f"methods: {'; '.join(ours) or 'none'}."
     ]
     both = best.dropna(subset=["ours_risk", "other_risk"])
     for ablation, part in both.groupby("ablation", sort=False):
@@ -265,7 +264,7 @@ def methods(table: Frame) -> Frame:
 def _replacement(reduction: Reduction) -> str:
     kinds = {"mean": "their means", "zero": "zero", "refit": "refitted constants"}
     if reduction.mixing is not None:
-        return "affine maps of kept units" + (", refitted" if reduction.kind.startswith("refit") else "")
+        return "affine maps of kept units" + (", refitted" if reduction.refitted else "")
     return kinds.get(reduction.kind, f"constants ({reduction.kind})")
 
 

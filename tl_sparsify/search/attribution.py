@@ -115,7 +115,7 @@ def exact(
 ) -> Scores:
     """What removing each unit alone does, by doing it (activation patching): the KL divergence from the original
     output in nats, or with ``metric`` its signed drop. With ``interventions`` both models are under them, as in
-    :func:`tl_sparsify.score.risk`.
+    :func:`tl_sparsify.search.score.risk`.
 
     Arguments and errors as in :func:`gradient`. Several units share a forward pass, each with a copy of the batch:
     ``batch_size`` is the number of rows of a pass, copies included (about 16,384 tokens where not given).

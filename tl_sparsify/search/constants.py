@@ -1,8 +1,9 @@
 """Constants: what a removed unit is replaced by.
 
-``mean``, ``zero``, ``curvature`` and ``newton`` give a value for every unit, each unit on its own. ``neighbours`` and
-``refit`` take a reduction: the one makes its removed units affine in kept units of their hook point, the other fits all
-its replacements together in the ablated model. None of them varies by example or position, so they fold.
+``mean``, ``zero``, ``curvature_weighted`` and ``newton`` give a value for every unit, each unit on its own.
+``neighbours`` and ``refit`` take a reduction: the one makes its removed units affine in kept units of their hook point,
+the other fits all its replacements together in the ablated model. None of them varies by example or position, so they
+fold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.progress import progress as bar
-from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
@@ -39,7 +40,7 @@ from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.affine import neighbours
 
-__all__ = ["curvature", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
+__all__ = ["curvature_weighted", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
 
 
 def unit_moments(
@@ -127,7 +128,7 @@ def refit(
         raise ValueError(f"steps is {steps}; refit needs at least one")
     removed = (~reduction.circuit).mask
     if not bool(removed.any()):
-        values = replace(reduction.values, kind="refit")
+        values = replace(reduction.values, kind=REFIT)
         return replace(reduction, values=values, reference=reduction.baseline)
     start = reduction.values.tensors
     deviations = _deviations(model, train, reduction.units)
@@ -148,7 +149,7 @@ def refit(
             for part, scale in zip(mixing, slopes, strict=True)
         )
         kept_affine = None if reduction.mixing is None else mixed
-        values = Values(reduction.units, moved, "refit" if reduction.mixing is None else "refitted neighbours")
+        values = Values(reduction.units, moved, REFIT if reduction.mixing is None else REFITTED_NEIGHBOURS)
         return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
 
     clean = interventions == NONE
@@ -203,7 +204,7 @@ def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Flo
     return torch.where(deviation[mixing.columns] > 0, scale, 0.0).to(mixing.weights)
 
 
-def curvature(
+def curvature_weighted(
     model: Model,
     examples: Examples,
     units: Units,

@@ -1,4 +1,4 @@
-"""Scores: one number for every unit, as a value. What makes them is in :mod:`tl_sparsify.score`."""
+"""Scores: one number for every unit, as a value. What makes them is in :mod:`tl_sparsify.search.score`."""
 
 from __future__ import annotations
 
