@@ -231,3 +231,17 @@ def test_the_smoke_benchmark_and_its_report(tmp_path: Path):
     risks = of(frame, ablation="mean", size=0.05).set_index("method").risk
     assert risks["joint risk"] < 1e-3 < risks["random"]
     assert "planted_backup" in tls.report.write(tmp_path).read_text()
+
+
+def test_methods_say_whether_they_are_ours_and_names_do_not(tmp_path: Path):
+    ours = {method.name for method in METHODS if method.ours}
+    assert ours == {"joint risk", "joint risk, 60 rounds", "joint risk, refitted inside", "compensating"}
+    plain, mine = (
+        Method(name, {"default": baselines.random}, ours=ours)
+        for name, ours in (("joint luck", False), ("luck", True))
+    )
+    frame = tls.compare(model(), task(), [plain, mine], seeds=1, out=tmp_path, **SMALL | {"refit_steps": 0})
+    for found in (frame, gathered(tmp_path)):  # from the cells as well
+        assert found[found.ours].method.unique().tolist() == ["luck"]
+        assert found[~found.ours].method.unique().tolist() == ["joint luck"]
+    assert not Method.of(baselines.random).ours
