@@ -237,8 +237,7 @@ def test_methods_say_whether_they_are_ours_and_names_do_not(tmp_path: Path):
     ours = {method.name for method in METHODS if method.ours}
     assert ours == {"joint risk", "joint risk, 60 rounds", "joint risk, refitted inside", "compensating"}
     plain, mine = (
-        Method(name, {"default": baselines.random}, ours=ours)
-        for name, ours in (("joint luck", False), ("luck", True))
+        Method(name, {"default": baselines.random}, ours=ours) for name, ours in (("joint luck", False), ("luck", True))
     )
     frame = tls.compare(model(), task(), [plain, mine], seeds=1, out=tmp_path, **SMALL | {"refit_steps": 0})
     for found in (frame, gathered(tmp_path)):  # from the cells as well
