@@ -42,7 +42,7 @@ results: demo bench
 	$(PY) benchmarks/algorithms.py
 	$(PY) benchmarks/side_by_side.py
 	$(PY) benchmarks/overlap.py
-	$(PY) benchmarks/tasks.py
+	$(PY) benchmarks/every_task.py
 	$(PY) benchmarks/readme.py
 
 venv: $(READY)

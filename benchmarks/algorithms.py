@@ -13,17 +13,15 @@ variables. Tasks done before are kept. Writes ``benchmarks/results/algorithms.cs
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shared import by_task, parser
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.verdicts import accepted
+from tl_sparsify.comparison.tables import table_of
 
-RESULTS = Path(__file__).parent / "results"
 WITHIN = 0.01  # nats
 TOKENS = 5_120  # of training examples for the search
 MANY = 2_000  # units: the search of so many is not refitted inside
@@ -143,57 +141,46 @@ def verdicts(frame: pd.DataFrame) -> dict[str, str]:
 
 def markdown(frame: pd.DataFrame) -> str:
     """One row a causal model: the lowest accuracies over its variables, and the controls' highest."""
-    lines = [
-        "| task (kept units) | causal model | supposed | task's alignment | best found by `align` | do nothing "
-        "| random units | random weights | verdict |",
-        "|---" * 9 + "|",
-    ]
+    heads = ["task (kept units)", "causal model", "supposed", "task's alignment", "best found by `align`"]
+    heads += ["do nothing", "random units", "random weights", "verdict"]
+    lines: list[list[str]] = []
     for (task, name), part in frame.groupby(["task", "causal_model"], sort=False):
         shipped, found = (part[part.alignment == source] for source in ("shipped", "found"))
         decisive, fine = judgement(part)
         verdict = "accepted" if fine else "rejected"
         controls = [number(decisive[column].max()) for column in ("do_nothing", "random_units", "random_weights")]
-        cells = [f"{task} ({part.kept.iloc[0]})", name, part.supposed.iloc[0], worst(shipped), worst(found)]
-        lines.append("| " + " | ".join([*cells, *controls, verdict]) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [f"{task} ({part.kept.iloc[0]})", str(name), part.supposed.iloc[0], worst(shipped), worst(found)]
+        lines.append([*cells, *controls, verdict])
+    return table_of(heads, lines)
 
 
 def alignments(frame: pd.DataFrame) -> str:
     """One row for each variable of each task's own causal model: the shipped alignment beside the one found."""
-    lines = [
-        "| task | variable | shipped alignment: units, original / folded / random units | found by `align`: units, "
-        "original | passes of `align`, all variables (forward + backward) | trying every unit |",
-        "|---" * 6 + "|",
-    ]
+    heads = ["task", "variable", "shipped alignment: units, original / folded / random units"]
+    heads += ["found by `align`: units, original", "passes of `align`, all variables (forward + backward)"]
+    lines: list[list[str]] = []
     own = frame[frame.own].drop_duplicates(["task", "causal_model", "variable", "alignment"])
     for (task, variable), part in own.groupby(["task", "variable"], sort=False):
         sides = {source: part[part.alignment == source].iloc[:1] for source in ("shipped", "found")}
         if any(side.empty for side in sides.values()):
             continue
         one, two = (side.iloc[0] for side in sides.values())
-        lines.append(
-            f"| {task} | {variable} | {one.units}, {one.original:.3f} / {one.folded:.3f} / {number(one.random_units)} "
-            f"| {two.units}, {two.original:.3f} | {two.forward} + {two.backward} | {two.exhaustive} |"
-        )
-    return "\n".join(lines) + "\n"
+        shipped = f"{one.units}, {one.original:.3f} / {one.folded:.3f} / {number(one.random_units)}"
+        cells = [shipped, f"{two.units}, {two.original:.3f}", f"{two.forward} + {two.backward}", f"{two.exhaustive}"]
+        lines.append([str(task), str(variable), *cells])
+    return table_of([*heads, "trying every unit"], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", default=None)
-    parser.add_argument("--pairs", type=int, default=512)
-    arguments = parser.parse_args()
-    table = RESULTS / "algorithms.csv"
-    done = set(pd.read_csv(table).task) if table.is_file() else set()
-    for name in arguments.task or [name for name in tls.list_tasks() if name not in done]:
-        new = pd.concat(rows(tls.load_task(name), arguments.pairs), ignore_index=True)
-        old = [pd.read_csv(table)] if table.is_file() else []
-        frame = pd.concat([*(part[part.task != name] for part in old), new], ignore_index=True).sort_values(
-            "task", kind="stable"
-        )
-        write_text(table, frame.to_csv(index=False))
-        write_text(RESULTS / "algorithms.md", markdown(frame))
-        write_text(RESULTS / "alignments.md", alignments(frame))
+    options = parser(__doc__, tasks=True)
+    options.add_argument("--pairs", type=int, default=512)
+    arguments = options.parse_args()
+
+    def made(name: str) -> dict[str, pd.DataFrame]:
+        return {"algorithms": pd.concat(rows(tls.load_task(name), arguments.pairs), ignore_index=True)}
+
+    pages = {"algorithms": markdown, "alignments": alignments}
+    by_task({"algorithms": pages}, arguments.task, made, in_order=True)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,23 @@ the tables ``fold`` and ``evidence`` in ``benchmarks/results`` and the figures i
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 import pandas as pd
+from shared import RESULTS, ROOT, parser
 
 from tl_sparsify._internal.files import write_text
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from tl_sparsify.comparison.tables import table_of
 
 
 def fold(frame: pd.DataFrame) -> str:
     """Heads, neurons and parameters of each layer, before and after."""
-    lines = ["| part | heads | neurons | parameters |", "|---|---|---|---|"]
+    lines: list[list[str]] = []
     for row in frame.to_dict("records"):
         cells = [f"{row[name]:,} → {row[f'{name}_kept']:,}" for name in ("heads", "neurons", "parameters")]
-        lines.append("| " + " | ".join([row["part"], *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["part"], *cells])
+    return table_of(["part", "heads", "neurons", "parameters"], lines)
 
 
 def evidence(frame: pd.DataFrame) -> str:
@@ -32,7 +30,6 @@ def evidence(frame: pd.DataFrame) -> str:
     models = list(dict.fromkeys(frame.model))
     retained = {model: frame[frame.model == model].retained.iloc[0] for model in models}
     heads = [f"{model} ({retained[model]:.1%} retained)" for model in models]
-    lines = ["| variable | interchanged | " + " | ".join(heads) + " |", "|---" * (len(models) + 2) + "|"]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in frame.to_dict("records"):
         found = f"{row['accuracy']:.3f}"
@@ -41,15 +38,14 @@ def evidence(frame: pd.DataFrame) -> str:
         if row["removed"]:
             found += f", {row['units']:.0f} of {row['units'] + row['removed']:.0f} units left"
         cells.setdefault((row["variable"], row["intervention"]), {})[row["model"]] = found
-    for names, found in cells.items():
-        lines.append("| " + " | ".join([*names, *(found.get(model, "") for model in models)]) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [[*names, *(found.get(model, "") for model in models)] for names, found in cells.items()]
+    return table_of(["variable", "interchanged", *heads], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results" / "hierarchical_equality")
-    folder = parser.parse_args().folder
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, default=ROOT / "results" / "hierarchical_equality")
+    folder = options.parse_args().folder
     for name, table in (("fold", fold), ("evidence", evidence)):
         text = table(pd.read_csv(folder / f"{name}.csv"))
         write_text(RESULTS / f"{name}.md", text)

@@ -11,7 +11,6 @@ disturbs little. ``blocks`` is the model without the unembedding. Parameters and
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,15 +19,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from shared import parser, write
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
 FRACTIONS = (0.5, 0.1, 0.05)
 DEMANDED = {0.5: 0.7, 0.1: 0.7, 0.05: 0.6}
-RESULTS = Path(__file__).parent / "results"
 
 
 def gpt2_small() -> Any:
@@ -107,28 +106,25 @@ def parts(model: Any) -> dict[str, Callable[[torch.Tensor], Any]]:
 def markdown(frame: pd.DataFrame) -> str:
     names = ["kept", "parameters", "MB on disk"]
     names += [f"{part}: {what}" for part in ("blocks", "whole") for what in ("predicted", "measured (range)", "share")]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    lines: list[list[str]] = []
     for row in frame.to_dict("records"):
         cells = [f"{row['kept']:.0%}", f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}"]
         for part in ("blocks", "whole"):
             predicted, ratio = row[f"{part}_predicted"], row[f"{part}_ratio"]
             spread = f"{row[f'{part}_low']:.2f} to {row[f'{part}_high']:.2f}"
             cells += [f"{predicted:.2f}", f"{ratio:.2f} ({spread})", f"{ratio / predicted:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table_of(names, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     for name, default in (("rounds", 7), ("batch", 32), ("pos", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
+        options.add_argument(f"--{name}", type=int, default=default)
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     frame = table(arguments.rounds, arguments.batch, arguments.pos)
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "folding_speed.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "folding_speed.md", markdown(frame))
-    print(markdown(frame))
+    write("folding_speed", frame, {"folding_speed": markdown})
     for row in frame.to_dict("records"):
         for part in ("blocks", "whole"):
             share, least = row[f"{part}_ratio"] / row[f"{part}_predicted"], DEMANDED.get(row["kept"], 0)

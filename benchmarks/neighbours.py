@@ -11,22 +11,18 @@ goes on. Writes ``benchmarks/results/neighbours.csv`` and ``neighbours.md``.
 
 from __future__ import annotations
 
-import argparse
-import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shared import LEAST, by_task, geometric_mean, marked, parser
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
 SIZE = 0.1
 ROUNDS = (0.5, 0.3, 0.2, 0.15, SIZE)  # of the compensating search
 EXAMPLES = 512  # for training, and for validation
-LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 STEPS = 60  # of the refit, on 128 examples each
-RESULTS = Path(__file__).parent / "results"
 
 
 def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
@@ -68,41 +64,29 @@ def markdown(frame: pd.DataFrame) -> str:
     """One row a task and search, one column a replacement: mean risk over the seeds, the lowest of the row bold. At the
     end each search's geometric mean over the tasks (risks below 1e-6 count as that)."""
     names = list(dict.fromkeys(frame.replacement))
-    lines = ["| task, kept | circuit of | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    logarithms: dict[str, dict[str, list[float]]] = {}
+    lines: list[list[str]] = []
+    risks: dict[str, dict[str, list[float]]] = {}
     for (task, search), part in frame.groupby(["task", "circuit of"], sort=False):
         means = {str(name): max(float(risk), LEAST) for name, risk in part.groupby("replacement").risk.mean().items()}
         for name, risk in means.items():
-            logarithms.setdefault(str(search), {}).setdefault(name, []).append(math.log(risk))
+            risks.setdefault(str(search), {}).setdefault(name, []).append(risk)
         mapped = "" if part.affine.any() else ", no maps"
-        lines.append(_line(f"{task}, {int(part.kept.iloc[0])}{mapped}", str(search), names, means))
-    for search, found in logarithms.items():
-        total = {name: math.exp(sum(values) / len(values)) for name, values in found.items()}
-        lines.append(_line("geometric mean", search, names, total))
-    return "\n".join(lines) + "\n"
-
-
-def _line(title: str, search: str, names: list[str], risks: dict[str, float]) -> str:
-    shown = ["-" if name not in risks else "< 1e-6" if risks[name] <= LEAST else f"{risks[name]:.2g}" for name in names]
-    best = shown[names.index(min(risks, key=lambda name: risks[name]))]
-    return f"| {title} | {search} | " + " | ".join(f"**{text}**" if text == best else text for text in shown) + " |"
+        cells = marked([means.get(name, float("nan")) for name in names])
+        lines.append([f"{task}, {int(part.kept.iloc[0])}{mapped}", str(search), *cells])
+    for search, found in risks.items():
+        total = {name: geometric_mean(some) for name, some in found.items()}
+        lines.append(["geometric mean", search, *marked([total.get(name, float("nan")) for name in names])])
+    return table_of(["task, kept", "circuit of", *names], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    table = RESULTS / "neighbours.csv"
-    done = pd.read_csv(table) if table.is_file() else pd.DataFrame({"task": []})
-    wanted = arguments.task or [name for name in tls.list_tasks() if name not in set(done.task)]
-    for name in wanted:
-        new = pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(tls.load_task(name), seed)])
-        done = pd.concat([done.loc[done.task != name], new], ignore_index=True)
-        write_text(table, done.to_csv(index=False))
-        write_text(RESULTS / "neighbours.md", markdown(done))
-        print(markdown(new), flush=True)
-    print(markdown(done))
+    arguments = parser(__doc__, seeds=3, tasks=True).parse_args()
+
+    def made(name: str) -> dict[str, pd.DataFrame]:
+        task = tls.load_task(name)
+        return {"neighbours": pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(task, seed)])}
+
+    print(markdown(by_task({"neighbours": {"neighbours": markdown}}, arguments.task, made)["neighbours"]))
 
 
 if __name__ == "__main__":

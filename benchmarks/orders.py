@@ -10,20 +10,19 @@ where the method has them) and with the same refit (train, early-stopped on vali
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pandas as pd
+from shared import parser, write
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.core.reduction import Reduction
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
 ROUNDS = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)  # of the compensating search
-RESULTS = Path(__file__).parent / "results"
 
 
 def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> dict[str, Callable[[float], Reduction]]:
@@ -76,31 +75,25 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
 def markdown(frame: pd.DataFrame, constants: str) -> str:
     """One row a method: mean risk over the seeds, its range, and mean accuracy in brackets."""
     chosen = frame[frame.constants == constants]
-    lines = [f"| order, {constants} replacements | " + " | ".join(f"{size:.0%} kept" for size in SIZES) + " |"]
-    lines.append("|---" * (len(SIZES) + 1) + "|")
+    lines: list[list[str]] = []
     for method in dict.fromkeys(chosen.method):
         cells: list[str] = []
         for size in SIZES:
             part = chosen[(chosen.method == method) & (chosen["size"] == size)]
             spread = f"{part.risk.min():.2g} to {part.risk.max():.2g}"
             cells.append(f"{part.risk.mean():.2g} ({spread}), {part.accuracy.mean():.3f}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, *cells])
+    return table_of([f"order, {constants} replacements", *(f"{size:.0%} kept" for size in SIZES)], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="hierarchical_equality")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    options = parser(__doc__, seeds=3)
+    options.add_argument("--task", default="hierarchical_equality")
+    arguments = options.parse_args()
     task = tls.load_task(arguments.task)
     frame = pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(task, seed)])
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "orders.csv", frame.to_csv(index=False))
-    for constants in ("mean", "refitted"):
-        table = markdown(frame, constants)
-        write_text(RESULTS / f"orders_{constants}.md", table)
-        print(table)
+    pages = {f"orders_{constants}": partial(markdown, constants=constants) for constants in ("mean", "refitted")}
+    write("orders", frame, pages)
 
 
 if __name__ == "__main__":

@@ -12,29 +12,27 @@ each layer; and the overlap of one task's circuits for different seeds. Writes `
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from shared import parser, write
 
 import tl_sparsify as tls
 from tasks.multi_task.task import TASKS, subset
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
 SIZES = (0.2, 0.1)
 ROUNDS = (0.8, 0.65, 0.5, 0.4, 0.32, 0.26, 0.2, 0.16, 0.13, 0.1)
 MEANS = ("own", "all four")
 DRAWS = 200
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Found:
+class TaskCircuit:
     """The circuit of a task."""
 
     means: str
@@ -46,10 +44,10 @@ class Found:
     accuracy: float
 
 
-def circuits(model: Any, units: tls.Units, seed: int) -> list[Found]:
+def circuits(model: Any, units: tls.Units, seed: int) -> list[TaskCircuit]:
     """The circuits of the four tasks for a seed, with either kind of means."""
     everything, _, _ = tls.load_task("multi_task").examples(seed)
-    found: list[Found] = []
+    found: list[TaskCircuit] = []
     for means, name in itertools.product(MEANS, TASKS):
         train, validation, test = subset(name, seed)
         values = tls.constants.mean(model, train if means == "own" else everything, units)
@@ -59,7 +57,7 @@ def circuits(model: Any, units: tls.Units, seed: int) -> list[Found]:
         for size in SIZES:
             reduction = path.at(size)
             judged = tls.evaluate(model, reduction, test)
-            found.append(Found(means, size, name, seed, reduction.circuit, judged.risk.mean, judged.accuracy))
+            found.append(TaskCircuit(means, size, name, seed, reduction.circuit, judged.risk.mean, judged.accuracy))
         print(f"seed {seed}: {name}, means of {means}: {found[-1].risk:.3g} nats", flush=True)
     return found
 
@@ -84,7 +82,7 @@ def by_chance(one: tls.Circuit, two: tls.Circuit, seed: int, alike: bool) -> flo
     return float(np.mean([jaccard(drawn(one), drawn(two)) for _ in range(DRAWS)]))
 
 
-def rows(found: list[Found]) -> list[dict[str, Any]]:
+def rows(found: list[TaskCircuit]) -> list[dict[str, Any]]:
     """One row for each pair of circuits of a size and kind of means: of two tasks and one seed, or of one task and two
     seeds; and for each circuit with itself, which says how good it is."""
     table: list[dict[str, Any]] = []
@@ -121,37 +119,30 @@ def markdown(frame: pd.DataFrame) -> str:
     """One row for each pair of tasks: the overlaps at each size and with each kind of means."""
     columns = list(itertools.product(MEANS, SIZES))
     heads = [f"{size:.0%} kept, means of {'the task' if means == 'own' else means}" for means, size in columns]
-    lines = ["| circuits of | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines: list[list[str]] = []
     parts = {column: frame[(frame.means == column[0]) & (frame["size"] == column[1])] for column in columns}
     for one, two in itertools.combinations(TASKS, 2):
         cells = [cell(part[(part.task == one) & (part.other == two)]) for part in parts.values()]
-        lines.append(f"| {one}, {two} | " + " | ".join(cells) + " |")
+        lines.append([f"{one}, {two}", *cells])
     for name in TASKS:
         own = [part[(part.task == name) & (part.other == name)] for part in parts.values()]
         cells = [cell(part[part.seed != part.other_seed]) for part in own]
-        lines.append(f"| {name}, other seeds | " + " | ".join(cells) + " |")
+        lines.append([f"{name}, other seeds", *cells])
     random = [part[part.seed == part.other_seed].random.mean() for part in parts.values()]
-    lines.append("| random circuits of that size | " + " | ".join(f"{value:.2f}" for value in random) + " |")
+    lines.append(["random circuits of that size", *(f"{value:.2f}" for value in random)])
     for name in TASKS:
         own = [part[(part.task == name) & part.risk.notna()] for part in parts.values()]
         cells = [f"{part.risk.mean():.2g} nats, {part.accuracy.mean():.3f}" for part in own]
-        lines.append(f"| risk and accuracy: {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"risk and accuracy: {name}", *cells])
+    return table_of(["circuits of", *heads], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, seeds=3).parse_args()
     model = tls.load_task("multi_task").model()
     units = tls.heads(model) + tls.neurons(model)
     found = [circuit for seed in range(arguments.seeds) for circuit in circuits(model, units, seed)]
-    frame = pd.DataFrame(rows(found))
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "overlap.csv", frame.to_csv(index=False))
-    table = markdown(frame)
-    write_text(RESULTS / "overlap.md", table)
-    print(table)
+    write("overlap", pd.DataFrame(rows(found)), {"overlap": markdown})
 
 
 if __name__ == "__main__":

@@ -13,21 +13,20 @@ function of them, linear or not, can beat. Writes ``benchmarks/results/perceptro
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from shared import parser, write
 from sklearn.datasets import load_digits
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.core.measure import compared
 from tl_sparsify.core.reduction import Reduction
 
@@ -36,7 +35,6 @@ PROBABILITIES = (0.1, 0.2, 0.5)
 WIDTH = 512
 DRAWS = 10
 STEPS = 3000  # of the readout's training
-RESULTS = Path(__file__).parent / "results"
 Method = Callable[[int, float], Reduction]
 FITTED = tls.InterventionDistribution.mixture(
     (1.0, tls.InterventionDistribution()), *((1.0, tls.InterventionDistribution.interchange(p)) for p in PROBABILITIES)
@@ -245,25 +243,19 @@ def rows(seed: int) -> list[dict[str, Any]]:
 
 def markdown(frame: pd.DataFrame) -> str:
     """One row a method and probability, one column a size: the mean over seeds."""
-    lines = ["| p | order, replacement | " + " | ".join(f"{size} kept" for size in SIZES) + " |"]
-    lines.append("|---" * (len(SIZES) + 2) + "|")
+    lines: list[list[str]] = []
     for p in PROBABILITIES:
         for method in dict.fromkeys(frame.method):
             part = frame[(frame.method == method) & (frame.probability == p)]
             cells = [f"{part[part.kept == size].disagreement.mean():.4f}" for size in SIZES]
-            lines.append("| " + " | ".join([str(p), method, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([str(p), method, *cells])
+    return table_of(["p", "order, replacement", *(f"{size} kept" for size in SIZES)], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, seeds=3).parse_args()
     frame = pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(seed)])
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "perceptron.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "perceptron.md", markdown(frame))
-    print(markdown(frame))
+    write("perceptron", frame, {"perceptron": markdown})
 
 
 if __name__ == "__main__":

@@ -13,21 +13,17 @@ and a Markdown table of each.
 
 from __future__ import annotations
 
-import argparse
-import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from shared import LEAST, by_task, marked, parser
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.search.scores import Scores
 
-RESULTS = Path(__file__).parent / "results"
 ALL = "heads and neurons"
-LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 SIZES = (0.5, 0.2, 0.1, 0.05)  # of the path's table: the nearest rounds
 
 
@@ -88,7 +84,7 @@ def part(scores: Scores, units: tls.Units) -> Scores:
 def path_table(frame: pd.DataFrame) -> str:
     """One row a task, one column a size: predicted and measured joint risk, means over the seeds, and in brackets the
     median of their ratio."""
-    lines = ["| task | " + " | ".join(f"{size:.0%}" for size in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
+    lines: list[list[str]] = []
     for task, rounds in frame.groupby("task", sort=False):
         cells = [str(task)]
         for size in SIZES:
@@ -98,51 +94,41 @@ def path_table(frame: pd.DataFrame) -> str:
                 continue
             ratio = (rows.predicted / rows.measured).median()
             cells.append(f"{rows.predicted.mean():.2g} / {rows.measured.mean():.2g} ({ratio:.2g})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table_of(["task", *(f"{size:.0%}" for size in SIZES)], lines)
 
 
 def units_table(frame: pd.DataFrame) -> str:
     """One row a task, one column a score: rank correlations over heads and neurons, the mean over the seeds; the best
     bold. At the end the mean over the tasks, of all units and of each kind."""
     scores = list(dict.fromkeys(frame.score))
-    lines = ["| task | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
-    for task, rows in frame[frame.units == ALL].groupby("task", sort=False):
-        lines.append(_line(str(task), [rows.rank_correlation[rows.score == name].mean() for name in scores]))
-    for kind in dict.fromkeys(frame.units):
-        rows = frame[frame.units == kind]
-        means = [rows.rank_correlation[rows.score == name].mean() for name in scores]
-        lines.append(_line(f"mean over tasks: {kind}", means))
-    return "\n".join(lines) + "\n"
 
+    def line(title: str, rows: pd.DataFrame) -> list[str]:
+        means = [float(rows.rank_correlation[rows.score == name].mean()) for name in scores]
+        return [title, *marked(means, "{:.3f}".format, max)]
 
-def _line(title: str, values: list[float]) -> str:
-    shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
-    best = max((text for text in shown if text != "-"), key=float, default="")
-    return f"| {title} | " + " | ".join(f"**{text}**" if text == best else text for text in shown) + " |"
+    tasks = frame[frame.units == ALL].groupby("task", sort=False)
+    lines = [line(str(task), rows) for task, rows in tasks]
+    kinds = dict.fromkeys(frame.units)
+    lines += [line(f"mean over tasks: {kind}", frame[frame.units == kind]) for kind in kinds]
+    return table_of(["task", *scores], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=256)
-    arguments = parser.parse_args()
-    tables = {"prediction": path_table, "prediction_units": units_table}
-    files = {stem: RESULTS / f"{stem}.csv" for stem in tables}
-    done = {stem: pd.read_csv(file) if file.is_file() else pd.DataFrame({"task": []}) for stem, file in files.items()}
-    known = set(done["prediction"].task) & set(done["prediction_units"].task)
-    for name in arguments.task or [name for name in tls.list_tasks() if name not in known]:
+    options = parser(__doc__, seeds=3, tasks=True)
+    options.add_argument("--examples", type=int, default=256)
+    arguments = options.parse_args()
+    tables = {"prediction": {"prediction": path_table}, "prediction_units": {"prediction_units": units_table}}
+
+    def made(name: str) -> dict[str, pd.DataFrame]:
         task, seeds, count = tls.load_task(name), range(arguments.seeds), arguments.examples
-        new = {
+        return {
             "prediction": pd.concat([along_path(task, seed, count) for seed in seeds], ignore_index=True),
             "prediction_units": pd.DataFrame([row for seed in seeds for row in of_units(task, seed, count)]),
         }
-        for stem, table in tables.items():
-            done[stem] = pd.concat([done[stem].loc[done[stem].task != name], new[stem]], ignore_index=True)
-            write_text(files[stem], done[stem].to_csv(index=False))
-            write_text(RESULTS / f"{stem}.md", table(done[stem]))
-        print(f"{name}\n{path_table(new['prediction'])}{units_table(new['prediction_units'])}", flush=True)
+
+    done = by_task(tables, arguments.task, made)
+    print(f"{path_table(done['prediction'])}{units_table(done['prediction_units'])}")
 
 
 if __name__ == "__main__":

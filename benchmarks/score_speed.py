@@ -10,25 +10,22 @@ median of the repeats, and only ratios of one run are compared. Writes ``benchma
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from shared import parser, write
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
-
-RESULTS = Path(__file__).parent / "results"
+from tl_sparsify.comparison.tables import table_of
 
 
 def gpt2_small() -> Any:
@@ -121,32 +118,27 @@ def markdown(frame: pd.DataFrame) -> str:
     rows.append((f"sparsify, 20 rounds / {risk}, time", seconds["sparsify, 20 rounds"] / seconds[risk], "at most 30"))
     rows.append(("twice the prompts, time", seconds[twice] / seconds[risk], "at most 2.1"))
     rows.append(("twice the prompts, peak memory", peak[twice] / peak[risk], "at most 1.05"))
-    lines = ["| ratio | measured | goal |", "|---|---|---|"]
-    lines += [f"| {name} | {ratio:.2f} | {goal} |" for name, ratio, goal in rows]
-    return "\n".join(lines) + "\n"
+    return table_of(["ratio", "measured", "goal"], [[name, f"{ratio:.2f}", goal] for name, ratio, goal in rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     for name, default in (("repeats", 3), ("prompts", 32), ("pos", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--step", help="measure one step only, here, and print it as json")
-    arguments = parser.parse_args()
+        options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--step", help="measure one step only, here, and print it as json")
+    arguments = options.parse_args()
     shape = (arguments.repeats, arguments.prompts, arguments.pos)
     if arguments.step:
         print(json.dumps(measured(arguments.step, *shape)))
         return
     rows = []
     for name in NAMES:
-        options = [f"--{key}={value}" for key, value in zip(("repeats", "prompts", "pos"), shape, strict=True)]
-        command = [sys.executable, __file__, *options, "--step", name]
+        given = [f"--{key}={value}" for key, value in zip(("repeats", "prompts", "pos"), shape, strict=True)]
+        command = [sys.executable, __file__, *given, "--step", name]
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append({"step": name} | json.loads(found.splitlines()[-1]))
         print(rows[-1], flush=True)
-    frame = pd.DataFrame(rows)
-    write_text(RESULTS / "score_speed.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "score_speed.md", markdown(frame))
-    print(markdown(frame))
+    write("score_speed", pd.DataFrame(rows), {"score_speed": markdown})
 
 
 NAMES = (

@@ -9,21 +9,19 @@ task) and two figures in ``docs``.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shared import RESULTS, ROOT, nats, parser
 
 from tl_sparsify import plot
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison.benchmark import compare_tasks
 from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS
-from tl_sparsify.comparison.tables import markdown
+from tl_sparsify.comparison.tables import markdown, table_of
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SIZES = (0.1, 0.05)
 MORE_TASKS = ("greatest_of_list", "tracr_hist")  # beside what `tl-sparsify bench` runs by default
 
@@ -32,7 +30,7 @@ def summary(table: pd.DataFrame) -> str:
     """A row for each task and measure: joint risk, the lowest of ours, the lowest of the others, random; means over the
     seeds."""
     rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]
-    lines = ["| task | measure | joint risk | best of ours | best of the others | random |", "|---" * 6 + "|"]
+    lines: list[list[str]] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         part = [row for row in rows if row["task"] == task]
         own = part[0]["own_ablation"]
@@ -40,10 +38,10 @@ def summary(table: pd.DataFrame) -> str:
             for size in SIZES:
                 here = [row for row in part if row["ablation"] == kind and row["size"] == size]
                 if here:  # of few units two sizes can be the same circuit
-                    lines.append(f"| {task} | risk, {kind}, {size:.0%} | " + " | ".join(_cells(here, "risk")) + " |")
+                    lines.append([task, f"risk, {kind}, {size:.0%}", *_cells(here, "risk")])
         here = [row for row in part if row["ablation"] == own]
-        lines.append(f"| {task} | CMD, {own} | " + " | ".join(_cells(here, "cmd")) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([task, f"CMD, {own}", *_cells(here, "cmd")])
+    return table_of(["task", "measure", "joint risk", "best of ours", "best of the others", "random"], lines)
 
 
 def _cells(rows: list[dict[str, Any]], measure: str) -> list[str]:
@@ -55,16 +53,12 @@ def _cells(rows: list[dict[str, Any]], measure: str) -> list[str]:
 
     def least(names: list[str]) -> str:
         name = min(names, key=lambda one: means[one], default="")
-        return f"{_number(means[name])} ({name})" if name else ""
+        return f"{nats(means[name])} ({name})" if name else ""
 
     ours = [name for name in means if name in mine]
     others = [name for name in means if name not in ours and name != "random"]
-    one, last = (_number(means[name]) if name in means else "" for name in ("joint risk", "random"))
+    one, last = (nats(means[name]) if name in means else "" for name in ("joint risk", "random"))
     return [one, least(ours), least(others), last]
-
-
-def _number(value: float) -> str:
-    return "< 1e-6" if 0 <= value < 1e-6 else f"{value:.2g}"
 
 
 def page(table: pd.DataFrame, versions: dict[str, str]) -> str:
@@ -87,12 +81,11 @@ def page(table: pd.DataFrame, versions: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=[*BENCH_TASKS, *MORE_TASKS])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / BENCH_FOLDER)
-    arguments = parser.parse_args()
+    options = parser(__doc__, seeds=3)
+    options.add_argument("tasks", nargs="*", default=[*BENCH_TASKS, *MORE_TASKS])
+    options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--out", type=Path, default=ROOT / BENCH_FOLDER)
+    arguments = options.parse_args()
     table = compare_tasks(arguments.tasks, seeds=arguments.seeds, workers=arguments.workers, out=arguments.out)
     judged = table[table["size"].isin([0.2, 0.1, 0.05, 0.03])]
     write_text(RESULTS / "side_by_side.csv", judged.to_csv(index=False, float_format="%.4g"))

@@ -9,19 +9,18 @@ rounds, with its range. Parameters are counted by layer. Writes ``benchmarks/res
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
+from shared import parser, write
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
-RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(model: Any, tokens: torch.Tensor) -> float:
@@ -56,24 +55,23 @@ def measured(full: Any, reduction: tls.Reduction, tokens: torch.Tensor, repeats:
 def markdown(frame: pd.DataFrame, layers: int) -> str:
     full = frame.iloc[0]
     names = ["kept", *(f"layer {i}" for i in range(layers)), "whole model", "folded / full seconds (10 to 90 %)"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     before = [f"{full[f'layer_{i}']:,.0f}" for i in range(layers)]
-    lines.append("| " + " | ".join(["all", *before, f"{full.parameters:,.0f}", "1"]) + " |")
+    lines = [["all", *before, f"{full.parameters:,.0f}", "1"]]
     for row in frame.to_dict("records"):
         cells = [f"{row['fraction']:.0%} ({row['kept']})"]
         cells += [f"{row[f'layer_{i}_kept']:,.0f}" for i in range(layers)]
         cells += [f"{row['parameters_kept']:,.0f}"]
         cells += [f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table_of(names, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="hierarchical_equality")
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=31)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--task", default="hierarchical_equality")
+    options.add_argument("--batch", type=int, default=2048)
+    options.add_argument("--repeats", type=int, default=31)
+    arguments = options.parse_args()
     task = tls.load_task(arguments.task)
     model = task.model()
     train, validation, _ = task.examples(0)
@@ -81,11 +79,7 @@ def main() -> None:
     path = tls.sparsify(model, train, units, held_out=validation, refit_steps=0)
     tokens = train.tokens[torch.arange(arguments.batch) % len(train)]
     frame = pd.DataFrame([measured(model, path.at(size), tokens, arguments.repeats) for size in SIZES])
-    table = markdown(frame, len(model.blocks))
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "speed.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "speed.md", table)
-    print(table)
+    write("speed", frame, {"speed": partial(markdown, layers=len(model.blocks))})
 
 
 if __name__ == "__main__":

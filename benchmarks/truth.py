@@ -10,19 +10,16 @@ probes. ``joint risk`` is the order in which ``sparsify`` removes units. Writes 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from shared import parser, write
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison.evaluate import auroc, average_precision
-
-RESULTS = Path(__file__).parent / "results"
+from tl_sparsify.comparison.tables import table_of
 
 
 def scores(task: tls.Task, seed: int) -> tuple[tls.Units, dict[str, torch.Tensor]]:
@@ -69,7 +66,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
 def markdown(frame: pd.DataFrame) -> str:
     """One row a task and kind of truth, one column a score: AUROC / average precision, means over the seeds."""
     names = list(dict.fromkeys(frame.score))
-    lines = ["| task (ablation) | truth: units | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines: list[list[str]] = []
     for (task, ablation, truth, units, true), part in frame.groupby(
         ["task", "ablation", "truth", "units", "true"], sort=False
     ):
@@ -77,24 +74,18 @@ def markdown(frame: pd.DataFrame) -> str:
         cells = [f"{means.auroc[name]:.3f} / {means.average_precision[name]:.3f}" for name in names]
         if true == units:
             cells = ["-"] * len(names)  # nothing to tell apart
-        lines.append(f"| {task} ({ablation}) | {truth}: {true} of {units} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{task} ({ablation})", f"{truth}: {true} of {units}", *cells])
+    return table_of(["task (ablation)", "truth: units", *names], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", default=None)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, seeds=3, tasks=True).parse_args()
     known = [name for name in tls.list_tasks() if tls.load_task(name).truth]
     found: list[dict[str, Any]] = []
     for name in arguments.task or known:
         found += [row for seed in range(arguments.seeds) for row in rows(tls.load_task(name), seed)]
         print(name, flush=True)
-    frame = pd.DataFrame(found)
-    write_text(RESULTS / "truth.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "truth.md", markdown(frame))
-    print(markdown(frame))
+    write("truth", pd.DataFrame(found), {"truth": markdown})
 
 
 if __name__ == "__main__":

@@ -9,21 +9,17 @@ on the test split. Tasks done before are kept, so that an interrupted run goes o
 
 from __future__ import annotations
 
-import argparse
-import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shared import LEAST, by_task, geometric_mean, marked, parser
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
 SIZES = (0.1, 0.05)
 EXAMPLES = 256  # for training, and for validation
-LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 STEPS = 60  # of the refit at the end, on 128 examples each
-RESULTS = Path(__file__).parent / "results"
 DEFAULT = {"deviation": "pinned", "temperature": 3.0, "probes": 4, "refit_steps": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{deviation}, T = {temperature:g}": {"deviation": deviation, "temperature": temperature}
@@ -67,42 +63,28 @@ def markdown(frame: pd.DataFrame) -> str:
     """One row a task and size, one column a variant: mean risk over the seeds, lowest bold; at the end the geometric
     mean over the rows (risks below 1e-6 count as that)."""
     rows: list[dict[str, Any]] = [dict(row) for row in frame.to_dict("records")]
-    lines = ["| task, kept | " + " | ".join(VARIANTS) + " |", "|---" * (len(VARIANTS) + 1) + "|"]
-    logarithms: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    lines: list[list[str]] = []
+    risks: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for task, size in dict.fromkeys((row["task"], row["size"]) for row in rows):
         here = [row for row in rows if (row["task"], row["size"]) == (task, size)]
-        means: dict[str, float] = {}
         for variant in VARIANTS:  # with two answers one probe is exact: more are the same search
             name = variant if any(row["variant"] == variant for row in here) else "pinned, T = 3"
-            risks = [row["risk"] for row in here if row["variant"] == name]
-            means[variant] = max(sum(risks) / len(risks), LEAST)
-            logarithms[variant].append(math.log(means[variant]))
-        lines.append(_line(f"{task}, {size:.0%} ({here[0]['kept']:.0f})", means))
-    total = {variant: math.exp(sum(values) / len(values)) for variant, values in logarithms.items()}
-    return "\n".join([*lines, _line("geometric mean", total)]) + "\n"
-
-
-def _line(title: str, risks: dict[str, float]) -> str:
-    shown = {variant: "< 1e-6" if risk <= LEAST else f"{risk:.2g}" for variant, risk in risks.items()}
-    best = shown[min(risks, key=lambda variant: risks[variant])]
-    cells = [f"**{text}**" if text == best else text for text in shown.values()]
-    return f"| {title} | " + " | ".join(cells) + " |"
+            some = [row["risk"] for row in here if row["variant"] == name]
+            risks[variant].append(max(sum(some) / len(some), LEAST))
+        cells = marked([found[-1] for found in risks.values()])
+        lines.append([f"{task}, {size:.0%} ({here[0]['kept']:.0f})", *cells])
+    lines.append(["geometric mean", *marked([geometric_mean(found) for found in risks.values()])])
+    return table_of(["task, kept", *VARIANTS], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    table = RESULTS / "variants.csv"
-    done = pd.read_csv(table) if table.is_file() else pd.DataFrame({"task": []})
-    wanted = arguments.task or [name for name in tls.list_tasks() if name not in set(done.task)]
-    for name in wanted:
-        new = [row for seed in range(arguments.seeds) for row in rows(tls.load_task(name), seed)]
-        done = pd.concat([done[done.task != name], pd.DataFrame(new)], ignore_index=True)
-        write_text(table, done.to_csv(index=False))
-        write_text(RESULTS / "variants.md", markdown(done))
-    print(markdown(done))
+    arguments = parser(__doc__, seeds=3, tasks=True).parse_args()
+
+    def made(name: str) -> dict[str, pd.DataFrame]:
+        task = tls.load_task(name)
+        return {"variants": pd.DataFrame([row for seed in range(arguments.seeds) for row in rows(task, seed)])}
+
+    print(markdown(by_task({"variants": {"variants": markdown}}, arguments.task, made)["variants"]))
 
 
 if __name__ == "__main__":

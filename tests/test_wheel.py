@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 NOT_SOURCE = ("__pycache__", ".git", ".venv", "results", "dist", ".*_cache", ".hypothesis")
 USE = """
 import json, tl_sparsify as tls
+every = [tls.load_task(name).name for name in tls.list_tasks()]
 task = tls.load_task("hierarchical_equality")
 model = task.model()
 weights = sum(p.numel() for p in model.parameters())
-print(json.dumps({"file": tls.__file__, "tasks": list(tls.list_tasks()), "weights": weights}))
+print(json.dumps({"file": tls.__file__, "tasks": every, "weights": weights}))
 """
 
 
@@ -86,8 +87,11 @@ def test_the_wheel_holds_the_package_and_the_tasks_and_no_caches(wheel: Path):
     assert top == {"tl_sparsify", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
     for folder, target in (("tl_sparsify", "tl_sparsify"), ("tasks", "tl_sparsify/_tasks")):
         files = {p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*") if p.is_file()}
-        expected = {f"{target}/{p.as_posix()}" for p in files if "__pycache__" not in p.parts}
+        scripts = {p for p in files if folder == "tasks" and p.suffix == ".py" and p.name != "task.py"}
+        expected = {f"{target}/{p.as_posix()}" for p in files - scripts if "__pycache__" not in p.parts}
         assert expected <= set(names), f"not in the wheel: {sorted(expected - set(names))}"
+        beyond = {f"{target}/{p.as_posix()}" for p in scripts} & set(names)
+        assert not beyond, f"for the repository only: {sorted(beyond)}"
 
 
 def test_the_installed_wheel_loads_a_task_by_name(environment: Path, tmp_path: Path):

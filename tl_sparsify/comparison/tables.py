@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 _LEAST = 1e-6  # nats: lower risks are told apart by rounding only
 _AREAS = {"cmd": 1, "cpr": -1, "auroc": -1}  # 1: lower is better
+
+
+def table_of(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    Raises:
+        ValueError: a row that has not as many cells as there are heads.
+    """
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if len(row) != len(heads):
+            raise ValueError(f"a row has {len(row)} cells, and the table {len(heads)} columns: {', '.join(row)}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(table: pd.DataFrame, task: str) -> str:
@@ -42,8 +57,7 @@ def markdown(table: pd.DataFrame, task: str) -> str:
     columns = {title: cells for title, cells in columns.items() if cells}
     best = {title: min(value for value, _ in cells.values()) for title, cells in columns.items()}
     cost = {name: _means(rows, name) for name in ("all_forward", "all_backward", "seconds", "peak_mb")}
-    lines = ["| " + " | ".join(["method (setting)", *columns, "passes", "seconds", "MB"]) + " |"]
-    lines.append("|---" * (len(columns) + 4) + "|")
+    lines: list[list[str]] = []
     for method in dict.fromkeys(row["method"] for row in rows):
         setting = Counter(row["setting"] for row in rows if row["method"] == method).most_common(1)[0][0]
         cells = [_text(cells.get(method), best[title]) for title, cells in columns.items()]
@@ -51,8 +65,8 @@ def markdown(table: pd.DataFrame, task: str) -> str:
         cells.append(f"{cost['seconds'][method]:.1f}")
         cells.append(f"{max(0.0, cost['peak_mb'][method]):.0f}" if method in cost["peak_mb"] else "")
         name = method if setting == "default" else f"{method} ({setting})"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    return table_of(["method (setting)", *columns, "passes", "seconds", "MB"], lines)
 
 
 def _means(rows: list[dict[str, Any]], column: str) -> dict[str, float]:

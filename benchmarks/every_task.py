@@ -5,28 +5,27 @@ kept, refitted, judged on the test split. The verdicts on causal models are thos
 (``python benchmarks/algorithms.py``). Tasks done before are kept. Writes ``benchmarks/results/tasks.csv`` and
 ``tasks.md``.
 
-    python benchmarks/tasks.py [--task NAME ...]
+    python benchmarks/every_task.py [--task NAME ...]
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from algorithms import verdicts
+from shared import RESULTS, by_task, nats, parser
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.tasks.overview import overview
 
 SIZES = (0.2, 0.1, 0.05, 0.03)
 EXAMPLES = 256  # for training, and for validation
 STEPS, BATCH = 40, 64  # of the refit
 ROUNDS = 10
-RESULTS = Path(__file__).parent / "results"
 
 
 def row(name: str) -> dict[str, Any]:
@@ -63,39 +62,30 @@ def row(name: str) -> dict[str, Any]:
 
 def markdown(frame: pd.DataFrame, verdict: dict[str, str]) -> str:
     """One row a task."""
-    sizes = [f"{size:.0%}" for size in SIZES]
-    lines = [
-        "| task | units | chance | accuracy | task, model and examples loaded in | risk (accuracy), refitted: "
-        + " | ".join(sizes)
-        + " | causal models |",
-        "|---" * (6 + len(SIZES)) + "|",
-    ]
+    first, *others = (f"{size:.0%}" for size in SIZES)
+    heads = ["task", "units", "chance", "accuracy", "task, model and examples loaded in"]
+    lines: list[list[str]] = []
     rows: list[dict[str, Any]] = [dict(row) for row in frame.sort_values("task").to_dict("records")]
     for one in rows:
         cells = [one["task"], f"{one['kinds']}", f"{one['chance']:.3f}", f"{one['accuracy']:.3f}"]
         cells.append(f"{one['load_seconds']:.1f} s, {int(one['examples']):,}")
         for size in SIZES:
             risk, right = one[f"risk_{size:g}"], one[f"accuracy_{size:g}"]
-            shown = "< 1e-6" if risk < 1e-6 else f"{risk:.2g}"
-            cells.append(f"{shown} ({right:.3f})")
-        lines.append("| " + " | ".join([*cells, verdict.get(one["task"], "")]) + " |")
-    return "\n".join(lines) + "\n"
+            cells.append(f"{nats(risk)} ({right:.3f})")
+        lines.append([*cells, verdict.get(one["task"], "")])
+    return table_of([*heads, f"risk (accuracy), refitted: {first}", *others, "causal models"], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
-    arguments = parser.parse_args()
-    table = RESULTS / "tasks.csv"
-    done = pd.read_csv(table, keep_default_na=False) if table.is_file() else pd.DataFrame({"task": []})
-    wanted = arguments.task or [name for name in tls.list_tasks() if name not in set(done.task)]
-    for name in wanted:
+    arguments = parser(__doc__, tasks=True).parse_args()
+
+    def made(name: str) -> dict[str, pd.DataFrame]:
         new = pd.DataFrame([row(name)])
-        done = pd.concat([done.loc[done.task != name], new], ignore_index=True)
-        write_text(table, done.to_csv(index=False))
         print(new.T.to_string(), flush=True)
-    algorithms = pd.read_csv(RESULTS / "algorithms.csv")
-    write_text(RESULTS / "tasks.md", markdown(done, verdicts(algorithms)))
+        return {"tasks": new}
+
+    done = by_task({"tasks": {}}, arguments.task, made, keep_default_na=False)["tasks"]
+    write_text(RESULTS / "tasks.md", markdown(done, verdicts(pd.read_csv(RESULTS / "algorithms.csv"))))
 
 
 if __name__ == "__main__":

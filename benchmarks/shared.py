@@ -1,0 +1,94 @@
+"""What the benchmark scripts share: where results lie, options, numbers in tables, and going on where one stopped."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import tl_sparsify as tls
+from tl_sparsify._internal.files import write_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LEAST = 1e-6
+"""In nats; lower risks are told apart by rounding only."""
+Page = Callable[[pd.DataFrame], str]
+
+
+def parser(doc: str | None, *, seeds: int | None = None, tasks: bool = False) -> argparse.ArgumentParser:
+    """The options of a script: ``--seeds`` where it has a default, ``--task NAME ...`` where tasks are done in turn."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if tasks:
+        made.add_argument("--task", nargs="*", default=None, help="again; all that are not done where not given")
+    if seeds is not None:
+        made.add_argument("--seeds", type=int, default=seeds)
+    return made
+
+
+def nats(risk: float) -> str:
+    """A risk in two digits; ``< 1e-6`` where it says no more."""
+    return "< 1e-6" if 0 <= risk <= LEAST else f"{risk:.2g}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def marked(
+    values: Sequence[float], text: Callable[[float], str] = nats, best: Callable[[Iterable[float]], float] = min
+) -> list[str]:
+    """The values as text, a dash for NaN; bold what looks like the best one."""
+    shown = ["-" if math.isnan(value) else text(value) for value in values]
+    known = [value for value in values if not math.isnan(value)]
+    top = text(best(known)) if known else ""
+    return [f"**{cell}**" if cell == top else cell for cell in shown]
+
+
+def write(stem: str, frame: pd.DataFrame, pages: Mapping[str, Page], *, show: bool = True) -> None:
+    """Write a table as ``stem.csv``, and each page made of it as Markdown, which is printed too."""
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / f"{stem}.csv", frame.to_csv(index=False))
+    for name, page in pages.items():
+        write_text(RESULTS / f"{name}.md", page(frame))
+        if show:
+            print(page(frame), flush=True)
+
+
+def by_task(
+    tables: Mapping[str, Mapping[str, Page]],
+    wanted: Sequence[str] | None,
+    rows: Callable[[str], Mapping[str, pd.DataFrame]],
+    *,
+    in_order: bool = False,
+    **reading: Any,
+) -> dict[str, pd.DataFrame]:
+    """Do one task after the other, and write all tables after each, so that an interrupted run goes on.
+
+    Args:
+        tables: for each table, by the stem of its file, its pages.
+        wanted: tasks to do, again where they were done; all that lack in a table where not given.
+        rows: what a task adds to each table.
+        in_order: whether the rows are sorted by task.
+        reading: options of ``pandas.read_csv``.
+    """
+    files = {stem: RESULTS / f"{stem}.csv" for stem in tables}
+    done = {
+        stem: pd.read_csv(file, float_precision="round_trip", **reading)
+        if file.is_file()
+        else pd.DataFrame({"task": []})
+        for stem, file in files.items()
+    }
+    known = set.intersection(*(set(frame.task) for frame in done.values()))
+    for name in wanted or [name for name in tls.list_tasks() if name not in known]:
+        for stem, new in rows(name).items():
+            whole = pd.concat([done[stem].loc[done[stem].task != name], new], ignore_index=True)
+            done[stem] = whole.sort_values("task", kind="stable") if in_order else whole
+            write(stem, done[stem], tables[stem], show=False)
+        print(name, flush=True)
+    return done
