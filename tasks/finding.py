@@ -133,7 +133,7 @@ def any_directions(model: Any, hook: str, position: int, rank: int, seed: int) -
     return list(tls.directions(model, hook, torch.linalg.qr(drawn).Q).at(position))
 
 
-def learnt(
+def learned_directions(
     model: Any,
     causal_model: tls.CausalModel,
     pairs: tls.Pairs,

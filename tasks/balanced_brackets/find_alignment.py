@@ -13,7 +13,7 @@ import torch
 
 import tl_sparsify as tls
 from tasks.balanced_brackets.task import ANSWER_POSITION, BRACKETS, FROM_THE_RIGHT, load_model, pairs
-from tasks.finding import any_directions, any_units, grown, heads, layers, learnt, table
+from tasks.finding import any_directions, any_units, grown, heads, layers, learned_directions, table
 
 PAIRS = 2048
 GROW = (8, 16, 24, 32, 40, 48, 64)
@@ -43,7 +43,7 @@ def main() -> None:
     for variable, hook in PLACES:
         for rank in (1, 2, 4):
             found = {
-                "learnt": learnt(model, BRACKETS, search, hook, ANSWER_POSITION, variable, rank),
+                "learnt": learned_directions(model, BRACKETS, search, hook, ANSWER_POSITION, variable, rank),
                 "random": any_directions(model, hook, ANSWER_POSITION, rank, seed=0),
             }
             print(f"{rank} directions of {hook} at = for {variable}\n{table(model, BRACKETS, test, found)}\n")

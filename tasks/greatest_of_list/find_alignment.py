@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 import tl_sparsify as tls
-from tasks.finding import any_directions, heads, layers, learnt, table
+from tasks.finding import any_directions, heads, layers, learned_directions, table
 from tasks.greatest_of_list.task import (
     ANSWER_POSITION,
     HALVES,
@@ -48,7 +48,7 @@ def main() -> None:
         for variable in rival.variables[:-1]:
             hook = "blocks.0.hook_resid_post"
             found = {
-                "learnt": learnt(model, rival, search, hook, ANSWER_POSITION, variable, 8),
+                "learnt": learned_directions(model, rival, search, hook, ANSWER_POSITION, variable, 8),
                 "random": any_directions(model, hook, ANSWER_POSITION, 8, seed=0),
             }
             print(f"{title}: 8 directions of the residual stream at = for {variable}")

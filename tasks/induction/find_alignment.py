@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import tl_sparsify as tls
-from tasks.finding import any_directions, any_units, grown, heads, layers, learnt, table
+from tasks.finding import any_directions, any_units, grown, heads, layers, learned_directions, table
 from tasks.induction.task import (
     ANSWERS,
     CURRENT,
@@ -109,7 +109,7 @@ def main() -> None:
     for layer in range(SHAPE["layers"]):
         hook = f"blocks.{layer}.hook_resid_post"
         name = f"{RANK} directions of the stream after layer {layer} at the current token"
-        places[f"{name}, learnt"] = learnt(model, TABLE, part, hook, CURRENT, "table", RANK)
+        places[f"{name}, learnt"] = learned_directions(model, TABLE, part, hook, CURRENT, "table", RANK)
         places[f"{name}, random"] = any_directions(model, hook, CURRENT, RANK, seed=0)
     aligned = {f"all of {variable}": list(units) for variable, units in alignment().units.items()}
     aligned["keys and values of layer 1 at all positions"] = looked_up()

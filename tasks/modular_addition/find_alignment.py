@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import tl_sparsify as tls
-from tasks.finding import among, any_directions, any_units, grown, heads, layers, learnt, table
+from tasks.finding import among, any_directions, any_units, grown, heads, layers, learned_directions, table
 from tasks.modular_addition.task import (
     ANSWER_POSITION,
     CLOCK,
@@ -185,7 +185,9 @@ def main() -> None:
         for r in (4, 6, rank):
             sets[f"{r} directions of {hook}, of most variance"] = carried(variable, principal(stream[hook], r))
         for r in (2, 4, rank):
-            sets[f"{r} directions of {hook}, learnt"] = learnt(model, CLOCK, search, hook, ANSWER_POSITION, "waves", r)
+            sets[f"{r} directions of {hook}, learnt"] = learned_directions(
+                model, CLOCK, search, hook, ANSWER_POSITION, "waves", r
+            )
         for seed in range(3):
             sets[f"{rank} directions of {hook}, random {seed}"] = any_directions(
                 model, hook, ANSWER_POSITION, rank, seed
@@ -218,7 +220,9 @@ def main() -> None:
         for k in HEARD:
             found[f"the 2 by which {'it' if k == key else k} is read off"] = carried("waves", read_off(model, k))
         for hook in PLACES.values():
-            found[f"4 directions of {hook}, learnt"] = learnt(model, one, part, hook, ANSWER_POSITION, "one", 4)
+            found[f"4 directions of {hook}, learnt"] = learned_directions(
+                model, one, part, hook, ANSWER_POSITION, "one", 4
+            )
         both = [
             table(model, one, some, found)[["one", "one*"]]
             for some in (drawn, among(drawn, clear(drawn, key, strengths)))
@@ -228,7 +232,7 @@ def main() -> None:
     found = {"nothing": [], **layers(model, ANSWER_POSITION, "=")}
     for variable, hook in itertools.product(DIGITS.variables[:-1], PLACES.values()):
         title = f"{variable}: {rank} directions of {hook}, learnt"
-        found[title] = learnt(model, DIGITS, part, hook, ANSWER_POSITION, variable, rank)
+        found[title] = learned_directions(model, DIGITS, part, hook, ANSWER_POSITION, variable, rank)
     print(f"digits\n{table(model, DIGITS, drawn, found)}\n")
     right = test.expected(DIFFERENCE, ()) == test.expected(CLOCK, ())
     print(f"difference: {float(right.double().mean()):.3f} of its answers are right")

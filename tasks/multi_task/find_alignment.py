@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 import tl_sparsify as tls
-from tasks.finding import among, any_directions, any_units, grown, heads, layers, learnt, table
+from tasks.finding import among, any_directions, any_units, grown, heads, layers, learned_directions, table
 from tasks.multi_task.task import (
     ANSWER_NEURONS,
     ANSWERS,
@@ -75,7 +75,7 @@ def main() -> None:
         for layer in range(SHAPE["layers"]):
             hook = f"blocks.{layer}.hook_resid_post"
             name = f"{RANK} directions of the stream after layer {layer}"
-            found[f"{name}, learnt"] = learnt(model, PARALLEL, part, hook, CURRENT, variable, RANK)
+            found[f"{name}, learnt"] = learned_directions(model, PARALLEL, part, hook, CURRENT, variable, RANK)
             found[f"{name}, random"] = any_directions(model, hook, CURRENT, RANK, seed=0)
         print(f"{variable}\n{table(model, PARALLEL, drawn, found)[[variable, f'{variable}*']]}\n")
 

@@ -1,6 +1,6 @@
-"""Subjects: the models that are held against a causal model, and what they answer under interchange interventions.
+"""Interchange: the models that are held against a causal model, and what they answer under interchange interventions.
 
-A subject is the original, an ablated or folded model of it, or a control; the original's units are looked up in it
+A tested model is the original, an ablated or folded model of it, or a control; the original's units are looked up in it
 under its own names, and units that it no longer has are not interchanged.
 """
 

@@ -108,14 +108,14 @@ def verify(
             raise ValueError(f"alignment names {variable!r}; the causal model has {', '.join(causal_model.variables)}")
     if goal is not None and not 0 < goal <= 1:
         raise ValueError(f"goal is {goal}; an accuracy lies in (0, 1]")
-    subjects = _subjects(model, reduced)
+    tested = _tested(model, reduced)
     unaligned = outside(model, alignment)
     checks = [
         _Check(subject, causal_model, alignment, unaligned, draws, level, seed, batch_size)
-        for subject in (*subjects, TestedModel("random weights", random_weights(model, seed), untrained=True))
+        for subject in (*tested, TestedModel("random weights", random_weights(model, seed), untrained=True))
     ]
     if goal is not None:
-        pairs = _enough(checks[: len(subjects)], pairs, goal)
+        pairs = _enough(checks[: len(tested)], pairs, goal)
         checks = [check.on(torch.arange(len(pairs))) for check in checks]
     rows = [row for check in checks for row in _rows(check, pairs)]
     if reduced is not None:
@@ -123,7 +123,7 @@ def verify(
     return Evidence(tuple(rows), level)
 
 
-def _subjects(model: Model, reduced: Any | None) -> list[TestedModel]:
+def _tested(model: Model, reduced: Any | None) -> list[TestedModel]:
     if reduced is None:
         return [TestedModel("original", model)]
     if isinstance(reduced, Reduction):

@@ -1,7 +1,7 @@
 """Curves: the measures of circuits of many sizes under one kind of ablation, and the areas under them.
 
 One go over the data measures any number of circuits: the original's answers once, the empty circuit's once, and one
-forward pass for each circuit. With ``f`` the faithfulness (:mod:`tl_sparsify.evaluation`) at each fraction of units
+forward pass for each circuit. With ``f`` the faithfulness (:func:`evaluate.evaluate`) at each fraction of units
 kept, as in the Mechanistic Interpretability Benchmark (Mueller et al., 2025):
 
     CPR = area under f          (not capped: leaving out what acts against the task raises it; higher is better),

@@ -162,7 +162,7 @@ def evaluate(
     seed: int = 0,
 ) -> Evaluation | Curve:
     """Risk, accuracy, faithfulness and more: of a reduction (with completeness and interchange agreement), or of the
-    circuits of several ``sizes`` of a path or scores (with the areas CPR and CMD, :mod:`tl_sparsify.curves`).
+    circuits of several ``sizes`` of a path or scores (with the areas CPR and CMD, :class:`curves.Curve`).
 
     Args:
         reduction: a reduction; a path, whose circuits are ``path.at(size)``; or scores, whose circuits are
@@ -177,7 +177,7 @@ def evaluate(
         probability: of the interchange of each kept unit, for a reduction.
         minimality: measure it, for a reduction.
         bootstrap: replicates of the Poisson bootstrap over examples for the percentile intervals
-            (:mod:`tl_sparsify.resampling`); 0: none, intervals are then NaN.
+            (:mod:`tl_sparsify.comparison.resampling`); 0: none, intervals are then NaN.
         level: of the intervals.
 
     Cost in forward passes over the data: eight for a reduction, three more under counterfactual ablation, and with

@@ -57,7 +57,7 @@ def ablate(reduction: Reduction) -> Intervention:
 
 
 def interchange(circuit: Circuit, source: Values) -> Intervention:
-    """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`run_values`)."""
+    """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`forward.run_values`)."""
     return Intervention(circuit.units, (~circuit.mask).float(), source)
 
 

@@ -55,7 +55,7 @@ def remembering(numbers: int = _REMEMBERED) -> Recall:
 def remembered(
     model: Model, examples: Examples, *, batch_size: int | None = None, numbers: int = _REMEMBERED
 ) -> Callable[[Int[Tensor, "batch"]], Float[Tensor, "rows choices"]] | None:
-    """The model's logits for any of the examples (:func:`intervene.answer_logits`), from one forward pass over all of
+    """The model's logits for any of the examples (:func:`forward.answer_logits`), from one forward pass over all of
     them; ``None`` where they are more than so many numbers."""
     count = torch.bincount(answer_rows(examples)[0], minlength=len(examples))
     start = count.cumsum(0) - count

@@ -12,7 +12,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_index, answer_rows
 
 Metric = Callable[[Float[Tensor, "rows choices"], Examples], Float[Tensor, "rows"]]
-"""One number for each labelled position, from the logits there (:func:`intervene.answer_logits`) and the batch."""
+"""One number for each labelled position, from the logits there (:func:`forward.answer_logits`) and the batch."""
 
 
 def log_odds(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:

@@ -1,4 +1,4 @@
-"""Findings: what the files of a run and a benchmark's table say, as plain sentences made from their numbers.
+"""Sentences: what the files of a run and a benchmark's table say, as plain sentences made from their numbers.
 
 Nothing is escaped here, and nothing is drawn: :mod:`tl_sparsify.presentation.report` does both.
 """
