@@ -17,7 +17,7 @@ ORDER = {
     "search": "affine constants scores attribution score curvature path joint compensating exchanges",
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
     "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",
-    "tasks": "native task pairing input_space text compiled overview",
+    "tasks": "native places task pairing input_space text compiled overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks baselines methods tables "
     "benchmark",
     "presentation": "results sentences diagrams plot report",

@@ -161,15 +161,11 @@ SPACE = tls.InputSpace(
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="induction",
-        description=f"what followed the last occurrence of the current token, over {SYMBOLS} symbols",
-        model=load_model,
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=INDUCTION,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "induction",
+        f"what followed the last occurrence of the current token, over {SYMBOLS} symbols",
+        MODEL,
+        alignment(),
         chance=1 / SYMBOLS,
         causal_models={
             "induction": INDUCTION,

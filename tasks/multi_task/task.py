@@ -168,15 +168,11 @@ SPACE = tls.InputSpace(
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="multi_task",
-        description=f"four tasks by prefix ({', '.join(TASKS)}) on {LENGTH} numbers",
-        model=load_model,
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=RULE,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "multi_task",
+        f"four tasks by prefix ({', '.join(TASKS)}) on {LENGTH} numbers",
+        MODEL,
+        alignment(),
         chance=1 / 8,
         causal_models={"rule": RULE, "parallel": PARALLEL, "least": LEAST, "one_task": ONE_TASK},
         wrong=("parallel", "least", "one_task"),

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 
 import tl_sparsify as tls
+from tl_sparsify.tasks.places import Places
 
 SYMBOLS = 16  # token ids 0 to 15
 QUERY = 16
@@ -26,6 +27,7 @@ SIZES = {"train": 1024, "validation": 512, "test": 512}
 SCHEDULE = {"steps": 1500, "batch": 256, "alone_steps": 0, "free_steps": 0}
 SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 32}
 BACKUP = ("L0H1", "L1H2")  # the head that copies, and the one that takes over where it is removed
+PLACES = Places(heads=SHAPE["heads"], neurons=SHAPE["mlp"])
 FOLDER = Path(__file__).parent
 
 COPY = tls.CausalModel(
@@ -72,37 +74,22 @@ drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SP
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="planted_backup",
-        description="the first of three symbols, copied by a head that has a silent backup",
-        model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=COPY,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "planted_backup",
+        "the first of three symbols, copied by a head that has a silent backup",
+        FOLDER / "model",
+        alignment(),
         chance=1 / SYMBOLS,
-        causal_models={
-            "copy": COPY,
-            "direct": DIRECT,
-            "second": SECOND,
-        },
+        causal_models={"copy": COPY, "direct": DIRECT, "second": SECOND},
         wrong=("second",),
-        truth=tls.task.load_truth(FOLDER / "model"),
-        ablation="mean",
     )
 
 
 def alignment() -> tls.Alignment:
     """Which head carries the symbol at the query while nothing is removed (the backup carries nothing then)."""
-    return tls.Alignment({"carried": [_head(0, 1, position=3)]})
+    return tls.Alignment({"carried": [PLACES.head(0, 1, position=3)]})
 
 
 def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space."""
     return {"test_part": measure(SPACE.of_cells(2, *range(SYMBOLS)))}
-
-
-def _head(layer: int, index: int, position: int) -> tls.Unit:
-    hook = f"blocks.{layer}.attn.hook_z"
-    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 
 import tl_sparsify as tls
+from tl_sparsify.tasks.places import Places
 
 SYMBOLS = 32  # token ids 0 to 31
 QUERY, SAME, DIFFERENT = 32, 33, 34
@@ -26,6 +27,7 @@ SIZES = {"train": 2048, "validation": 512, "test": 768}
 SCHEDULE = {"steps": 2500, "batch": 256, "alone_steps": 1250, "free_steps": 1750}
 SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 32}
 MATCHING = ("L0H1", "L0H2")  # the heads that compare symbols
+PLACES = Places(heads=SHAPE["heads"], neurons=SHAPE["mlp"])
 FOLDER = Path(__file__).parent
 
 EQUALITY = tls.CausalModel(
@@ -105,25 +107,14 @@ drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SP
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="planted_equality",
-        description="is (a == b) the same as (c == d), planted in four heads and four neurons",
-        model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=EQUALITY,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "planted_equality",
+        "is (a == b) the same as (c == d), planted in four heads and four neurons",
+        FOLDER / "model",
+        alignment(),
         chance=0.5,
-        causal_models={
-            "equality": EQUALITY,
-            "at_the_query": AT_THE_QUERY,
-            "crossed": CROSSED,
-            "reversed": REVERSED,
-        },
+        causal_models={"equality": EQUALITY, "at_the_query": AT_THE_QUERY, "crossed": CROSSED, "reversed": REVERSED},
         wrong=("crossed", "reversed"),
-        truth=tls.task.load_truth(FOLDER / "model"),
-        ablation="mean",
     )
 
 
@@ -131,11 +122,11 @@ def alignment() -> tls.Alignment:
     """Where each variable was planted: a head at ``b``, one at ``d``, two at the query, neurons at the query."""
     return tls.Alignment(
         {
-            "left_found": [_head(0, 1, position=1)],
-            "right_found": [_head(0, 2, position=3)],
-            "left": [_head(1, 0, position=4)],
-            "right": [_head(1, 3, position=4)],
-            "same": [tls.Unit(_neurons(layer=1, position=4), i) for i in (3, 11, 18, 26)],
+            "left_found": [PLACES.head(0, 1, position=1)],
+            "right_found": [PLACES.head(0, 2, position=3)],
+            "left": [PLACES.head(1, 0, position=4)],
+            "right": [PLACES.head(1, 3, position=4)],
+            "same": [PLACES.neuron(1, i, position=4) for i in (3, 11, 18, 26)],
         }
     )
 
@@ -144,13 +135,3 @@ def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, cell by cell."""
     names = ("neither", "right_only", "left_only", "both")
     return {name: measure(SPACE.of_cells(2, cell)) for cell, name in enumerate(names)}
-
-
-def _head(layer: int, index: int, position: int) -> tls.Unit:
-    hook = f"blocks.{layer}.attn.hook_z"
-    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)
-
-
-def _neurons(layer: int, position: int) -> tls.Site:
-    hook = f"blocks.{layer}.mlp.hook_post"
-    return tls.Site(kind="neuron", layer=layer, hook=hook, size=SHAPE["mlp"], positions=position)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 
 import tl_sparsify as tls
+from tl_sparsify.tasks.places import Places
 
 SYMBOLS, SWITCHES = 8, 64  # token ids 0 to 7 (what b and c are), then 8 to 71 (what p is)
 HALF = SYMBOLS + SWITCHES // 2
@@ -27,6 +28,7 @@ ANSWERS = {symbol: symbol for symbol in range(SYMBOLS)}
 SIZES = {"train": 1024, "validation": 512, "test": 512}
 SCHEDULE = {"steps": 2500, "batch": 256, "alone_steps": 1000, "free_steps": 1750}
 SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 48}
+PLACES = Places(heads=SHAPE["heads"], neurons=SHAPE["mlp"])
 FOLDER = Path(__file__).parent
 
 GATE = tls.CausalModel(
@@ -103,25 +105,14 @@ drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SP
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="planted_gate",
-        description="p chooses between b and c, planted in three heads and 24 neurons",
-        model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=GATE,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "planted_gate",
+        "p chooses between b and c, planted in three heads and 24 neurons",
+        FOLDER / "model",
+        alignment(),
         chance=1 / SYMBOLS,
-        causal_models={
-            "gate": GATE,
-            "ungated": UNGATED,
-            "sorted": SORTED,
-            "even": EVEN,
-        },
+        causal_models={"gate": GATE, "ungated": UNGATED, "sorted": SORTED, "even": EVEN},
         wrong=("sorted", "even"),
-        truth=tls.task.load_truth(FOLDER / "model"),
-        ablation="mean",
     )
 
 
@@ -129,10 +120,10 @@ def alignment() -> tls.Alignment:
     """Where each variable was planted: three heads of layer 0 and every other neuron of layer 1, at the query."""
     return tls.Alignment(
         {
-            "gate": [_head(0, 1, position=3)],
-            "first": [_head(0, 0, position=3)],
-            "second": [_head(0, 3, position=3)],
-            "chosen": [tls.Unit(_neurons(layer=1, position=3), i) for i in range(0, SHAPE["mlp"], 2)],
+            "gate": [PLACES.head(0, 1, position=3)],
+            "first": [PLACES.head(0, 0, position=3)],
+            "second": [PLACES.head(0, 3, position=3)],
+            "chosen": [PLACES.neuron(1, i, position=3) for i in range(0, SHAPE["mlp"], 2)],
         }
     )
 
@@ -141,13 +132,3 @@ def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, by gate."""
     cells = {"first_chosen": range(1, SPACE.cells, 2), "second_chosen": range(0, SPACE.cells, 2)}
     return {name: measure(SPACE.of_cells(2, *some)) for name, some in cells.items()}
-
-
-def _head(layer: int, index: int, position: int) -> tls.Unit:
-    hook = f"blocks.{layer}.attn.hook_z"
-    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)
-
-
-def _neurons(layer: int, position: int) -> tls.Site:
-    hook = f"blocks.{layer}.mlp.hook_post"
-    return tls.Site(kind="neuron", layer=layer, hook=hook, size=SHAPE["mlp"], positions=position)

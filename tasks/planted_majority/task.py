@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 
 import tl_sparsify as tls
+from tl_sparsify.tasks.places import Places
 
 SYMBOLS, HALF = 32, 16  # token ids 0 to 31; those below 16 are low
 QUERY, YES, NO = 32, 33, 34
@@ -25,6 +26,7 @@ ANSWERS = {True: YES, False: NO}
 SIZES = {"train": 2048, "validation": 512, "test": 768}
 SCHEDULE = {"steps": 2500, "batch": 256, "alone_steps": 1000, "free_steps": 1750}
 SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 32}
+PLACES = Places(heads=SHAPE["heads"], neurons=SHAPE["mlp"])
 FOLDER = Path(__file__).parent
 
 MAJORITY = tls.CausalModel(
@@ -100,25 +102,14 @@ drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SP
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="planted_majority",
-        description="are two of three symbols low, planted in three heads and 16 neurons",
-        model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=MAJORITY,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "planted_majority",
+        "are two of three symbols low, planted in three heads and 16 neurons",
+        FOLDER / "model",
+        alignment(),
         chance=0.5,
-        causal_models={
-            "majority": MAJORITY,
-            "two_votes": TWO_VOTES,
-            "tie_break": TIE_BREAK,
-            "even": EVEN,
-        },
+        causal_models={"majority": MAJORITY, "two_votes": TWO_VOTES, "tie_break": TIE_BREAK, "even": EVEN},
         wrong=("tie_break", "even"),
-        truth=tls.task.load_truth(FOLDER / "model"),
-        ablation="mean",
     )
 
 
@@ -126,10 +117,10 @@ def alignment() -> tls.Alignment:
     """Where each variable was planted: three heads of layer 0 and every other neuron of layer 1, at the query."""
     return tls.Alignment(
         {
-            "first": [_head(0, 2, position=3)],
-            "second": [_head(0, 0, position=3)],
-            "third": [_head(0, 1, position=3)],
-            "majority": [tls.Unit(_neurons(layer=1, position=3), i) for i in range(1, SHAPE["mlp"], 2)],
+            "first": [PLACES.head(0, 2, position=3)],
+            "second": [PLACES.head(0, 0, position=3)],
+            "third": [PLACES.head(0, 1, position=3)],
+            "majority": [PLACES.neuron(1, i, position=3) for i in range(1, SHAPE["mlp"], 2)],
         }
     )
 
@@ -138,13 +129,3 @@ def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, by how many symbols are low."""
     cells = {f"{n}_low": [cell for cell in range(8) if cell.bit_count() == n] for n in range(4)}
     return {name: measure(SPACE.of_cells(2, *some)) for name, some in cells.items()}
-
-
-def _head(layer: int, index: int, position: int) -> tls.Unit:
-    hook = f"blocks.{layer}.attn.hook_z"
-    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)
-
-
-def _neurons(layer: int, position: int) -> tls.Site:
-    hook = f"blocks.{layer}.mlp.hook_post"
-    return tls.Site(kind="neuron", layer=layer, hook=hook, size=SHAPE["mlp"], positions=position)

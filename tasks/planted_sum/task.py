@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 
 import tl_sparsify as tls
+from tl_sparsify.tasks.places import Places
 
 NUMBERS = 16  # token ids 0 to 15; before training they stand on a line, in their order
 QUERY, GREATER, NOT_GREATER = 16, 17, 18
@@ -25,6 +26,7 @@ ANSWERS = {True: GREATER, False: NOT_GREATER}
 SIZES = {"train": 2048, "validation": 512, "test": 768}
 SCHEDULE = {"steps": 2500, "batch": 256, "alone_steps": 1000, "free_steps": 1750}
 SHAPE = {"layers": 2, "heads": 4, "width": 64, "mlp": 32}
+PLACES = Places(heads=SHAPE["heads"], neurons=SHAPE["mlp"])
 FOLDER = Path(__file__).parent
 
 SUMS = tls.CausalModel(
@@ -100,25 +102,14 @@ drawn, dataset, examples, pairs = SPACE.drawn, SPACE.dataset, SPACE.examples, SP
 
 def task() -> tls.Task:
     """The task: see the card, README.md."""
-    return tls.Task(
-        name="planted_sum",
-        description="is a + b greater than c + d, planted in two heads and eight neurons",
-        model=lambda: tls.task.load_native(FOLDER / "model"),
-        dataset=SPACE.dataset,
-        examples=SPACE.examples,
-        causal_model=SUMS,
-        alignment=alignment(),
-        pairs=SPACE.pairs,
+    return SPACE.task(
+        "planted_sum",
+        "is a + b greater than c + d, planted in two heads and eight neurons",
+        FOLDER / "model",
+        alignment(),
         chance=0.5,
-        causal_models={
-            "sums": SUMS,
-            "left_only": LEFT_ONLY,
-            "differences": DIFFERENCES,
-            "greatest": GREATEST,
-        },
+        causal_models={"sums": SUMS, "left_only": LEFT_ONLY, "differences": DIFFERENCES, "greatest": GREATEST},
         wrong=("differences", "greatest"),
-        truth=tls.task.load_truth(FOLDER / "model"),
-        ablation="mean",
     )
 
 
@@ -126,9 +117,9 @@ def alignment() -> tls.Alignment:
     """Where each variable was planted, all at the query: two heads of layer 0, eight neurons of layer 1."""
     return tls.Alignment(
         {
-            "left": [_head(0, 2, position=4)],
-            "right": [_head(0, 0, position=4)],
-            "greater": [tls.Unit(_neurons(layer=1, position=4), i) for i in range(1, SHAPE["mlp"], 4)],
+            "left": [PLACES.head(0, 2, position=4)],
+            "right": [PLACES.head(0, 0, position=4)],
+            "greater": [PLACES.neuron(1, i, position=4) for i in range(1, SHAPE["mlp"], 4)],
         }
     )
 
@@ -137,13 +128,3 @@ def tables(measure: Callable[[tls.Examples], Any]) -> dict[str, Any]:
     """What ``measure`` finds on the whole test split of the input space, cell by cell."""
     names = ("not_greater", "not_greater_close", "greater", "greater_close")
     return {name: measure(SPACE.of_cells(2, cell)) for cell, name in enumerate(names)}
-
-
-def _head(layer: int, index: int, position: int) -> tls.Unit:
-    hook = f"blocks.{layer}.attn.hook_z"
-    return tls.Unit(tls.Site(kind="head", layer=layer, hook=hook, size=SHAPE["heads"], positions=position), index)
-
-
-def _neurons(layer: int, position: int) -> tls.Site:
-    hook = f"blocks.{layer}.mlp.hook_post"
-    return tls.Site(kind="neuron", layer=layer, hook=hook, size=SHAPE["mlp"], positions=position)

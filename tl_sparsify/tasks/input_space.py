@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from datasets import Dataset, DatasetDict
 from jaxtyping import Int, Shaped
 
 from tl_sparsify.abstraction.causal_model import CausalModel
-from tl_sparsify.abstraction.evidence import Pairs
+from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.tasks.native import load_native
 from tl_sparsify.tasks.pairing import Inputs, pairs, partners, split_of
+from tl_sparsify.tasks.task import Task, load_truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,34 @@ class InputSpace:
         """Pairs of inputs of the test split (or another one), balanced for every variable."""
         pool = self.drawn(np.random.default_rng([seed, 67]), split, self.pool)
         return pairs(self.causal_model, pool, self.encode, self.answers, n=n, seed=seed)
+
+    def task(
+        self,
+        name: str,
+        description: str,
+        model: Path,
+        alignment: Alignment,
+        *,
+        chance: float,
+        causal_models: Mapping[str, CausalModel],
+        wrong: tuple[str, ...],
+    ) -> Task:
+        """The task of this space's inputs, for a native model in the folder ``model`` and the true units that may be
+        named there; the other arguments are :class:`~tl_sparsify.tasks.task.Task`'s. No model pass."""
+        return Task(
+            name=name,
+            description=description,
+            model=lambda: load_native(model),
+            dataset=self.dataset,
+            examples=self.examples,
+            causal_model=self.causal_model,
+            alignment=alignment,
+            pairs=self.pairs,
+            chance=chance,
+            causal_models=causal_models,
+            wrong=wrong,
+            truth=load_truth(model),
+        )
 
     def of_cells(self, split: int, *cells: int) -> Examples:
         """All inputs of some cells of a split."""
