@@ -17,5 +17,5 @@ def test_places_are_the_units_of_the_model_they_are_for():
 
 def test_the_task_of_a_space_has_its_causal_model_and_the_true_units_of_its_folder():
     task = load_task("planted_backup")
-    assert task.causal_model is task.causal_models["copy"] and task.truth.keys() == {"removal", "weights"}
+    assert task.causal_model is task.causal_models["copy"] and task.truth == {"weights": ("L0H1", "L1H2")}
     assert load_task("induction").truth == {}
