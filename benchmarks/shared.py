@@ -79,9 +79,7 @@ def by_task(
     """
     files = {stem: RESULTS / f"{stem}.csv" for stem in tables}
     done = {
-        stem: pd.read_csv(file, float_precision="round_trip", **reading)
-        if file.is_file()
-        else pd.DataFrame({"task": []})
+        stem: pd.read_csv(file, **reading) if file.is_file() else pd.DataFrame({"task": []})
         for stem, file in files.items()
     }
     known = set.intersection(*(set(frame.task) for frame in done.values()))
