@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,10 @@ from tl_sparsify.core.units import Unit, Units
 
 REFIT, REFITTED_NEIGHBOURS = "refit", "refitted neighbours"
 """The kinds of values that were fitted together on the divergence: constants, and maps of kept units."""
+FirstToken = Literal["bos", "any", "none"]
+"""At which first tokens removed units are left alone: a beginning-of-sequence token, whose activations are outliers that
+do not depend on the input; any token; none. In models with an attention sink a few neurons write huge values there."""
+FIRST_TOKENS: tuple[FirstToken, ...] = ("bos", "any", "none")
 
 
 @dataclass(frozen=True, eq=False)

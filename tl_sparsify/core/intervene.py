@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
+from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
@@ -34,12 +34,14 @@ class Intervention:
         keep: ``[units]`` or, by example, ``[batch, units]``; 1 leaves a unit alone, 0 replaces it.
         values: what replaces them: constants, or the values of another run.
         mixing: for each site, what is added to that as a linear map of the site's units as they are there.
+        first_token: at which first tokens the units are left alone, whatever ``keep`` says.
     """
 
     units: Units
     keep: Float[Tensor, "*batch units"]
     values: Values
     mixing: tuple[NeighbourMap | None, ...] | None = None
+    first_token: FirstToken = "none"
 
     def __post_init__(self) -> None:
         if self.keep.ndim not in (1, 2) or self.keep.shape[-1] != len(self.units):
@@ -53,7 +55,8 @@ def ablate(reduction: Reduction) -> Intervention:
 
     Nested with other interventions on its units it comes last, so that affine replacements see what the others left.
     """
-    return Intervention(reduction.units, reduction.circuit.mask.float(), reduction.values, reduction.mixing)
+    keep = reduction.circuit.mask.float()
+    return Intervention(reduction.units, keep, reduction.values, reduction.mixing, reduction.first_token)
 
 
 def interchange(circuit: Circuit, source: Values) -> Intervention:
@@ -73,6 +76,7 @@ def _apply(
     keep: Float[Tensor, "*batch some"],
     value: Float[Tensor, "..."],
     mixing: NeighbourMap | None,
+    spared: Callable[[], Bool[Tensor, "batch pos"] | None],
     activation: Float[Tensor, "..."],
     hook: Any,
 ) -> Float[Tensor, "..."]:
@@ -87,6 +91,9 @@ def _apply(
     where = site.position_mask(v.shape[0], v.shape[1])
     if where is not None:
         new = torch.where(where.to(v.device)[..., None, None], new, v)
+    first = spared()
+    if first is not None:
+        new = torch.where(first.to(v.device)[..., None, None], v, new)
     return site.write(activation, v, new)
 
 
@@ -101,7 +108,11 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         ValueError: a hook point that the model lacks, or (when the model runs) an activation of another shape.
     """
     hooks: list[tuple[str, Callable[..., Any]]] = []
+    seen: dict[str, Bool[Tensor, "batch pos"] | None] = {}
+    rules = {intervention.first_token for intervention in interventions} - {"none"}
+    watching = _watching_first_tokens(model, rules, seen) if rules else nullcontext()
     for intervention in interventions:
+        spared = partial(seen.get, intervention.first_token)
         parts = zip(
             intervention.units.sites,
             intervention.units.split(intervention.keep),
@@ -112,9 +123,52 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         for site, keep, value, mixing in parts:
             if keep.requires_grad or bool((keep != 1).any()):
                 for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
-                    hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing)))
-    with model.hooks(fwd_hooks=hooks):
+                    hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing, spared)))
+    with watching, model.hooks(fwd_hooks=hooks):
         yield
+
+
+@contextmanager
+def _watching_first_tokens(
+    model: Model, rules: Iterable[FirstToken], seen: dict[str, Bool[Tensor, "batch pos"] | None]
+) -> Iterator[None]:
+    """Note, whenever the model runs, where each rule leaves the first token alone: only the call knows its input."""
+    own = model.__dict__.get("forward")
+    forward = model.forward  # run_with_hooks calls it as well, past any hook on the module
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        tokens = args[0] if args else kwargs.get("input")
+        cache = kwargs.get("past_key_values")
+        later = cache is not None and cache.get_seq_length() > 0  # the first token was in an earlier call
+        for rule in rules:
+            known = isinstance(tokens, Tensor) and tokens.ndim == 2 and not later
+            seen[rule] = first_tokens(model, tokens, kwargs.get("attention_mask"), rule) if known else None
+        return forward(*args, **kwargs)
+
+    object.__setattr__(model, "forward", noting)
+    try:
+        yield
+    finally:
+        if own is None:
+            object.__delattr__(model, "forward")
+        else:
+            object.__setattr__(model, "forward", own)
+
+
+def first_tokens(
+    model: Any, tokens: Shaped[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None, rule: FirstToken
+) -> Bool[Tensor, "batch pos"] | None:
+    """Where ``rule`` leaves units alone: the first position of each row that is no padding, if its token is one that
+    the rule names; ``None``: nowhere. A model without a tokenizer has no beginning-of-sequence token."""
+    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    if rule == "none" or tokens.is_floating_point() or (rule == "bos" and bos is None):
+        return None
+    valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device) > 0
+    first = valid & (valid.long().cumsum(1) == 1)
+    if rule == "any":
+        return first
+    first &= tokens == bos
+    return first if bool(first.any()) else None
 
 
 def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:

@@ -32,7 +32,7 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
-from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
+from tl_sparsify.core.intervene import Intervention, Recording, ablate, first_tokens, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Moments
@@ -217,7 +217,8 @@ def _linearised(
         here = changed.detach()
         vectors = output_probes(here, batch, index, **settings)
         slope = None if z is None else _slope(z, here, batch, settings["metric"], settings["temperature"])
-        effects = _effects(own, recording, removal, changed, vectors if slope is None else [*vectors, slope])
+        spared = first_tokens(model, batch.tokens, batch.attention_mask, removal.first_token)
+        effects = _effects(own, recording, removal, changed, vectors if slope is None else [*vectors, slope], spared)
     if z is None:
         nothing = effects.new_zeros(len(batch))
         return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
@@ -245,6 +246,7 @@ def _effects(
     removal: Reduction,
     logits: Float[Tensor, "rows choices"],
     vectors: list[Float[Tensor, "rows choices"]],
+    spared: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "probes batch units"]:
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
     mechanism gives (before the removals made so far: overlapping directions share theirs) to the constant."""
@@ -253,7 +255,8 @@ def _effects(
         v = v.detach() if v.dtype == torch.float64 else v.detach().float()
         step = c.to(v) - v
         where = site.position_mask(v.shape[0], v.shape[1])
-        steps.append(step if where is None else step * where.to(step)[..., None, None])
+        step = step if where is None else step * where.to(step)[..., None, None]
+        steps.append(step if spared is None else step.masked_fill(spared.to(step.device)[..., None, None], 0))
     rows: list[Tensor] = []
     for gradients in pulled(recording, logits, vectors):
         parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(gradients, steps, strict=True)]

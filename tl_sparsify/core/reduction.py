@@ -14,7 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.files import read_tensors, write_tensors
-from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
+from tl_sparsify.core.circuit import (
+    FIRST_TOKENS,
+    REFIT,
+    REFITTED_NEIGHBOURS,
+    Circuit,
+    FirstToken,
+    NeighbourMap,
+    Values,
+)
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
 
@@ -30,6 +38,7 @@ class Reduction:
         fingerprint: of the model, checked by everything that takes both; ``None`` is never refused.
         mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
             the affine fold into neighbours. Made for this circuit only.
+        first_token: at which first tokens removed units keep their own values (:data:`circuit.FirstToken`).
     """
 
     circuit: Circuit
@@ -37,8 +46,11 @@ class Reduction:
     reference: Values | None = None
     fingerprint: str | None = None
     mixing: tuple[NeighbourMap | None, ...] | None = None
+    first_token: FirstToken = "bos"
 
     def __post_init__(self) -> None:
+        if self.first_token not in FIRST_TOKENS:
+            raise ValueError(f"first_token is {self.first_token!r}; it is one of {', '.join(FIRST_TOKENS)}")
         if self.circuit.units != self.values.units:
             raise ValueError(f"values are for {self.values.units!r}, the circuit for {self.circuit.units!r}")
         if not self.values.constant:
@@ -99,7 +111,7 @@ class Reduction:
     def save(self, path: str | Path) -> None:
         """Write json and tensors to one safetensors file, with a checksum: complete, or not at all."""
         sites = [_site_to_json(site) for site in self.units.sites]
-        header = {"sites": sites, "kind": self.kind, "fingerprint": self.fingerprint}
+        header = {"sites": sites, "kind": self.kind, "fingerprint": self.fingerprint, "first_token": self.first_token}
         tensors = {"mask": self.circuit.mask}
         tensors |= {f"values.{i}": tensor for i, tensor in enumerate(self.values.tensors)}
         if self.reference is not None:
@@ -137,14 +149,15 @@ class Reduction:
         )
         kept = Circuit(units, tensors["mask"])
         affine = mixing if any(mixing) else None
-        return Reduction(kept, values, reference, header["fingerprint"], affine)
+        first_token = header.get("first_token", "none")  # files from before there was a choice
+        return Reduction(kept, values, reference, header["fingerprint"], affine, first_token)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Reduction)
             and (self.circuit, self.values, self.reference) == (other.circuit, other.values, other.reference)
             and self.mixing == other.mixing
-            and self.fingerprint == other.fingerprint
+            and (self.fingerprint, self.first_token) == (other.fingerprint, other.first_token)
         )
 
     def __hash__(self) -> int:
