@@ -20,8 +20,9 @@ from tl_sparsify.core.units import Unit, Units
 REFIT, REFITTED_NEIGHBOURS = "refit", "refitted neighbours"
 """The kinds of values that were fitted together on the divergence: constants, and maps of kept units."""
 FirstToken = Literal["bos", "any", "none"]
-"""At which first tokens removed units are left alone: a beginning-of-sequence token, whose activations are outliers that
-do not depend on the input; any token; none. In models with an attention sink a few neurons write huge values there."""
+"""At which first tokens removed units are left alone: a beginning-of-sequence token, whose activations are outliers
+that do not depend on the input; any token; none. In models with an attention sink a few neurons write huge values
+there."""
 FIRST_TOKENS: tuple[FirstToken, ...] = ("bos", "any", "none")
 
 

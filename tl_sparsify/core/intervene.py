@@ -156,14 +156,19 @@ def _watching_first_tokens(
 
 
 def first_tokens(
-    model: Any, tokens: Shaped[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None, rule: FirstToken
+    model: Any,
+    tokens: Shaped[Tensor, "batch pos"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None,
+    rule: FirstToken,
 ) -> Bool[Tensor, "batch pos"] | None:
     """Where ``rule`` leaves units alone: the first position of each row that is no padding, if its token is one that
     the rule names; ``None``: nowhere. A model without a tokenizer has no beginning-of-sequence token."""
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     if rule == "none" or tokens.is_floating_point() or (rule == "bos" and bos is None):
         return None
-    valid = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device) > 0
+    valid = (
+        torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device) > 0
+    )
     first = valid & (valid.long().cumsum(1) == 1)
     if rule == "any":
         return first

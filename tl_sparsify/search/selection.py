@@ -8,7 +8,8 @@ units for every unit that leaves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ _FIRST = 64
 @dataclass(frozen=True)
 class Shrinkage:
     """How much of a sampled expansion is believed: ``R(S) = D + slope * sum_S l + 1/2 [interactions * E (sum_S a)^2 +
-    (1 - interactions) * sum_S E a^2]``.
+    (1 - interactions) * sum_S E a^2] + 1/2 sum over pairs of E[f f']``, with ``f = l / sqrt(2 D)`` for each example.
 
     With fewer samples than units some set of units cancels in every sample and in no other one; what an estimate gains
-    from such sets is noise. ``interactions=1, slope=1`` believes all of it, which is right where samples outnumber
-    units.
+    from such sets is noise, and so the interactions are shrunk. Those along the deviation already made are not: they
+    are exact for each example, and without them all units that cancel a little of the deviation leave together and
+    cancel it many times over. ``interactions=1, slope=1`` believes the samples alone, which is right where they
+    outnumber units.
 
     Attributes:
         interactions: the share of the interactions between units, ``1 - lambda``.
@@ -83,6 +86,18 @@ def greedy(
     return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
 
+def after(linearisation: Linearisation, picks: Int[Tensor, "some"], shrinkage: Shrinkage) -> Linearisation:
+    """The same expansion once the units ``picks`` have left: what their interactions add to the others' slopes."""
+    here = picks.to(linearisation.matrix.device)
+    matrix = linearisation.matrix
+    moved = shrinkage.interactions * (matrix[:, here].sum(1) @ matrix)
+    if shrinkage != NO_SHRINKAGE and linearisation.deviation is not None:
+        moved = moved + linearisation.deviation[:, here].sum(1) @ linearisation.deviation
+    slope = linearisation.linear if shrinkage.slope == 0 else linearisation.linear + moved / shrinkage.slope
+    removed = torch.zeros(len(slope), dtype=torch.bool).index_fill(0, picks.cpu(), True)
+    return replace(linearisation, offset=linearisation.predicted(removed), linear=slope)
+
+
 class _State:
     """What is left to choose from, and what the units that left have changed."""
 
@@ -90,15 +105,14 @@ class _State:
         self,
         index: Int[Tensor, "some"],
         matrix: Float[Tensor, "rows some"],
+        half: Float[Tensor, "some"],
         linear: Float[Tensor, "some"],
         costs: Float[Tensor, "some"] | None,
-        interactions: float,
         level: float,
     ) -> None:
-        self.index, self.matrix, self.costs, self.interactions = index, matrix, costs, interactions
-        self.half = matrix.square().sum(0) / 2
+        self.index, self.matrix, self.half, self.costs = index, matrix, half, costs
         self.linear, self.level = linear, level
-        self.length = (2 * self.half).sqrt()
+        self.length = matrix.square().sum(0).sqrt()
         self.residual = matrix.new_zeros(len(matrix))
         self.live = torch.ones(len(index), dtype=torch.bool, device=index.device)
         self.alive = len(index)
@@ -112,13 +126,19 @@ class _State:
     ) -> _State:
         matrix = linearisation.matrix
         index = candidates.to(matrix.device).nonzero().flatten()
-        slope = shrinkage.slope * linearisation.linear[index]
-        some = None if costs is None else costs.to(matrix)[index]
-        return _State(index, matrix[:, index], slope, some, shrinkage.interactions, linearisation.offset)
+        sampled, some = matrix[:, index], None if costs is None else costs.to(matrix)[index]
+        half, slope = sampled.square().sum(0) / 2, shrinkage.slope * linearisation.linear[index]
+        if shrinkage == NO_SHRINKAGE or linearisation.deviation is None or linearisation.spread is None:
+            sampled = math.sqrt(shrinkage.interactions) * sampled
+        else:
+            along = linearisation.deviation[:, index]
+            half = torch.maximum(half + linearisation.spread[index], along.square().sum(0) / 2)
+            sampled = torch.cat([along, math.sqrt(shrinkage.interactions) * sampled])
+        return _State(index, sampled, half, slope, some, linearisation.offset)
 
     def next_block(self, steps: int, left: float, pool: int) -> tuple[Int[Tensor, "picked"], int]:
         """The next units to leave, at most ``steps`` of them, in order; and how many were tried."""
-        rise = self.half + self.linear + self.interactions * (self.residual @ self.matrix)
+        rise = self.half + self.linear + self.residual @ self.matrix
         rise[~self.live] = torch.inf
         here = self._by_cost(rise).topk(min(pool, self.alive), largest=False, sorted=False).indices.sort().values
         inside = self.matrix[:, here]
@@ -150,7 +170,7 @@ class _State:
         left: float,
     ) -> tuple[Int[Tensor, "picked"], Float[Tensor, "picked"], Float[Tensor, "picked"]]:
         """One at a time within the pool: places in it, by what each was chosen, and what each changes the risk by."""
-        change = (self.interactions * (inside.T @ inside)).cpu().numpy()
+        change = (inside.T @ inside).cpu().numpy()
         now = rise.cpu().numpy().copy()
         costs = None if self.costs is None else self.costs[here].cpu().numpy()
         picks = np.empty(steps, dtype=np.int64)
@@ -179,11 +199,11 @@ class _State:
         outside[here] = False
         far = outside.nonzero().flatten()
         # by Cauchy and Schwarz a rise falls by no more than the residual's way times the unit's own length
-        least = rise[far] - self.interactions * path.square().sum(0).max().sqrt() * self.length[far]
+        least = rise[far] - path.square().sum(0).max().sqrt() * self.length[far]
         near = far[self._by_cost(least, far) < lows.max()]
         if not len(near):
             return 1 + len(lows)
-        there = rise[near][:, None] + self.interactions * (self.matrix[:, near].T @ path)
+        there = rise[near][:, None] + self.matrix[:, near].T @ path
         cheaper = (self._by_cost(there.T, near) < lows[:, None]).any(1).nonzero()
         return 1 + int(cheaper[0]) if len(cheaper) else 1 + len(lows)
 
