@@ -33,7 +33,7 @@ def circuit(task: tls.Task, model: Any) -> tls.Reduction:
     train = train[: TOKENS // train.labels.shape[1]]
     units = tls.heads(model) + tls.neurons(model)
     values = getattr(tls.constants, task.ablation)(model, train, units)
-    fast = {"refit_steps": 0, "predict": False} if len(units) > MANY else {}
+    fast = {"refitting": tls.Refitting(0), "predict": False} if len(units) > MANY else {}
     path = tls.sparsify(model, train, units, values=values, held_out=validation, seed=0, progress=False, **fast)
     return path.within(model, validation, WITHIN)
 

@@ -33,7 +33,9 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
     units = tls.heads(model) + tls.neurons(model)
     values = getattr(tls.constants, task.ablation)(model, train, units)
     same: dict[str, Any] = {"seed": seed, "progress": False}
-    joint = tls.sparsify(model, train, units, smallest=SIZE, values=values, refit_steps=0, predict=False, **same)
+    joint = tls.sparsify(
+        model, train, units, smallest=SIZE, values=values, refitting=tls.Refitting(0), predict=False, **same
+    )
     affine = tls.sparsify_affine(model, train, units, sizes=ROUNDS, **same)
     single = tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed)
     circuits = {

@@ -33,7 +33,7 @@ def orders(model: Any, train: Any, validation: Any, units: Any, seed: int) -> di
         return lambda fraction: tls.constants.reduced(model, scores.top(fraction), values)
 
     settings: dict[str, Any] = {"held_out": validation, "seed": seed, "progress": False}
-    path = tls.sparsify(model, train, units, refit_steps=0, **settings)
+    path = tls.sparsify(model, train, units, refitting=tls.Refitting(0), **settings)
     inside = tls.sparsify(model, train, units, **settings)
     affine = tls.sparsify_affine(model, train, units, sizes=ROUNDS, held_out=validation, seed=seed, progress=False)
     fitted = {size: step.reduction for size, step in zip(ROUNDS, affine.rounds, strict=True)}

@@ -94,13 +94,14 @@ def methods(model: Any, train: tls.Examples, units: tls.Units, seed: int) -> dic
         newton = tls.constants.newton(model, train, units, damping=0.0, clip=False)
     variance = tls.score.variance(model, train, units)
     single = tls.score.risk(model, train, units, probes=9, temperature=3.0, seed=seed)
-    search: dict[str, Any] = {"probes": 9, "seed": seed, "progress": False}
-    path = tls.sparsify(model, train, units, smallest=SIZES[-1] / WIDTH, **search)
-    swapped = tls.sparsify(model, train, units, smallest=SIZES[-1] / WIDTH, interventions=FITTED, **search)
+    search: dict[str, Any] = {"seed": seed, "progress": False}
+    joint = search | {"probing": tls.Probing(9)}
+    path = tls.sparsify(model, train, units, smallest=SIZES[-1] / WIDTH, **joint)
+    swapped = tls.sparsify(model, train, units, smallest=SIZES[-1] / WIDTH, interventions=FITTED, **joint)
     fractions = [size / WIDTH for size in SIZES]
 
     def compensated(under: tls.InterventionDistribution) -> dict[int, Reduction]:
-        affine = tls.sparsify_affine(model, train, units, sizes=fractions, interventions=under, **search)
+        affine = tls.sparsify_affine(model, train, units, sizes=fractions, interventions=under, probes=9, **search)
         return {size: step.reduction for size, step in zip(SIZES, affine.rounds, strict=True)}
 
     mixed = compensated(FITTED)

@@ -40,7 +40,15 @@ def along_path(task: tls.Task, seed: int, count: int) -> pd.DataFrame:
     """One row a round."""
     model, train, test, units, values = setting(task, seed, count)
     path = tls.sparsify(
-        model, train, units, held_out=test, values=values, smallest=0.03, refit_steps=0, seed=seed, progress=False
+        model,
+        train,
+        units,
+        held_out=test,
+        values=values,
+        smallest=0.03,
+        refitting=tls.Refitting(0),
+        seed=seed,
+        progress=False,
     )
     return path.to_frame().assign(task=task.name, seed=seed, round=range(1, len(path.rounds) + 1))
 

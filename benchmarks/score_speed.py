@@ -76,7 +76,7 @@ def steps(model: Any, examples: tls.Examples) -> dict[str, Callable[[], Any]]:
         "score.risk, 4 probes, twice the prompts": lambda: risk(doubled, 4),
         "one head at a time (144)": lambda: [one_head(model, examples, values, i) for i in range(144)],
         "sparsify, 20 rounds": lambda: tls.sparsify(
-            model, examples, units, values=values, probes=4, batch_size=size, progress=False
+            model, examples, units, values=values, batch_size=size, progress=False
         ),
     }
 

@@ -76,7 +76,7 @@ def main() -> None:
     model = task.model()
     train, validation, _ = task.examples(0)
     units = tls.heads(model) + tls.neurons(model)
-    path = tls.sparsify(model, train, units, held_out=validation, refit_steps=0)
+    path = tls.sparsify(model, train, units, held_out=validation, refitting=tls.Refitting(0))
     tokens = train.tokens[torch.arange(arguments.batch) % len(train)]
     frame = pd.DataFrame([measured(model, path.at(size), tokens, arguments.repeats) for size in SIZES])
     write("speed", frame, {"speed": partial(markdown, layers=len(model.blocks))})

@@ -20,16 +20,19 @@ from tl_sparsify.comparison.tables import table_of
 SIZES = (0.1, 0.05)
 EXAMPLES = 256  # for training, and for validation
 STEPS = 60  # of the refit at the end, on 128 examples each
-DEFAULT = {"deviation": "pinned", "temperature": 3.0, "probes": 4, "refit_steps": 0}
+DEFAULT = {"carry_deviation": True, "refitting": tls.Refitting(0)}
 VARIANTS: dict[str, dict[str, Any]] = {
-    f"{deviation}, T = {temperature:g}": {"deviation": deviation, "temperature": temperature}
+    f"{deviation}, T = {temperature:g}": {
+        "carry_deviation": deviation == "pinned",
+        "probing": tls.Probing(temperature=temperature),
+    }
     for deviation in ("pinned", "forgotten")
     for temperature in (1.0, 2.0, 3.0)
 } | {
-    "pinned, T = 3, refitted inside": {"refit_steps": 20},
-    "forgotten, T = 3, refitted inside": {"deviation": "forgotten", "refit_steps": 20},
-    "pinned, T = 3, 1 probe": {"probes": 1},
-    "pinned, T = 3, 8 probes": {"probes": 8},
+    "pinned, T = 3, refitted inside": {"refitting": tls.Refitting(20)},
+    "forgotten, T = 3, refitted inside": {"carry_deviation": False, "refitting": tls.Refitting(20)},
+    "pinned, T = 3, 1 probe": {"probing": tls.Probing(1)},
+    "pinned, T = 3, 8 probes": {"probing": tls.Probing(8)},
     "pinned, T = 3, 60 rounds": {"rounds": 60},
 }
 
@@ -44,7 +47,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
     exact = train.choices is not None and len(train.choices) == 2  # then one probe is exact, and more are not used
     found: list[dict[str, Any]] = []
     for name, changed in VARIANTS.items():
-        if exact and "probes" in changed:
+        if exact and "probe" in name:
             continue
         settings = DEFAULT | changed
         same: dict[str, Any] = {"held_out": validation, "predict": False, "seed": seed, "progress": False}

@@ -14,7 +14,8 @@ ORDER = {
     "_internal": "random files progress versions directory",
     "core": "site units prompts examples circuit reduction moments intervene forward metrics distributions measure "
     "probes basis",
-    "search": "affine constants scores attribution score curvature path selection shrinkage joint compensating exchanges",
+    "search": "linearisation affine constants scores attribution score curvature path selection shrinkage joint "
+    "compensating exchanges",
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
     "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",
     "tasks": "native places task pairing input_space text compiled overview",

@@ -589,7 +589,7 @@ def test_the_search_is_the_same_byte_for_byte(shipped: Any, tmp_path: Path):
             heads(model) + neurons(model),
             rounds=2,
             held_out=validation,
-            refit_steps=5,
+            refitting=Refitting(5),
             seed=4,
             progress=False,
         )

@@ -87,9 +87,9 @@ def test_on_a_transformer_it_beats_constants_and_leaves_nothing_behind():
 def test_pinned_units_stay_and_bad_sizes_are_refused():
     model, batch = bridge(), examples(n=10)
     units = units_of(model)
-    pinned = Circuit.of(units, ["L1N4", "L0H0"])
-    path = sparsify_affine(model, batch, units, sizes=[0.3], pinned=pinned, progress=False)
-    assert pinned <= path.rounds[0].reduction.circuit
+    always_keep = Circuit.of(units, ["L1N4", "L0H0"])
+    path = sparsify_affine(model, batch, units, sizes=[0.3], always_keep=always_keep, progress=False)
+    assert always_keep <= path.rounds[0].reduction.circuit
     with pytest.raises(ValueError, match=r"sizes is \[0\.1, 0\.5\]"):
         sparsify_affine(model, batch, units, sizes=[0.1, 0.5], progress=False)
     assert bool(torch.isfinite(output(model, batch)).all())

@@ -24,6 +24,7 @@ from tl_sparsify.core.metrics import log_probability
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.units import heads
 from tl_sparsify.search import sparsify_affine
+from tl_sparsify.search.joint import Probing, Refitting
 from tl_sparsify.search.path import Round
 
 ASKED = (0.1, 0.2, 0.3, 0.5, 0.8, 1.0)  # of 14 units
@@ -142,7 +143,14 @@ def test_a_path_brings_its_own_replacements():
     model, batch = bridge(), data()
     units = units_of(model)
     path = sparsify(
-        model, data(16), units, sizes=(0.7, 0.4, 0.2), held_out=data(8), refit_steps=3, progress=False, temperature=1.0
+        model,
+        data(16),
+        units,
+        sizes=(0.7, 0.4, 0.2),
+        held_out=data(8),
+        refitting=Refitting(3),
+        progress=False,
+        probing=Probing(temperature=1.0),
     )
     found = evaluate(model, path, batch, sizes=(0.2, 0.4, 0.7), bootstrap=0)
     assert found.kept == (3, 6, 10) and found.ablation == "refit"

@@ -35,10 +35,11 @@ from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import kl, log_odds
-from tl_sparsify.core.probes import Linearisation
 from tl_sparsify.core.reduction import Reduction, fingerprint
-from tl_sparsify.search.joint import greedy, sparsify
+from tl_sparsify.search.joint import Constraints, Probing, Refitting, sparsify
+from tl_sparsify.search.linearisation import Linearisation
 from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.selection import greedy
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)
@@ -60,8 +61,8 @@ def found(**changes: Any) -> CircuitPath:
 def made_up(rows: int, units: int, seed: int) -> Linearisation:
     generator = seeded(seed)
     matrix = torch.randn(rows, units, generator=generator, dtype=torch.float64)
-    linear = torch.randn(units, generator=generator, dtype=torch.float64)
-    return Linearisation(1.0, linear, matrix, False)
+    made = torch.randn(rows, generator=generator, dtype=torch.float64)  # by the removals so far
+    return Linearisation(float(made.square().sum()) / 2, made @ matrix, matrix, False)
 
 
 def by_brute_force(sketch: Linearisation, candidates: torch.Tensor, count: int) -> list[int]:
@@ -115,7 +116,7 @@ def test_greedy_leaves_those_that_are_no_candidates():
 def test_one_unit_a_round_is_brute_force_with_explicit_jacobians():
     model, data = bridge(), examples(6, choices=CHOICES)
     units = units_of(model)
-    path = sparsify(model, data, units, rounds=60, smallest=0.5, temperature=2.0, progress=False)
+    path = sparsify(model, data, units, rounds=60, smallest=0.5, probing=Probing(temperature=2.0), progress=False)
     assert [len(r.reduction.circuit) for r in path.rounds] == list(range(13, 6, -1))
     with torch.no_grad():
         z = answer_logits(model, data) / 2
@@ -134,7 +135,7 @@ def test_one_unit_a_round_is_brute_force_with_explicit_jacobians():
 
 def test_a_round_predicts_the_joint_risk_of_what_it_removes():
     model, train, held_out = bridge(), examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
-    path = found(held_out=held_out, refit_steps=0)
+    path = found(held_out=held_out, refitting=Refitting(0))
     z = answer_logits(model, held_out).detach()
     current = Reduction(Circuit.full(path.units), constants.mean(model, train, path.units))
     for step in path.rounds:
@@ -235,7 +236,12 @@ def test_predicting_changes_nothing_but_the_prediction():
 @pytest.mark.parametrize("apart", [False, True], ids=["on train", "on held-out examples"])
 def test_the_measured_risk_is_that_of_the_rounds_circuit(predict: bool, temperature: float, apart: bool):
     train, other = examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
-    path = found(temperature=temperature, held_out=other if apart else None, refit_steps=0, predict=predict)
+    path = found(
+        probing=Probing(temperature=temperature),
+        held_out=other if apart else None,
+        refitting=Refitting(0),
+        predict=predict,
+    )
     for step in path.rounds:
         again = risk(bridge(), step.reduction, other if apart else train)
         assert (step.measured.mean, step.measured.stderr) == pytest.approx((again.mean, again.stderr), rel=1e-10)
@@ -251,7 +257,7 @@ def test_a_search_takes_the_passes_that_it_says(size: int):
     # means, a forward pass a round, the original, the last measured risk; three exact probes and the slope
     assert passes == {"forward": (1 + 4 + 1 + 2) * 10, "backward": (3 + 3 * 4) * 10}
     with counted(model) as passes:
-        sparsify(model, data, units_of(model), held_out=data, refit_steps=0, **settings)
+        sparsify(model, data, units_of(model), held_out=data, refitting=Refitting(0), **settings)
     assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 2) * 10, "backward": 2 * (3 + 3 * 4) * 10}
 
 
@@ -268,27 +274,27 @@ def test_what_is_remembered_is_bounded():
     assert calls == [0, 2, 4, 4]
 
 
-def test_pinned_units_stay():
+def test_units_that_are_always_kept_stay():
     units = units_of(bridge())
     least = usual().rounds[0].reduction.circuit  # two of what a free search removes first
-    pinned = Circuit.of(units, (~least).names[:2])
-    path = found(pinned=pinned)
-    assert all(pinned <= step.reduction.circuit for step in path.rounds)
-    assert pinned <= path.at(0.15).circuit
-    with pytest.raises(ValueError, match="pinned"):
-        found(pinned=Circuit.full(units))
-    with pytest.raises(ValueError, match="pinned"):
-        found(pinned=Circuit.full(units.at(1)))
+    kept = Circuit.of(units, (~least).names[:2])
+    path = found(constraints=Constraints(always_keep=kept))
+    assert all(kept <= step.reduction.circuit for step in path.rounds)
+    assert kept <= path.at(0.15).circuit
+    with pytest.raises(ValueError, match="always_keep"):
+        found(constraints=Constraints(always_keep=Circuit.full(units)))
+    with pytest.raises(ValueError, match="always_keep"):
+        found(constraints=Constraints(always_keep=Circuit.full(units.at(1))))
 
 
 def test_a_refit_in_the_rounds_lowers_the_risk():
     held_out = examples(12, 3, choices=CHOICES)
-    plain, refitted = found(held_out=held_out, refit_steps=0), found(held_out=held_out, refit_steps=5)
+    plain, refitted = found(held_out=held_out, refitting=Refitting(0)), found(held_out=held_out, refitting=Refitting(5))
     assert refitted.rounds[0].measured.mean < plain.rounds[0].measured.mean
     assert all(step.reduction.kind == "refit" for step in refitted.rounds)
     assert refitted.rounds[-1].reduction.baseline == plain.rounds[-1].reduction.values
-    with pytest.raises(ValueError, match="refit_steps needs held_out"):
-        found(refit_steps=10)
+    with pytest.raises(ValueError, match=r"refitting\.steps needs held_out"):
+        found(refitting=Refitting(10))
 
 
 @pytest.mark.parametrize("kind", ["mean", "zero", "curvature", "given"])
@@ -328,7 +334,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
             data,
             units_of(model),
             held_out=data,
-            refit_steps=1,
+            refitting=Refitting(1),
             rounds=3,
             smallest=0.2,
             seed=seed,
@@ -370,7 +376,7 @@ def test_greedy_by_cost_takes_the_least_rise_for_what_is_saved(seed: int):
 
 def test_a_budget_is_kept():
     costs = torch.tensor([9.0] * 4 + [1.0] * 10)  # heads are larger than neurons
-    path = found(costs=costs)
+    path = found(constraints=Constraints(costs=costs))
     for step in path.rounds:
         assert path.within_budget(float(costs[step.reduction.circuit.mask].sum())) == step.reduction
     for budget in (46.0, 20.5, 9.0):
@@ -382,7 +388,7 @@ def test_a_budget_is_kept():
         path.within_budget(0.5)
     assert len(usual().within_budget(5.0).circuit) == 5
     with unchecked(), pytest.raises(ValueError, match="costs must hold a positive number for each of the 14 units"):
-        found(costs=torch.ones(3))
+        found(constraints=Constraints(costs=torch.ones(3)))
 
 
 def test_a_search_goes_on_where_another_ended():
@@ -416,7 +422,7 @@ def test_the_model_leaves_as_it_came_in():
     model.unembed.requires_grad_(False)
     units = units_of(model)
     with unchanged(model):
-        sparsify(model, data, units, held_out=data, refit_steps=2, rounds=3, smallest=0.3, progress=False)
+        sparsify(model, data, units, held_out=data, refitting=Refitting(2), rounds=3, smallest=0.3, progress=False)
 
     calls = []
 
@@ -427,7 +433,7 @@ def test_the_model_leaves_as_it_came_in():
         return log_odds(logits, batch)
 
     with unchanged(model), pytest.raises(RuntimeError, match="no more"):
-        sparsify(model, data, units, metric=broken, held_out=data, refit_steps=2, rounds=3, progress=False)
+        sparsify(model, data, units, metric=broken, held_out=data, refitting=Refitting(2), rounds=3, progress=False)
 
 
 def test_the_reductions_of_a_path_belong_to_its_model():

@@ -41,11 +41,12 @@ from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.probes import joint_moments, linearise, samples
+from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import heads
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.search.joint import sparsify
+from tl_sparsify.search.linearisation import linearise
 
 SEEDS = st.integers(0, 2**31)
 

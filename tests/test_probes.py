@@ -31,8 +31,9 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import divergence, kl, log_odds
-from tl_sparsify.core.probes import Samples, fisher_probes, joint_moments, linearise, metric_probe, samples
+from tl_sparsify.core.probes import Samples, fisher_probes, joint_moments, metric_probe, samples
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.search.linearisation import linearise
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)

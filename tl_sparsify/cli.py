@@ -44,7 +44,7 @@ from tl_sparsify.folding.fold import fold
 from tl_sparsify.folding.sizes import sizes_by_layer
 from tl_sparsify.presentation import plot, report
 from tl_sparsify.search import constants, score
-from tl_sparsify.search.joint import sparsify
+from tl_sparsify.search.joint import Probing, sparsify
 from tl_sparsify.tasks.overview import overview
 from tl_sparsify.tasks.task import list_tasks, load_task
 
@@ -125,7 +125,7 @@ def run(
         train,
         units,
         rounds=rounds,
-        temperature=_TEMPERATURE,
+        probing=Probing(temperature=_TEMPERATURE),
         smallest=min(keep, 0.01),
         values=values,
         held_out=validation,

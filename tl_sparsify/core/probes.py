@@ -19,7 +19,7 @@ An expansion says nothing about large steps: it has a third-order remainder. Mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,9 +37,6 @@ from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
-
-HEIGHT = 1024
-"""More samples than this are projected at random onto as many rows."""
 
 
 @dataclass(frozen=True)
@@ -283,161 +280,12 @@ def pulled(
         )
 
 
-@dataclass(frozen=True)
-class Linearisation:
-    """The samples of a whole split: ``R(S) = offset + linear[S].sum() + 1/2 |matrix[:, S].sum(1)|^2``.
-
-    Attributes:
-        offset: the risk already made (nats).
-        linear: ``[units]``, its derivative along the removal of each unit.
-        matrix: ``[rows, units]``; at most :data:`HEIGHT` rows, a random projection over samples beyond that.
-        projected: whether rows are a projection.
-        deviation: ``[rows, units]``: for each example the part of a unit's effect that lies along the deviation already
-            made, ``l[u] / sqrt(2 D)``. It is exact where ``matrix`` is sampled, and bounds what the slope can bring: by
-            Cauchy and Schwarz no quadratic that belongs to ``D`` and ``l`` is below ``(sum_S l)^2 / (4 D)``.
-        spread: ``[units]``, the standard error over examples of half a unit's own square.
-        samples: examples times probes.
-    """
-
-    offset: float
-    linear: Float[Tensor, "units"]
-    matrix: Float[Tensor, "rows units"]
-    projected: bool
-    deviation: Float[Tensor, "examples units"] | None = None
-    spread: Float[Tensor, "units"] | None = None
-    samples: int = 0
-
-    def predicted(self, removed: Bool[Tensor, "units"]) -> float:
-        """The predicted risk after also removing ``removed`` (nats); a divergence is never negative."""
-        removed = removed.to(self.matrix.device)
-        square = self.matrix[:, removed].sum(1).double().square().sum()
-        return max(0.0, self.offset + float(self.linear[removed].double().sum() + square / 2))
-
-
-def linearise(batches: Iterator[Samples], n: int, *, seed: int, height: int = HEIGHT) -> Linearisation:
-    """Gather the samples of ``n`` examples into one matrix of at most ``height`` rows (:func:`linearise_folds`)."""
-    return merged(linearise_folds(batches, n, seed=seed, height=height, folds=1))
-
-
-def linearise_folds(
-    batches: Iterator[Samples], n: int, *, seed: int, height: int = HEIGHT, folds: int = 2
-) -> tuple[Linearisation, ...]:
-    """Gather the samples of ``n`` examples, dealt out by number to as many linearisations of at most ``height`` rows
-    together, each the mean over its own examples.
-
-    More samples are projected: each goes, with random signs, to four of the rows (a sparse Johnson-Lindenstrauss
-    map, Kane and Nelson, 2014), which keeps every ``R(S)`` in expectation. Memory: twice ``height`` by units.
-    """
-    gathering: list[_Gathering] = []
-    for part in batches:
-        if not gathering:
-            k, _, u = part.effects.shape
-            sizes = [len(range(fold, n, folds)) for fold in range(folds)]
-            gathering = [_Gathering.empty(size, k, u, height // folds, part, seed) for size in sizes]
-        for fold, one in enumerate(gathering):
-            one.add(part, part.index % folds == fold)
-    return tuple(one.linearisation() for one in gathering)
-
-
-class _Gathering:
-    """The sums of one fold while batches come in."""
-
-    def __init__(self, n: int, k: int, u: int, height: int, like: Samples, seed: int) -> None:
-        self.n, self.k, self.seed, self.height = n, k, seed, height
-        self.offset = 0.0
-        self.linear = like.linear.new_zeros(u, dtype=torch.float64)
-        self.own, self.own_square = self.linear.clone(), self.linear.clone()
-        self.matrix = _Rows(n * k, u, height, like.effects, seed, 11)
-        self.deviation = _Rows(n, u, height, like.effects, seed, 13)
-
-    @staticmethod
-    def empty(n: int, k: int, u: int, height: int, like: Samples, seed: int) -> _Gathering:
-        return _Gathering(n, k, u, height, like, seed)
-
-    def add(self, part: Samples, mine: Bool[Tensor, "batch"]) -> None:
-        here = mine.to(part.effects.device)
-        if not bool(mine.any()):
-            return
-        offset, linear, effects = part.offset[here].double(), part.linear[here], part.effects[:, here]
-        index = part.index[mine]
-        self.offset += float(offset.sum()) / self.n
-        self.linear += linear.double().sum(0) / self.n
-        half = effects.double().square().sum(0) / 2
-        self.own += half.sum(0) / self.n
-        self.own_square += half.square().sum(0) / self.n
-        root = (2 * offset).clamp_min(0).sqrt().to(linear)[:, None]
-        along = torch.where(root > 0, linear / root.clamp_min(1e-30), 0.0)
-        probe = torch.arange(self.k)[:, None]
-        self.matrix.add(effects.flatten(0, 1) / math.sqrt(self.n), (index.expand(self.k, -1), probe))
-        self.deviation.add(along / math.sqrt(self.n), (index, 0))
-
-    def linearisation(self) -> Linearisation:
-        variance = (self.own_square - self.own.square()).clamp_min(0) / max(1, self.n - 1)
-        matrix, projected = self.matrix.stacked(), self.matrix.projected
-        return Linearisation(
-            self.offset,
-            self.linear.to(matrix),
-            matrix,
-            projected,
-            self.deviation.stacked(),
-            variance.sqrt().to(matrix),
-            self.n * self.k,
-        )
-
-
-class _Rows:
-    """Rows as they come, or their random projection where they are more than ``height``."""
-
-    def __init__(self, count: int, units: int, height: int, like: Tensor, seed: int, stream: int) -> None:
-        self.projected = count > height
-        self.seed, self.stream, self.height = seed, stream, height
-        self.matrix = like.new_zeros(height if self.projected else 0, units)
-        self.parts: list[Tensor] = []
-
-    def add(self, rows: Float[Tensor, "some units"], counters: tuple[Any, ...]) -> None:
-        if not self.projected:
-            self.parts.append(rows)
-            return
-        for copy in range(4):
-            draw = _random.bits(self.seed, self.stream, *counters, copy).flatten()
-            row = ((draw >> 1) % (self.height // 4) + copy * (self.height // 4)).to(rows.device)
-            sign = (0.5 - (draw & 1)).to(rows)  # +-1 over the root of the four copies
-            self.matrix.index_add_(0, row, sign[:, None] * rows)
-
-    def stacked(self) -> Float[Tensor, "rows units"]:
-        return self.matrix if self.projected or not self.parts else torch.cat(self.parts)
-
-
-def merged(folds: Sequence[Linearisation]) -> Linearisation:
-    """All folds as one linearisation, each with the weight of its samples."""
-    if len(folds) == 1:
-        return folds[0]
-    total = sum(fold.samples for fold in folds)
-    shares = [fold.samples / total for fold in folds]
-
-    def rows(parts: list[Float[Tensor, "rows units"]]) -> Float[Tensor, "rows units"]:
-        return torch.cat([math.sqrt(share) * part for share, part in zip(shares, parts, strict=True)])
-
-    spreads = [share * fold.spread for share, fold in zip(shares, folds, strict=True) if fold.spread is not None]
-    deviations = [fold.deviation for fold in folds if fold.deviation is not None]
-    return Linearisation(
-        sum(share * fold.offset for share, fold in zip(shares, folds, strict=True)),
-        torch.stack([share * fold.linear for share, fold in zip(shares, folds, strict=True)]).sum(0),
-        rows([fold.matrix for fold in folds]),
-        any(fold.projected for fold in folds),
-        rows(deviations) if len(deviations) == len(folds) else None,
-        torch.stack(spreads).sum(0) / math.sqrt(len(folds)) if len(spreads) == len(folds) else None,
-        total,
-    )
-
-
 def joint_moments(batches: Iterator[Samples], removed: Bool[Tensor, "units"]) -> Moments:
     """The moments over examples of the predicted joint risk of a set, exactly (no projection)."""
 
     def of(part: Samples) -> Moments:
         gone = removed.to(part.effects.device)
         square = part.effects[..., gone].double().sum(2).square().sum(0) / 2
-        found = part.offset.double() + part.linear[:, gone].double().sum(1) + square
-        return Moments.of(found.clamp_min(0))  # a divergence is never negative
+        return Moments.of(part.offset.double() + part.linear[:, gone].double().sum(1) + square)
 
     return Moments.merge(of(part) for part in batches)

@@ -55,7 +55,7 @@ class _Bank:
     alive: Bool[Tensor, "units"]
 
     def costs(self) -> Float[Tensor, "units"]:
-        """What each unit costs next (nats); infinite for one that is gone or pinned."""
+        """What each unit costs next (nats); infinite for one that is gone or always_keep."""
         cost = self.alone
         if cost is None:
             cost = self.readers.diagonal() / self.precision.diagonal().clamp_min(1e-300) / 2
@@ -89,7 +89,7 @@ def sparsify_affine(
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
     ridge: float = 1e-3,
-    pinned: Circuit | None = None,
+    always_keep: Circuit | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -124,7 +124,7 @@ def sparsify_affine(
     total = 0.0
     for size in bar(list(sizes), "removing units", progress):
         count = len(current.circuit) - kept_count(len(units), size)
-        banks = _banks(model, train, current, pinned, interventions, ridge, batch_size, settings)
+        banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
         picks, cost = _removed(banks, units, count)
         total += cost
         mask = current.circuit.mask.index_fill(0, picks, False)
@@ -136,7 +136,7 @@ def sparsify_affine(
         )
         order.append(picks)
         rounds.append(Round(current, Estimate(total, float("nan"), len(train), measured.unit), measured, 0.0))
-    banks = _banks(model, train, current, pinned, interventions, ridge, batch_size, settings)
+    banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
     rest, _ = _removed(banks, units, sum(int(bank.alive.sum()) for bank in banks))
     order.append(rest)
     left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)
@@ -163,14 +163,14 @@ def _banks(
     model: Model,
     examples: Examples,
     current: Reduction,
-    pinned: Circuit | None,
+    always_keep: Circuit | None,
     interventions: InterventionDistribution,
     ridge: float,
     batch_size: int | None,
     settings: dict[str, Any],
 ) -> list[_Bank]:
     """The units' statistics in the reduced model. Two forward and the probes' backward passes."""
-    free = current.circuit.mask if pinned is None else current.circuit.mask & ~pinned.mask
+    free = current.circuit.mask if always_keep is None else current.circuit.mask & ~always_keep.mask
     mixable = [site.kind in MIXABLE for site in current.units.sites]
     zeros = [
         torch.zeros(s.size, s.size if m else 1).double() for s, m in zip(current.units.sites, mixable, strict=True)

@@ -19,9 +19,10 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
-from tl_sparsify.core.probes import linearise, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
+from tl_sparsify.search.linearisation import linearise
 
 _AT_ONCE = 8
 _SHORTLIST = 512

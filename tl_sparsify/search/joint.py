@@ -24,10 +24,11 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import computed, remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
-from tl_sparsify.core.probes import Linearisation, Samples, joint_moments, linearise_folds, merged, samples
+from tl_sparsify.core.probes import Samples, joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.constants import mean, reduced, refit
+from tl_sparsify.search.linearisation import Linearisation, linearise_folds, merged
 from tl_sparsify.search.path import CircuitPath, Round
 from tl_sparsify.search.scores import kept_count
 from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, greedy
@@ -208,7 +209,7 @@ def sparsify(
                 believed, promised = NO_SHRINKAGE, float("inf")
             else:
                 near = START if believed == NO_SHRINKAGE else believed
-                believed, promised = chosen(halves, candidates, excess, near=near, costs=costs)
+                believed, promised = chosen(halves, candidates, excess, near=near, slopes=number % 2 == 0, costs=costs)
             picks = greedy(sketch, candidates, excess, shrinkage=believed, costs=costs)
             removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
             predicted, additivity = Estimate(float("nan"), float("nan"), len(judged), unit), float("nan")
@@ -269,4 +270,6 @@ def _predicted(parts: Iterator[Samples], removed: Bool[Tensor, "units"], n: int,
 
     total = joint_moments(watched(), removed)
     joint = float(total.mean) - made
-    return Estimate.of(total, unit), (joint - alone) / joint if joint else 0.0
+    found = Estimate.of(total, unit)
+    found = replace(found, mean=max(0.0, found.mean))  # a divergence is never negative
+    return found, (joint - alone) / joint if joint else 0.0

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_sparsify.core.probes import Linearisation
+from tl_sparsify.search.linearisation import Linearisation
 
 _POOL = 2048
 _BLOCK = 512  # units at most that leave between two looks outside the pool
 _FIRST = 64
+_ROUGH = 32
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ def greedy(
     shrinkage: Shrinkage = NO_SHRINKAGE,
     costs: Float[Tensor, "units"] | None = None,
     pool: int = _POOL,
+    roughly: bool = False,
 ) -> Int[Tensor, "some"]:
     """Remove ``count`` of the candidates one at a time, each time the unit whose removal leaves the least predicted
     joint risk; returns them in order. No model pass.
 
-    With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. A divergence
-    is never negative: where the slope has brought the predicted one down to 0 it is used up, and the rest is chosen as
-    if nothing had been removed before.
+    With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. ``roughly``
+    leaves out the look outside the pool, which is gathered anew for every block of 32: for comparing settings.
 
     Cost: ``O(rows * units)`` for each unit that leaves, nearly all of it in matrix products, and less where the
     interactions are shrunk; ``O(rows * pool)`` memory beside the linearisation's own.
@@ -79,7 +80,8 @@ def greedy(
     picked: list[Tensor] = []
     left, block = float(count), _FIRST
     while left > 0 and state.alive:
-        chosen, asked = state.next_block(min(block, state.alive), left, pool)
+        steps = min(_ROUGH if roughly else block, state.alive)
+        chosen, asked = state.next_block(steps, left, min(pool, max(_POOL // 4, 4 * steps)), check=not roughly)
         picked.append(state.index[chosen].cpu())
         left -= len(chosen) if state.costs is None else float(state.costs[chosen].double().sum())
         block = min(_BLOCK, 2 * asked) if len(chosen) == asked else max(16, 2 * len(chosen))
@@ -108,10 +110,9 @@ class _State:
         half: Float[Tensor, "some"],
         linear: Float[Tensor, "some"],
         costs: Float[Tensor, "some"] | None,
-        level: float,
     ) -> None:
         self.index, self.matrix, self.half, self.costs = index, matrix, half, costs
-        self.linear, self.level = linear, level
+        self.linear = linear
         self.length = matrix.square().sum(0).sqrt()
         self.residual = matrix.new_zeros(len(matrix))
         self.live = torch.ones(len(index), dtype=torch.bool, device=index.device)
@@ -134,31 +135,22 @@ class _State:
             along = linearisation.deviation[:, index]
             half = torch.maximum(half + linearisation.spread[index], along.square().sum(0) / 2)
             sampled = torch.cat([along, math.sqrt(shrinkage.interactions) * sampled])
-        return _State(index, sampled, half, slope, some, linearisation.offset)
+        return _State(index, sampled, half, slope, some)
 
-    def next_block(self, steps: int, left: float, pool: int) -> tuple[Int[Tensor, "picked"], int]:
+    def next_block(self, steps: int, left: float, pool: int, check: bool) -> tuple[Int[Tensor, "picked"], int]:
         """The next units to leave, at most ``steps`` of them, in order; and how many were tried."""
         rise = self.half + self.linear + self.residual @ self.matrix
         rise[~self.live] = torch.inf
         here = self._by_cost(rise).topk(min(pool, self.alive), largest=False, sorted=False).indices.sort().values
         inside = self.matrix[:, here]
-        picks, lows, falls = self._within(inside, here, rise[here], min(steps, len(here)), left)
+        picks, lows = self._within(inside, here, rise[here], min(steps, len(here)), left)
         asked, good = len(picks), len(picks)
-        used_up = (self.level + falls.double().cumsum(0) < 0).nonzero()
-        if len(used_up):
-            good = min(good, int(used_up[0]) + 1)
-        if len(here) < self.alive and good > 1:
+        if check and len(here) < self.alive and good > 1:
             good = self._uncontested(rise, here, inside[:, picks[: good - 1]].cumsum(1), lows[1:good])
         chosen = here[picks[:good]]
         self.live[chosen] = False
         self.alive -= good
-        self.level += float(falls[:good].double().sum())
-        if self.level < 0:  # the slope is used up: what is left is chosen as at a model without a deviation
-            self.level = 0.0
-            self.residual.zero_()
-            self.linear = torch.zeros_like(self.linear)
-        else:
-            self.residual = self.residual + inside[:, picks[:good]].sum(1)
+        self.residual = self.residual + inside[:, picks[:good]].sum(1)
         return chosen, asked
 
     def _within(
@@ -168,24 +160,24 @@ class _State:
         rise: Float[Tensor, "pool"],
         steps: int,
         left: float,
-    ) -> tuple[Int[Tensor, "picked"], Float[Tensor, "picked"], Float[Tensor, "picked"]]:
-        """One at a time within the pool: places in it, by what each was chosen, and what each changes the risk by."""
+    ) -> tuple[Int[Tensor, "picked"], Float[Tensor, "picked"]]:
+        """One at a time within the pool: places in it, and by what each was chosen."""
         change = (inside.T @ inside).cpu().numpy()
         now = rise.cpu().numpy().copy()
         costs = None if self.costs is None else self.costs[here].cpu().numpy()
         picks = np.empty(steps, dtype=np.int64)
-        lows, falls = np.empty(steps, dtype=now.dtype), np.empty(steps, dtype=now.dtype)
+        lows = np.empty(steps, dtype=now.dtype)
         saved, n = 0.0, 0
         while n < steps and saved < left:
             order = now if costs is None else _per_cost(now, costs)
             pick = int(order.argmin())
-            picks[n], lows[n], falls[n] = pick, order[pick], now[pick]
+            picks[n], lows[n] = pick, order[pick]
             now += change[pick]
             now[pick] = np.inf
             saved += 1.0 if costs is None else float(costs[pick])
             n += 1
         device = inside.device
-        return tuple(torch.from_numpy(part[:n]).to(device) for part in (picks, lows, falls))  # type: ignore[return-value]
+        return torch.from_numpy(picks[:n]).to(device), torch.from_numpy(lows[:n]).to(device)
 
     def _uncontested(
         self,

@@ -7,12 +7,13 @@ for samples that the choice has not seen the sampled expansion is unbiased. No m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparsify.core.probes import Linearisation
+from tl_sparsify.search.linearisation import Linearisation
 from tl_sparsify.search.selection import Shrinkage, greedy
 
 _INTERACTIONS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0)
@@ -26,39 +27,38 @@ def chosen(
     count: int | float,
     *,
     near: Shrinkage = START,
+    slopes: bool = False,
     costs: Float[Tensor, "units"] | None = None,
 ) -> tuple[Shrinkage, float]:
     """The shrinkage whose choice of ``count`` units promises the least divergence on samples that it has not seen,
     among ``near`` and the settings next to it, and that divergence.
 
-    Each call moves one step at most, so that a search follows what its rounds need. No model pass; as many greedy
+    Each call moves one step at most, of the slope's share or else of the interactions', so that a search follows what
+    its rounds need. No model pass; as many greedy
     selections as settings and halves.
     """
 
     def promise(setting: Shrinkage) -> float:
         total = 0.0
         for here in range(len(halves)):
-            picks = greedy(halves[here], candidates, count, shrinkage=setting, costs=costs)
+            picks = greedy(halves[here], candidates, count, shrinkage=setting, costs=costs, roughly=True)
             removed = torch.zeros_like(candidates).index_fill(0, picks, True)
             others = [half for there, half in enumerate(halves) if there != here]
-            total += sum(other.predicted(removed) for other in others) / len(others)
+            total += sum(max(0.0, other.predicted(removed)) for other in others) / len(others)
         return total / len(halves)
 
-    moving = any(float(half.offset) > 0 for half in halves)  # without a deviation there is no slope to believe
-    found = {setting: promise(setting) for setting in _neighbours(near, slopes=moving)}
+    found = {setting: promise(setting) for setting in _neighbours(near, slopes)}
     best = min(found, key=lambda setting: found[setting])
     return best, found[best]
 
 
-def _neighbours(near: Shrinkage, *, slopes: bool) -> list[Shrinkage]:
+def _neighbours(near: Shrinkage, slopes: bool) -> list[Shrinkage]:
     """The setting itself first, so that it stays where others are no better."""
-    found = [near]
-    for step in (1, -1):
-        interactions = _next(_INTERACTIONS, near.interactions, step)
-        found.append(Shrinkage(interactions, near.slope))
-        if slopes:
-            found.append(Shrinkage(near.interactions, _next(_SLOPES, near.slope, step)))
-    return list(dict.fromkeys(found))
+    steps = (1, -1)
+    if slopes:
+        return list(dict.fromkeys([near, *(replace(near, slope=_next(_SLOPES, near.slope, step)) for step in steps)]))
+    others = (replace(near, interactions=_next(_INTERACTIONS, near.interactions, step)) for step in steps)
+    return list(dict.fromkeys([near, *others]))
 
 
 def _next(values: tuple[float, ...], near: float, step: int) -> float:
