@@ -155,6 +155,22 @@ def _watching_first_tokens(
             object.__setattr__(model, "forward", own)
 
 
+@contextmanager
+def streaming(
+    model: Model, stream: Float[Tensor, "layers d_model"], where: Bool[Tensor, "batch pos"]
+) -> Iterator[None]:
+    """Set the residual stream after each block, at the positions ``where``, to what it is known to be there."""
+
+    def set_to(x: Float[Tensor, "batch pos d_model"], hook: Any, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        if x.shape[:2] != where.shape:  # narrowed to the positions of answers
+            return x
+        return torch.where(where.to(x.device)[..., None], stream[layer].to(x), x)
+
+    names = [_canonical(model, f"blocks.{layer}.hook_resid_post") for layer in range(len(stream))]
+    with model.hooks(fwd_hooks=[(name, partial(set_to, layer=layer)) for layer, name in enumerate(names)]):
+        yield
+
+
 def first_tokens(
     model: Any,
     tokens: Shaped[Tensor, "batch pos"],

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tl_sparsify._internal.directory import directory
 from tl_sparsify._internal.files import read_tensors, write_tensors
+from tl_sparsify.core.intervene import first_tokens, streaming
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify.folding.rebuild import assign, build, describe, numbers
 from tl_sparsify.folding.stream_writes import describe_points, make_points
@@ -25,11 +26,36 @@ class FoldedBridge(TransformerBridge):
     numbers are those of its weights.
 
     Attributes:
+        first_stream: ``[layers, d_model]``, the residual stream after each block at a beginning-of-sequence token,
+            where units were folded that are left alone there; else ``None``.
         units: original unit name of each head and neuron, by its name here (``{"L1H0": "L1H3", ...}``). Whole layers
             and directions keep their names.
     """
 
     units: dict[str, str]
+    first_stream: Tensor | None = None
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As any bridge's; where units are left alone at a beginning-of-sequence token, whose activations depend on
+        nothing else, the residual stream there is set to what it was with them."""
+        where = None if self.first_stream is None else self._first_tokens(input, kwargs)
+        if where is None or self.first_stream is None:
+            return super().forward(input, *args, **kwargs)
+        with streaming(self, self.first_stream, where):
+            return super().forward(input, *args, **kwargs)
+
+    def _first_tokens(self, input: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        mask = kwargs.get("attention_mask")
+        if isinstance(input, str | list):
+            tokens = self.to_tokens(input, prepend_bos=kwargs.get("prepend_bos"))
+            filler = getattr(self.tokenizer, "pad_token_id", None)
+            bos = tokens == getattr(self.tokenizer, "bos_token_id", -1)
+            mask = ((tokens != filler) | bos) if mask is None and filler is not None else mask
+            return first_tokens(self, tokens, mask, "bos")
+        return first_tokens(self, input, mask, "bos") if isinstance(input, Tensor) and input.ndim == 2 else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After ``copy.deepcopy``: what still refers to the model that this is a copy of is made anew."""
@@ -141,6 +167,7 @@ def load_folded(path: str | Path) -> FoldedBridge:
         if part.startswith("units.")
         for new, old in enumerate(tensor.tolist())
     }
+    folded.first_stream = tensors.get("first_stream")
     finish(folded)
     return folded
 
@@ -161,6 +188,8 @@ def _contents(model: FoldedBridge, folder: Path) -> tuple[dict[str, Any], dict[s
         "tokenizer": {file.relative_to(folder).as_posix(): _sha256(file) for file in tokenizer},
     }
     tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    if model.first_stream is not None:
+        tensors["first_stream"] = model.first_stream
     return header, tensors | {f"units.{part}": torch.tensor(old, dtype=torch.int32) for part, old in units.items()}
 
 

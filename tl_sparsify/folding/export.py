@@ -59,6 +59,11 @@ def export_hf(model: Any, path: str | Path) -> None:
         raise ValueError(
             f"models of architecture {architecture} cannot be exported; these can: {names}. Use save_folded"
         )
+    if model.first_stream is not None:
+        raise ValueError(
+            "model leaves units alone at a beginning-of-sequence token, which a plain checkpoint cannot: fold a reduction "
+            "with first_token='none', and export that"
+        )
     if model.compatibility_mode:
         raise ValueError("a folded model in compatibility mode cannot be exported: fold one without, and export that")
     steps = describe_points(model)

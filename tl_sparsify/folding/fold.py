@@ -33,9 +33,11 @@ from transformer_lens import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
 from tl_sparsify.core.circuit import NeighbourMap
-from tl_sparsify.core.forward import check_model
+from tl_sparsify.core.forward import check_model, device_of
+from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import residuals
 from tl_sparsify.folding.bridge import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
@@ -64,7 +66,8 @@ _MIXING = ("solu", "solu_ln")  # activations of a neuron that depend on the othe
 
 
 def fold(model: Any, reduction: Reduction) -> FoldedBridge:
-    """Compile a reduction into a smaller model. No model pass; memory for the smaller model's weights.
+    """Compile a reduction into a smaller model. No model pass, or one of a single token where units are left alone at a
+    beginning-of-sequence token; memory for the smaller model's weights.
 
     Args:
         model: the ``TransformerBridge`` that the reduction was made for; it is not changed.
@@ -81,6 +84,11 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
     """
     _check_model(model)
     check_fingerprint(model, reduction)
+    if reduction.first_token == "any" and not bool(reduction.circuit.mask.all()):
+        raise ValueError(
+            "first_token is 'any': what removed units write at a first token that varies is no constant, and does not "
+            "fold. Make the reduction with first_token='bos' or 'none'"
+        )
     cuts, changes = _plan(model, reduction)
     _check_weights(model, cuts, changes)
 
@@ -101,8 +109,22 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
         else:
             fix_layer(folded, point, change.to)
     folded.units = _composed(model, cuts)
+    folded.first_stream = _first_stream(model, reduction)
     finish(folded)
     return folded
+
+
+def _first_stream(model: TransformerBridge, reduction: Reduction) -> Float[Tensor, "layers d_model"] | None:
+    """The residual stream after each block at a beginning-of-sequence token. There removed units are left alone, and in
+    a causal model nothing else is seen: so it is a constant, whatever comes after."""
+    known = getattr(model, "first_stream", None)
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    if bos is None or (known is None and (reduction.first_token == "none" or bool(reduction.circuit.mask.all()))):
+        return None
+    tokens = torch.tensor([[bos]], device=device_of(model))
+    with torch.no_grad(), intervened(model, ablate(reduction)), recorded(model, residuals(model)) as recording:
+        model(tokens)
+    return torch.cat([v[0, 0] for v in recording.read()]).clone()
 
 
 @dataclass(frozen=True)
