@@ -61,8 +61,8 @@ def export_hf(model: Any, path: str | Path) -> None:
         )
     if model.first_stream is not None:
         raise ValueError(
-            "model leaves units alone at a beginning-of-sequence token, which a plain checkpoint cannot: fold a reduction "
-            "with first_token='none', and export that"
+            "model leaves units alone at a beginning-of-sequence token, which a plain checkpoint cannot: fold a "
+            "reduction with first_token='none', and export that"
         )
     if model.compatibility_mode:
         raise ValueError("a folded model in compatibility mode cannot be exported: fold one without, and export that")
