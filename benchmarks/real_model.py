@@ -1,0 +1,193 @@
+"""A real language model: circuits of SmolLM2-135M by the joint search and by other orders, on text tasks.
+
+One cell for each task, kind of units, method and seed: a CSV of its own, so that a run that was stopped goes on where
+it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes at
+least as many passes as the joint search but for one-shot scores, which have no more to take. With ``--refit`` each
+circuit's constants are refitted from the means, in blocks of steps until the validation risk no longer falls.
+
+    tl-sparsify fetch smollm2
+    python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import tl_sparsify as tls
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison import baselines
+from tl_sparsify.comparison.cost import cost_of
+
+SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
+ROUNDS = 20
+TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
+RESULTS = Path(__file__).parent / "results" / "real_model"
+BLOCK, FALL, MOST_BLOCKS = 50, 0.02, 10  # of a refit: steps in a block, and the least by which one must lower the risk
+KINDS: dict[str, Callable[[Any], tls.Units]] = {
+    "heads": tls.heads,
+    "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
+    "heads+neurons": lambda model: tls.heads(model) + tls.neurons(model),
+}
+
+
+def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
+    """By name: a function of model, examples, units, and the settings that all share."""
+    size = options.batch_size
+    passes = ROUNDS * (options.probes + 1)  # backward ones of the joint search
+    probing = tls.Probing(options.probes)
+
+    def joint(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        settings: dict[str, Any] = {"smallest": SIZES[-1], "rounds": ROUNDS, "batch_size": size, "progress": False}
+        first = options.first_token
+        return tls.sparsify(
+            model, train, units, values=values, probing=probing, first_token=first, seed=seed, **settings
+        )
+
+    def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)
+
+    def attribution(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        rounds, smallest = max(ROUNDS, passes), SIZES[-1]
+        scorer = tls.score.gradient
+        given: dict[str, Any] = {"absolute": True, "batch_size": size, "seed": seed, "progress": False}
+        return baselines.in_rounds(
+            scorer, model, train, units, rounds=min(rounds, 2 * ROUNDS), smallest=smallest, values=values, **given
+        )
+
+    def mask(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
+        steps = passes * len(train) // given["per_step"]
+        return baselines.top_k_gate(model, train, units, steps=steps, values=values, **given)
+
+    return {"joint risk": joint, "risk, one shot": one_shot, "attribution, rounds": attribution, "top-k mask": mask}
+
+
+def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> pd.DataFrame:
+    """One method on one task: a row a size and kind of constants."""
+    loaded = tls.load_task(task, model=options.model)
+    model = loaded.model()
+    model = model if options.device == "cpu" else model.to(options.device)
+    train, validation, test = loaded.examples(seed)
+    train, validation = train.sample(options.examples, seed=seed), validation.sample(options.examples, seed=seed)
+    test = test.sample(options.test, seed=seed)
+    units = KINDS[kind](model)
+    values = tls.constants.mean(model, train, units, batch_size=options.batch_size)
+    find = methods(options)[method]
+    started = time.perf_counter()
+    found, cost = cost_of(model, len(train), lambda: find(model, train, units, values, seed))
+    seconds = time.perf_counter() - started
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
+        reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
+        both = [("mean", reduction)]
+        if options.refit:
+            both.append(("refitted", refitted(model, reduction, train, validation, options, seed)))
+        for constants, one in both:
+            judged = tls.evaluate(model, one, test, batch_size=options.batch_size, seed=seed)
+            row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size, "constants": constants}
+            row |= {"kept": len(circuit), "risk": judged.risk.mean, "risk_stderr": judged.risk.stderr}
+            row |= {"accuracy": judged.accuracy, "examples": len(train), "probes": options.probes}
+            row |= {"first_token": options.first_token, "forward": cost.forward, "backward": cost.backward}
+            rows.append(row | {"seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+def refitted(
+    model: Any,
+    reduction: tls.Reduction,
+    train: tls.Examples,
+    validation: tls.Examples,
+    options: argparse.Namespace,
+    seed: int,
+) -> tls.Reduction:
+    """The constants refitted until a block of steps lowers the validation risk by less than two percent."""
+    lowest = tls.risk(model, reduction, validation, batch_size=options.batch_size).mean
+    for block in range(MOST_BLOCKS):
+        reduction = tls.constants.refit(
+            model,
+            reduction,
+            train,
+            validation,
+            steps=BLOCK,
+            batch_size=options.batch_size,
+            seed=seed + block,
+            progress=False,
+        )
+        now = tls.risk(model, reduction, validation, batch_size=options.batch_size).mean
+        if now > lowest * (1 - FALL):
+            break
+        lowest = now
+    return reduction
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Markdown: risk (accuracy) for each method and size, the mean over seeds; the lowest risk bold."""
+    lines: list[str] = []
+    for (task, kind, constants), part in frame.groupby(["task", "units", "constants"], sort=False):
+        means = part.groupby(["method", "size"], sort=False)[["risk", "accuracy"]].mean().unstack("size")
+        sizes = sorted(part["size"].unique(), reverse=True)
+        lines += [f"**{task}**, {kind}, {constants} constants", ""]
+        lines += [
+            "| method | " + " | ".join(f"{100 * size:g} %" for size in sizes) + " |",
+            "|---" * (len(sizes) + 1) + "|",
+        ]
+        for name in means.index:
+            cells = []
+            for size in sizes:
+                risk, accuracy = means.loc[name, ("risk", size)], means.loc[name, ("accuracy", size)]
+                best = risk == means[("risk", size)].min()
+                text = f"{risk:.3f} ({accuracy:.2f})"
+                cells.append(f"**{text}**" if best else text)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make every cell that is missing, and the table of all that there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--test", type=int, default=256)
+    parser.add_argument("--probes", type=int, default=1)
+    parser.add_argument("--first-token", default="bos", choices=("bos", "any", "none"))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--refit", action="store_true")
+    options = parser.parse_args()
+    names = options.methods or list(methods(options))
+    folder = RESULTS / f"{options.examples}-{options.probes}-{options.first_token}"
+    for seed in options.seeds:
+        for task in options.tasks:
+            for kind in options.kinds:
+                for method in names:
+                    refit = "-refit" if options.refit else ""
+                    file = folder / f"{task}-{kind}-{method.replace(', ', '-').replace(' ', '_')}-{seed}{refit}.csv"
+                    if file.is_file():
+                        continue
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    found = cell(options, task, kind, method, seed)
+                    write_text(file, found.to_csv(index=False))
+                    risks = ", ".join(f"{risk:.4f}" for risk in found.risk)
+                    print(f"{task}, {kind}, {method}, seed {seed}: {risks} ({found.seconds[0]:.0f} s)", flush=True)
+    files = sorted(RESULTS.glob("*/*.csv"))
+    if files:
+        frame = pd.concat([pd.read_csv(file).assign(setting=file.parent.name) for file in files])
+        parts = [f"### {name}\n\n{table(part)}" for name, part in frame.groupby("setting", sort=False)]
+        write_text(RESULTS.parent / "real_model.md", "\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
