@@ -1,8 +1,8 @@
 """A real language model: circuits of SmolLM2-135M by the joint search and by other orders, on text tasks.
 
 One cell for each task, kind of units, method and seed: a CSV of its own, so that a run that was stopped goes on where
-it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes at
-least as many passes as the joint search but for one-shot scores, which have no more to take. With ``--refit`` each
+it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
+at least as many passes as the joint search but for one-shot scores, which have no more to take. With ``--refit`` each
 circuit's constants are refitted from the means, in blocks of steps until the validation risk no longer falls.
 
     tl-sparsify fetch smollm2

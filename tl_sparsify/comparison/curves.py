@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify.comparison.resampling import Resampled
-from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
@@ -118,10 +118,12 @@ class Ablation:
     Attributes:
         kind: part of every number.
         replacement: constants, or for each example the input in whose run removed units take their values.
+        first_token: at which first tokens removed units are left alone.
     """
 
     kind: str
     replacement: Values | Examples
+    first_token: FirstToken = "bos"
 
     def values(self, model: Model, units: Units, index: Int[Tensor, "batch"]) -> Values:
         """The replacements for the examples ``index``. One forward pass for values of a run, none for constants."""
@@ -177,11 +179,13 @@ def circuit_of(kept: Circuit | Reduction) -> Circuit:
     return kept.circuit if isinstance(kept, Reduction) else kept
 
 
-def removal(kept: Circuit | Reduction, index: Int[Tensor, "batch"], values: Values) -> Intervention:
+def removal(
+    kept: Circuit | Reduction, index: Int[Tensor, "batch"], values: Values, first_token: FirstToken
+) -> Intervention:
     """What removes the units outside a circuit: a reduction brings its own replacements, a circuit gets ``values``."""
     if isinstance(kept, Reduction):
         return ablate(kept.for_examples(index))
-    return Intervention(values.units, kept.mask.float(), values)
+    return Intervention(values.units, kept.mask.float(), values, first_token=first_token)
 
 
 def measured(
@@ -212,7 +216,7 @@ def measured(
             for kept in (empty, *circuits):
                 reduced = original
                 if not bool(circuit_of(kept).mask.all()):
-                    with intervened(model, removal(kept, index, values)):
+                    with intervened(model, removal(kept, index, values, by.first_token)):
                         reduced = answer_logits(model, batch)
                 rows.append(_row(original, reduced, before, _value(metric, reduced, batch), batch))
             samples = torch.stack(rows).movedim(2, 0)  # every sum then runs over its own line: the same for equal rows
@@ -330,10 +334,11 @@ def ablated(
     if kind is not None:
         baseline = None if "zero" in (first.kind, first.baseline.kind) else first.baseline
         by = Ablation.of(kind, model, examples, first.units, values=values, baseline=baseline, seed=seed)
-        return [part.circuit for part in reductions], by
+        return [part.circuit for part in reductions], replace(by, first_token=first.first_token)
     if values is not None:
         raise ValueError("values are given, and no ablation: a reduction has its own, or give ablation='mean'")
-    return reductions, Ablation(", ".join(dict.fromkeys(part.kind for part in reductions)), first.baseline)
+    kinds = ", ".join(dict.fromkeys(part.kind for part in reductions))
+    return reductions, Ablation(kinds, first.baseline, first.first_token)
 
 
 def _summary(means: Float[Tensor, "*some rows measures"], x: Float[Tensor, "circuits"]) -> dict[str, Tensor]:

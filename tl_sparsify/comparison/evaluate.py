@@ -258,10 +258,10 @@ def _interchanged(
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             values = by.values(model, reduction.units, index)
-            removed = there = removal(kept, index, values)
+            removed = there = removal(kept, index, values, by.first_token)
             if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input
                 partners = source_batch(interchange, by.replacement, index, seed)
-                there = removal(kept, index, run_values(model, partners, values.units))
+                there = removal(kept, index, run_values(model, partners, values.units), by.first_token)
             same = (interchange, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = answer_logits(model, batch)

@@ -228,7 +228,8 @@ def _trained(
             with torch.enable_grad():
                 here = units.for_examples(index)
                 keep = gates(logits, index, step)
-                with intervened(model, Intervention(here, keep, Values(here, constants.tensors))):
+                removal = Intervention(here, keep, Values(here, constants.tensors), first_token="bos")
+                with intervened(model, removal):
                     loss = divergence(original, answer_logits(model, batch), batch, metric).mean()
                 loss = loss if penalty is None else loss + penalty(logits)
             (logits.grad,) = torch.autograd.grad(loss, logits)

@@ -117,10 +117,16 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
 def _first_stream(model: TransformerBridge, reduction: Reduction) -> Float[Tensor, "layers d_model"] | None:
     """The residual stream after each block at a beginning-of-sequence token. There removed units are left alone, and in
     a causal model nothing else is seen: so it is a constant, whatever comes after."""
-    known = getattr(model, "first_stream", None)
+    known: Float[Tensor, "layers d_model"] | None = getattr(model, "first_stream", None)
     bos = getattr(model.tokenizer, "bos_token_id", None)
-    if bos is None or (known is None and (reduction.first_token == "none" or bool(reduction.circuit.mask.all()))):
-        return None
+    whole = bool(reduction.circuit.mask.all())
+    if known is not None and not whole and reduction.first_token == "none":
+        raise ValueError(
+            "first_token is 'none', and the model's own folded units were left alone at a beginning-of-sequence token: "
+            "make the reduction with first_token='bos'"
+        )
+    if known is not None or bos is None or whole or reduction.first_token == "none":
+        return known
     tokens = torch.tensor([[bos]], device=device_of(model))
     with torch.no_grad(), intervened(model, ablate(reduction)), recorded(model, residuals(model)) as recording:
         model(tokens)

@@ -14,6 +14,7 @@ steps, and a metric's drop nothing about outputs that the metric does not see.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -180,7 +181,7 @@ def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
     times = len(copies) // len(drawn.keep)
     here = drawn.units.for_examples(torch.arange(len(drawn.keep)).repeat(times))
     tiled = tuple(v if v.ndim == 2 else v.repeat(times, 1, 1, 1) for v in drawn.values.tensors)
-    return Intervention(here, drawn.keep.repeat(times, 1), Values(here, tiled))
+    return replace(drawn, units=here, keep=drawn.keep.repeat(times, 1), values=Values(here, tiled))
 
 
 def _each_alone(units: Units, values: Values, copies: Int[Tensor, "rows"], first: int, last: int) -> Intervention:
@@ -194,7 +195,7 @@ def _each_alone(units: Units, values: Values, copies: Int[Tensor, "rows"], first
     chosen = Units(tuple(here.sites[i] for i in touched))
     tensors = [values.tensors[i] for i in touched]
     tiled = tuple(v if v.ndim == 2 else v.repeat(last - first, 1, 1, 1) for v in tensors)
-    return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled))
+    return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled), first_token="bos")
 
 
 def _replacement(
@@ -251,6 +252,6 @@ def _slopes(
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     keep = torch.full((len(batch), len(units)), level, dtype=wide, device=parameter.device).requires_grad_()
     with frozen(model), torch.enable_grad():
-        with intervened(model, Intervention(units, keep, values)):
+        with intervened(model, Intervention(units, keep, values, first_token="bos")):
             logits = answer_logits(model, batch)
         return torch.autograd.grad(by_example(metric_rows(metric, logits, batch), batch).sum(), keep)[0]
