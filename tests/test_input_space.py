@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tl_sparsify import CausalModel, Examples, InputSpace
-from tl_sparsify.tasks.pairing import answered
+from tl_sparsify.tasks.pairing import labelled_examples
 
 AND = CausalModel(
     ("a", "b"), {"low": lambda a: a < 8, "even": lambda b: b % 2 == 0, "both": lambda low, even: low & even}, "both"
@@ -16,7 +16,7 @@ AND = CausalModel(
 
 def encode(inputs: dict[str, np.ndarray]) -> Examples:
     both = torch.from_numpy(AND.run(inputs)["both"].copy())
-    return answered(torch.tensor(np.stack([inputs["a"], inputs["b"]], 1)), both.long())
+    return labelled_examples(torch.tensor(np.stack([inputs["a"], inputs["b"]], 1)), both.long())
 
 
 SPACE = InputSpace(

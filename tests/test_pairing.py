@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.tasks.pairing import answered, balanced, pairs, partners, split_of
+from tl_sparsify.tasks.pairing import balanced, labelled_examples, pairs, partners, split_of
 
 SIZE = 8
 SUM = CausalModel(
@@ -34,7 +34,9 @@ counts = st.lists(st.integers(4, 15), min_size=2, max_size=9)
 
 def encode(inputs: Mapping[str, np.ndarray]) -> Examples:
     tokens = torch.tensor(np.stack([inputs[name] for name in SUM.inputs], 1))
-    return answered(tokens, torch.tensor(SUM.run(inputs)["answer"].astype(np.int64)), choices=torch.tensor([0, 1]))
+    return labelled_examples(
+        tokens, torch.tensor(SUM.run(inputs)["answer"].astype(np.int64)), choices=torch.tensor([0, 1])
+    )
 
 
 def changes(inputs: dict[str, np.ndarray], base: np.ndarray, source: np.ndarray, variable: str) -> np.ndarray:
@@ -181,7 +183,10 @@ def test_a_pool_too_small_for_the_pairs_is_refused_with_the_remedy():
 
 def test_examples_are_answered_at_one_position():
     tokens = torch.arange(12).reshape(3, 4)
-    last, second = answered(tokens, torch.tensor([7, 8, 9])), answered(tokens, torch.tensor([7, 8, 9]), position=1)
+    last, second = (
+        labelled_examples(tokens, torch.tensor([7, 8, 9])),
+        labelled_examples(tokens, torch.tensor([7, 8, 9]), position=1),
+    )
     assert last.labels.tolist() == [[-100, -100, -100, k] for k in (7, 8, 9)]
     assert second.labels.tolist() == [[-100, k, -100, -100] for k in (7, 8, 9)]
     assert last.choices is None and last.counterfactual_tokens is None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +59,7 @@ class TestedModel:
     removal: Reduction | None = None
     own_names: Mapping[str, str] | None = None
     untrained: bool = False
+    __test__: ClassVar[bool] = False  # pytest takes a class of such a name for a test
 
     @cached_property
     def _gone(self) -> frozenset[str]:
