@@ -406,7 +406,8 @@ def test_mean_ablation_without_values_is_to_the_baseline():
     reduction, baseline = bridged_reduction(model), other_values(units_on(model), 8)
     refitted = replace(reduction, values=replace(reduction.values, kind="refit"), reference=baseline)
     found = evaluate(model, refitted, batch, ablation="mean")
-    assert found == evaluate(model, replace(reduction, values=baseline), batch) and found.kind == "mean"
+    means = replace(baseline, kind="mean")
+    assert found == evaluate(model, replace(reduction, values=means), batch) and found.kind == "mean"
     assert found == evaluate(model, reduction, batch, ablation="mean", values=baseline)
     own = evaluate(model, refitted, batch)
     assert own.risk == evaluate(model, reduction, batch).risk != found.risk and own.completeness == found.completeness
