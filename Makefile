@@ -1,5 +1,6 @@
 # make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
 # make test    lint, types and every test
+# make docs    the documentation as a site, in site/ (reads no network)
 # make bench   how fast scores, search and folded models are (about a quarter of an hour, alone on the machine)
 # make results the tables and figures of README.md and docs (a few hours; variants, neighbours, prediction and tasks go on
 #              from what is in benchmarks/results)
@@ -25,6 +26,9 @@ test: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(PY) benchmarks/speed.py
@@ -52,11 +56,11 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(CLEAN) $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
 	$(PIP) install -c constraints.txt setuptools hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	touch $(READY)
 
 clean:
-	rm -rf .venv results dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv results dist site .pytest_cache .ruff_cache .hypothesis
 	find tl_sparsify tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: demo test bench results venv clean
+.PHONY: demo test docs bench results venv clean

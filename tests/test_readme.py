@@ -1,4 +1,4 @@
-"""README.md: its examples run, its two commands stand at the top; all pages' tables are those of the benchmarks."""
+"""README.md: short, its example runs, its two commands stand at the top. All pages' tables are those of the benchmarks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,16 @@ def test_the_two_commands_stand_at_the_top(readme: str):
         assert lines.get(command, 40) < 40, f"README.md: `{command}` stands in no shell block before line 40"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
+def test_it_is_read_to_its_end(readme: str):
+    assert len(readme.split()) <= 1200
+    assert readme.count("<!-- table:") <= 1, "results go to docs/results.md"
+    [(_, example)] = blocks(readme, "python")
+    assert len([line for line in example.splitlines() if line]) == 12
+    for verb in ("sparsify", "fold", "verify"):
+        assert f"tls.{verb}(" in example
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/measurements.md"])
 def test_the_tables_are_the_ones_that_the_benchmarks_wrote(page: str):
     content = (ROOT / page).read_bytes()
     tables = TABLE.findall(content)

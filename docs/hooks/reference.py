@@ -1,0 +1,94 @@
+"""The reference: a page for each folder of the package, with every public name in it.
+
+What is public stands in ``tl_sparsify/__init__.pyi``; it is read, not imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = "tl_sparsify"
+ABOUT = {
+    "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
+    "search": "Scores, replacements and searches.",
+    "folding": "A circuit as a smaller model.",
+    "abstraction": "Causal models, and whether a network implements them.",
+    "tasks": "What is asked of a model, and how to make your own.",
+    "comparison": "Evaluation, other methods, and benchmarks.",
+    "presentation": "Figures and reports.",
+}
+
+
+def public() -> dict[str, str]:
+    """The full path of every public name."""
+    stub = ast.parse((ROOT / PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+
+
+def path_of(dotted: str) -> Path:
+    """The file that a module is, or would be."""
+    return ROOT / f"{dotted.replace('.', '/')}.py"
+
+
+def members(module: str) -> dict[str, str]:
+    """The full paths of a module's public functions and classes: ``__all__`` where it has one."""
+    tree = ast.parse(path_of(module).read_text())
+    defined = {
+        node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    imported = {
+        alias.name: f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return {name: (defined | imported)[name] for name in ast.literal_eval(node.value)}
+    return {name: path for name, path in defined.items() if not name.startswith("_")}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    names = public()
+    at_top = set(names.values())
+    seen: set[str] = set()
+    pages = {folder: [f"# {folder.capitalize()}", ABOUT[folder]] for folder in ABOUT}
+    overview = ["# Reference", "Everything below is reached from `import tl_sparsify as tls`.\n"]
+    modules = {name: path for name, path in names.items() if path_of(path).is_file()}
+    for name, path in sorted(names.items(), key=lambda item: (item[0] in modules, item[0].lower())):
+        page = pages[path.split(".")[1]]
+        if name not in modules:
+            page.append(entry(f"tls.{name}", path, 2))
+            continue
+        page.append(entry(f"tls.{name}", path, 2))
+        for member, full in members(path).items():
+            if full in at_top or full in seen:
+                page.append(f"### `tls.{name}.{member}` {{: .doc .doc-heading }}\n\nThe same as [`{member}`][{full}].")
+            else:
+                page.append(entry(f"tls.{name}.{member}", full, 3))
+                seen.add(full)
+    for folder, parts in pages.items():
+        files.append(File.generated(config, f"reference/{folder}.md", content="\n\n".join(parts) + "\n"))
+        here = sorted((name for name, path in names.items() if path.split(".")[1] == folder), key=str.lower)
+        links = ", ".join(f"[`{name}`][{names[name]}]" for name in here)
+        overview.append(f"- [{folder.capitalize()}]({folder}.md): {ABOUT[folder]} {links}")
+    files.append(File.generated(config, "reference/index.md", content="\n".join(overview) + "\n"))
+    return files
+
+
+def entry(heading: str, path: str, level: int) -> str:
+    """What mkdocstrings makes a documented object of; of a class also its public methods."""
+    options = [f"heading: {heading}", f"toc_label: {heading}", f"heading_level: {level}"]
+    module, _, name = path.rpartition(".")
+    for node in ast.parse(path_of(module).read_text()).body if path_of(module).is_file() else ():
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_"]
+            options.append(f"members: {json.dumps(methods)}")
+    return "\n".join([f"::: {path}", "    options:", *(f"        {option}" for option in options)])
