@@ -25,6 +25,8 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import directions, stream_directions
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.fold import fold
+from tl_sparsify.tasks.task import own_language_model
+from tl_sparsify.tasks.text import load_language_model
 
 EXPORTED = [name for name in CONFIGS if CONFIGS[name][0] not in ("GPTNeoXForCausalLM", "Gemma2ForCausalLM")]
 EXPORTED.remove("Gemma 3")
@@ -45,6 +47,17 @@ def test_logits_are_the_same(name: str, patterns: list[str], seed: int, tmp_path
     with torch.no_grad(), NoCasts():
         expected, found = folded(tokens(seed)), loaded(tokens(seed)).logits
     assert found.isfinite().all() and (found - expected).abs().max() <= 1e-9
+
+
+def test_a_model_that_transformer_lens_loaded_by_name(tmp_path: Path):
+    """Loading by name switches ``output_attentions`` on, which loads with eager attention only."""
+    model = load_language_model(own_language_model())
+    folded = fold(model, reduction_of(model, ["L0H1", "L2N3"]))
+    export_hf(folded, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    inputs = tokens()
+    with torch.no_grad():
+        assert (loaded(inputs).logits - folded(inputs)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("patterns", [UNEVEN, FIRST_EMPTY, ["none"]], ids=["uneven", "first empty", "none kept"])

@@ -1,4 +1,4 @@
-"""README.md: short, its example runs, its two commands stand at the top. All pages' tables are those of the benchmarks."""
+"""README.md: short, its example runs, its two commands stand at the top. The tables of all pages are the benchmarks."""
 
 from __future__ import annotations
 

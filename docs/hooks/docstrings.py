@@ -13,7 +13,7 @@ RULE = re.compile(r"^(=+)( +=+)+$")
 
 def markdown(text: str) -> str:
     """A docstring with Markdown's tables, and roles as code."""
-    return _tables(ROLE.sub(r"``\1``", text))
+    return _tables(ROLE.sub(r"``\1``", text)).replace("\nExample:\n", "\nExamples:\n")
 
 
 def _tables(text: str) -> str:

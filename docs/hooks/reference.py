@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = "tl_sparsify"
+MARKER = "<!-- public names -->"
 ABOUT = {
     "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
     "search": "Scores, replacements and searches.",
@@ -60,7 +61,6 @@ def on_files(files: Files, config: Any) -> Files:
     at_top = set(names.values())
     seen: set[str] = set()
     pages = {folder: [f"# {folder.capitalize()}", ABOUT[folder]] for folder in ABOUT}
-    overview = ["# Reference", "Everything below is reached from `import tl_sparsify as tls`.\n"]
     modules = {name: path for name, path in names.items() if path_of(path).is_file()}
     for name, path in sorted(names.items(), key=lambda item: (item[0] in modules, item[0].lower())):
         page = pages[path.split(".")[1]]
@@ -76,11 +76,22 @@ def on_files(files: Files, config: Any) -> Files:
                 seen.add(full)
     for folder, parts in pages.items():
         files.append(File.generated(config, f"reference/{folder}.md", content="\n\n".join(parts) + "\n"))
+    return files
+
+
+def on_page_markdown(text: str, **_: Any) -> str:
+    return text.replace(MARKER, overview()) if MARKER in text else text
+
+
+def overview() -> str:
+    """A line for each folder, with links to its public names."""
+    names = public()
+    lines: list[str] = []
+    for folder, about in ABOUT.items():
         here = sorted((name for name, path in names.items() if path.split(".")[1] == folder), key=str.lower)
         links = ", ".join(f"[`{name}`][{names[name]}]" for name in here)
-        overview.append(f"- [{folder.capitalize()}]({folder}.md): {ABOUT[folder]} {links}")
-    files.append(File.generated(config, "reference/index.md", content="\n".join(overview) + "\n"))
-    return files
+        lines.append(f"- [{folder.capitalize()}](reference/{folder}.md): {about} {links}")
+    return "\n".join(lines)
 
 
 def entry(heading: str, path: str, level: int) -> str:

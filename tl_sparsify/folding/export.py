@@ -85,7 +85,8 @@ def _exported(model: FoldedBridge, model_class: Any) -> Any:
     original: Any = model.original_model
     layers = [_sizes(block) for block in model.blocks]
     settings = original.config.to_dict() | {"folded_layers": layers}
-    for name in ("model_type", "architectures", "transformers_version"):
+    # The last is TransformerLens's own setting while it runs: a checkpoint that asks for it loads with eager attention only.
+    for name in ("model_type", "architectures", "transformers_version", "output_attentions"):
         settings.pop(name, None)
     with torch.device("meta"):
         exported = model_class(model_class.config_class.from_dict(settings))
