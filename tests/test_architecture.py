@@ -19,7 +19,7 @@ ORDER = {
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
     "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",
     "tasks": "native places task pairing input_space text compiled overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks baselines methods tables "
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
     "benchmark",
     "presentation": "results sentences diagrams plot report",
     "": "__init__ cli __main__",

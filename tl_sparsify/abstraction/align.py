@@ -45,6 +45,13 @@ class AlignmentResult:
             those over held-out pairs are not counted).
         exhaustive: the forward passes that trying every unit at every position alone would take: over half of the
             pairs, for all variables together.
+
+    Example:
+        >>> found = tls.align(
+        ...     model, task.causal_model, pairs, pairs, units=units.at(4), variables=["left"], trials=2
+        ... )
+        >>> found.to_frame()["variable"].tolist()
+        ['left']
     """
 
     alignment: Alignment
@@ -113,6 +120,13 @@ def align(
         ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
             no answer, a reduction of another model or without any of the units, pairs of which the model answers fewer
             than four right, units (or a reduction) with a position for each example, fewer than two trials.
+
+    Example:
+        >>> found = tls.align(
+        ...     model, task.causal_model, pairs, task.pairs(64, seed=1), units=units.at(4), variables=["left"]
+        ... )
+        >>> found.alignment
+        Alignment(left: 1 units)
     """
     check_model(model)
     wanted = tuple(v for v in causal_model.variables if v != causal_model.output) if variables is None else variables

@@ -36,6 +36,11 @@ def confidence_sequence(
 
     Raises:
         ValueError: a draw outside [0, 1], a level outside (0, 1), a grid below 1.
+
+    Example:
+        >>> lower, upper = tls.certificates.confidence_sequence(torch.ones(200))  # 200 successes
+        >>> bool(lower[-1] > 0.95), upper[-1].item()
+        (True, 1.0)
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it lies between 0 and 1")
@@ -84,6 +89,10 @@ def decided(
 
     Raises:
         ValueError: as :func:`confidence_sequence`.
+
+    Example:
+        >>> tls.certificates.decided(torch.ones(200), goal=0.95)  # certain after 143 successes
+        ('at least', 143)
     """
     lower, upper = confidence_sequence(draws, level=level)
     sure = (lower >= goal) | (upper < goal)
@@ -107,6 +116,10 @@ def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
 
     Raises:
         ValueError: no draws, a negative or NaN margin or distance.
+
+    Example:
+        >>> tls.certificates.margin_bound(torch.full((100,), 10.0), squared_distance=0.5)
+        0.02...
     """
     m = margins.double().cpu().sort().values
     if not len(m) or not bool((m >= 0).all()):

@@ -32,6 +32,11 @@ class Pairs:
         base_inputs, source_inputs: the causal model's inputs, an array of ``n`` values for each.
         base, source: the same as model inputs, with one label each.
         answers: the token of every value of the causal model's output.
+
+    Example:
+        >>> few = pairs[:8]
+        >>> len(few), tuple(few.expected(task.causal_model, ("left",)).shape)
+        (8, (8,))
     """
 
     base_inputs: Mapping[str, np.ndarray]
@@ -85,7 +90,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which units, at which positions, carry each variable: ``Alignment({"left": [units["L0H2"].at(1)]})``."""
+    """Which units, at which positions, carry each variable: ``Alignment({"left": [units["L0H2"].at(1)]})``.
+
+    Example:
+        >>> tls.Alignment({"left": [units["L1H0"].at(4)], "right": [units["L1H1"].at(4)]})
+        Alignment(left: 1 units, right: 1 units)
+    """
 
     units: Mapping[str, Sequence[Unit]]
 
@@ -156,6 +166,11 @@ class Evidence:
         rows: its lines.
         level: each line's bounds, taken alone, hold at all numbers of pairs at once with a probability of one minus
             this, for pairs drawn like these and in random order.
+
+    Example:
+        >>> evidence = tls.verify(model, task.causal_model, task.alignment, pairs, draws=1)
+        >>> evidence.accuracy("left"), evidence.accuracy("left", intervention="do nothing")
+        (1.0, 0.5)
     """
 
     rows: tuple[Row, ...]

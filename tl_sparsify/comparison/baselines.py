@@ -26,11 +26,9 @@ A one-unit score cannot see redundancy or cancellation; :func:`tl_sparsify.spars
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -43,7 +41,6 @@ from torch import Tensor
 from transformer_lens.patching import generic_activation_patch
 
 from tl_sparsify._internal import random as _random
-from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.comparison.edge_attribution import (
     Direction,
     Edges,
@@ -55,7 +52,8 @@ from tl_sparsify.comparison.edge_attribution import (
     runs,
 )
 from tl_sparsify.comparison.masks import hard_concrete, top_k_gate
-from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.comparison.rounds import in_rounds
+from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
@@ -67,16 +65,14 @@ from tl_sparsify.core.forward import (
     run_values,
     unit_positions,
 )
-from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.metrics import Metric, by_example, log_odds
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.attribution import exact, gradient, metric_rows
-from tl_sparsify.search.constants import mean, zero
-from tl_sparsify.search.joint import schedule
+from tl_sparsify.search.constants import zero
 from tl_sparsify.search.score import scaled_variance, variance
-from tl_sparsify.search.scores import Scores, kept_count
+from tl_sparsify.search.scores import Scores
 
 __all__ = [
     "Edges",
@@ -100,7 +96,12 @@ _PATCHED = re.compile(r"blocks\.(\d+)\.(?:attn\.hook_(z)|mlp\.hook_(post)|hook_(
 
 
 def random(model: Model, examples: Examples, units: Units, *, seed: int = 0) -> Scores:
-    """A random score for every unit: the control that every method must beat. No model pass."""
+    """A random score for every unit: the control that every method must beat. No model pass.
+
+    Example:
+        >>> tls.baselines.random(model, train, units, seed=0).top(0.25)
+        Circuit(3 of 12 units: 3 heads)
+    """
     scores = _random.uniform(seed, 61, torch.arange(len(units)))
     return Scores(units, scores, torch.full_like(scores, float("nan")), "random", "no unit", 0, 0)
 
@@ -115,6 +116,10 @@ def activation_norm(
 
     Raises:
         ValueError: a model in training mode.
+
+    Example:
+        >>> tls.baselines.activation_norm(model, train, units).forward_passes
+        1
     """
     check_model(model)
     parts: list[Moments] = []
@@ -149,6 +154,10 @@ def exact_zero(
 
     Raises:
         ValueError: as :func:`score.exact`.
+
+    Example:
+        >>> tls.baselines.exact_zero(model, train, units, progress=False).forward_passes
+        13
     """
     check_model(model)
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
@@ -174,6 +183,10 @@ def exact_mean(
 
     Raises:
         ValueError: as :func:`score.exact`.
+
+    Example:
+        >>> tls.baselines.exact_mean(model, train, units, progress=False).forward_passes
+        14
     """
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     return replace(exact(model, examples, units, values=values, **settings), name="exact, mean")
@@ -207,6 +220,11 @@ def activation_patching(
     Raises:
         ValueError: a model in training mode or none of TransformerLens's; other units; an unknown ``source`` or
             ``direction``, or one that the examples do not have; a metric that gives not one number for each row.
+
+    Example:
+        >>> found = tls.baselines.activation_patching(model, train, units, progress=False)
+        >>> found.absolute.top(0.25)  # signed: an order by size takes `absolute`
+        Circuit(3 of 12 units: 3 heads)
     """
     check_model(model)
     for site in units.sites:
@@ -312,77 +330,12 @@ def attribution_patching(
 
     Raises:
         ValueError: as :func:`score.gradient`.
+
+    Example:
+        >>> found = tls.baselines.attribution_patching(model, train, units)
+        >>> found.forward_passes, found.backward_passes
+        (2, 1)
     """
     run = corrupted_run(examples, source)
     found = gradient(model, examples, units, source=run, metric=metric, seed=seed, batch_size=batch_size)
     return replace(found, name="attribution patching")
-
-
-def in_rounds(
-    scorer: Callable[..., Scores],
-    model: Model,
-    examples: Examples,
-    units: Units,
-    *,
-    rounds: int = 20,
-    smallest: float = 0.01,
-    absolute: bool = False,
-    values: Values | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    **settings: Any,
-) -> Scores:
-    """Any scorer, iterated: score in the model with the units removed so far ablated, remove the lowest, go on. A
-    unit's score is its place in the order of removal; the units that are left at the end are in order of their last
-    score.
-
-    Args:
-        scorer: a function ``(model, examples, units, *, seed, ...) -> Scores``.
-        rounds, smallest: the schedule of :func:`sparsify`: from all units down to ``smallest`` of them.
-        absolute: order by the size of signed scores.
-        values: what removed units are set to; their means over ``examples`` where not given. They are also what the
-            scorer removes units to, if it takes constants.
-        settings: go to the scorer.
-
-    The passes of the scorer in each round that removes a unit; one forward pass for the means where not given.
-
-    Raises:
-        ValueError: ``rounds`` below one, ``smallest`` outside (0, 1] or too large to remove any unit, and what the
-            scorer raises.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; at least one is needed")
-    least = kept_count(len(units), smallest, "smallest")
-    if least == len(units):
-        raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
-    given = values is not None
-    values = values if values is not None else mean(model, examples, units, batch_size=settings.get("batch_size"))
-    takes = inspect.signature(scorer).parameters
-    run = settings.get("source", takes["source"].default if "source" in takes else "constant")
-    if "values" in takes and run == "constant":
-        settings["values"] = values
-    if "progress" in takes:
-        settings["progress"] = False
-    current = Reduction(Circuit.full(units), values)
-    order: list[Tensor] = []
-    rest = torch.arange(len(units))
-    name, forward, backward = "", int(not given), 0
-    targets = [kept_count(len(units), f) for f in schedule(rounds, least / len(units), None, 1.0)]
-    for number, target in enumerate(bar(targets, "removing units", progress)):
-        excess = len(current.circuit) - target
-        if excess <= 0:
-            continue
-        with intervened(model, ablate(current)):
-            found = scorer(model, examples, units, seed=seed + number, **settings)
-        found = found.absolute if absolute else found
-        name, forward, backward = found.name, forward + found.forward_passes, backward + found.backward_passes
-        ranked = found.order.cpu()
-        ranked = ranked[current.circuit.mask[ranked]]
-        order.append(ranked[:excess])
-        rest = ranked[excess:]
-        removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, ranked[:excess], True)
-        current = current.with_circuit(current.circuit - Circuit(units, removed))
-    place = torch.empty(len(units), dtype=torch.float64)
-    place[torch.cat([*order, rest])] = torch.arange(len(units), dtype=torch.float64)
-    unknown = torch.full_like(place, float("nan"))
-    return Scores(units, place, unknown, f"{name}, {rounds} rounds", "place in the order of removal", forward, backward)

@@ -114,6 +114,12 @@ def compare(
     Raises:
         ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
             :func:`evaluate` raises.
+
+    Example:
+        >>> methods = [tls.score.variance, tls.baselines.random]
+        >>> quick = {"sizes": (0.5,), "seeds": 1, "refit_steps": 1, "examples": 32, "bootstrap": 10, "progress": False}
+        >>> sorted(tls.compare(model, task, methods, units=units, **quick)["method"].unique())
+        ['random', 'variance']
     """
     chosen = [Method.of(method) for method in methods]
     names = [method.name for method in chosen]

@@ -73,6 +73,11 @@ class Curve:
         intervals: for the five measures, by name, the interval at each size.
         cpr_interval, cmd_interval: of the areas.
         n: number of examples.
+
+    Example:
+        >>> curve = tls.evaluate(model, scores, test, sizes=(0.25, 0.5, 1.0), ablation="mean", values=means)
+        >>> curve.kept, curve.accuracy[-1]
+        ((3, 6, 12), 1.0)
     """
 
     sizes: tuple[float, ...]

@@ -55,6 +55,11 @@ class Edges:
         scores: in units of the metric, signed: positive says that the metric is lower with the corrupted value. 0 where
             the reader does not come after the unit.
         forward_passes, backward_passes: over the data.
+
+    Example:
+        >>> edges = tls.baselines.edge_attribution(model, train, units)
+        >>> tuple(edges.scores.shape) == (len(units), len(edges.readers)), "logits" in edges.readers
+        (True, True)
     """
 
     units: Units
@@ -98,6 +103,10 @@ def eap(
 
     Raises:
         ValueError: as :func:`edge_attribution`, and another ``reduce``.
+
+    Example:
+        >>> tls.baselines.eap(model, train, units).top(0.25)
+        Circuit(3 of 12 units: 3 heads)
     """
     shared = {"source": source, "direction": direction, "metric": metric, "seed": seed, "batch_size": batch_size}
     return eap_ig(model, examples, units, steps=1, reduce=reduce, **shared)
@@ -123,6 +132,10 @@ def eap_ig(
 
     Raises:
         ValueError: as :func:`edge_attribution`, and another ``reduce``.
+
+    Example:
+        >>> tls.baselines.eap_ig(model, train, units, steps=2).top(0.25)
+        Circuit(3 of 12 units: 3 heads)
     """
     shared = {"source": source, "direction": direction, "metric": metric, "seed": seed, "batch_size": batch_size}
     found = edge_attribution(model, examples, units, steps=steps, **shared)
@@ -164,6 +177,10 @@ def edge_attribution(
             grouped-query attention, and a stream that is not the sum of what heads and MLPs write (post-norms, scales,
             parallel mixers); ``steps`` below one; an unknown ``source`` or ``direction``, or one that the examples do
             not have.
+
+    Example:
+        >>> tls.baselines.edge_attribution(model, train, units, steps=2).backward_passes
+        2
     """
     check_model(model)
     if steps < 1:

@@ -83,6 +83,10 @@ def hard_concrete(
     Raises:
         ValueError: a model in training mode; ``steps`` or ``per_step`` below one; a negative ``penalty``; a
             ``learning_rate`` that is not positive; values of other units or of a run.
+
+    Example:
+        >>> tls.baselines.hard_concrete(model, train, units, steps=3, progress=False).top(0.25)
+        Circuit(3 of 12 units: 3 heads)
     """
     if penalty < 0:
         raise ValueError(f"penalty is {penalty}; it must not be negative")
@@ -136,6 +140,10 @@ def top_k_gate(
 
     Raises:
         ValueError: as in :func:`hard_concrete`; a ``temperature`` that is not positive, or ``smallest`` outside (0, 1].
+
+    Example:
+        >>> tls.baselines.top_k_gate(model, train, units, steps=3, progress=False).top(0.25)
+        Circuit(3 of 12 units: 3 heads)
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")

@@ -38,6 +38,10 @@ class Method:
         settings: functions of one signature by the name of their setting; validation chooses where there are several.
         signed: whether its scores have signs that mean something; the order by their size is then another setting.
         ours: whether it is this package's own; figures and tables set these apart from what they are held against.
+
+    Example:
+        >>> tls.Method("random order", {"default": tls.baselines.random})
+        Method(name='random order', ...)
     """
 
     name: str

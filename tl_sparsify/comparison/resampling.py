@@ -96,6 +96,11 @@ class Stability:
 
     Attributes:
         circuits: one for each draw of examples and seed, all of one size.
+
+    Example:
+        >>> found = tls.stability(tls.score.variance, model, train, units, fraction=0.25, draws=3)
+        >>> len(found.circuits), len(found.circuits[0])
+        (3, 3)
     """
 
     circuits: tuple[Circuit, ...]
@@ -192,6 +197,10 @@ def stability(
     Raises:
         ValueError: fewer than two draws, a fraction outside (0, 1], a method that returns something else; what the
             method raises.
+
+    Example:
+        >>> tls.stability(tls.score.variance, model, train, units, fraction=0.25, draws=3)
+        Stability(3 of 12 units, 3 draws: Jaccard ...)
     """
     if draws < 2:
         raise ValueError(f"draws is {draws}; circuits are compared in pairs, so give at least 2")

@@ -25,6 +25,11 @@ def pca(
 
     Raises:
         ValueError: a model in training mode, a hook point that it lacks, or a rank that the width does not hold.
+
+    Example:
+        >>> basis = tls.basis.pca(model, train, "blocks.0.hook_resid_post", rank=3)
+        >>> torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-5)
+        True
     """
     check_model(model)
     whole = Units((Site(kind="residual", layer=0, hook=hook, size=1),))

@@ -31,6 +31,11 @@ class Circuit:
     """The set of kept units: ``circuit.mask[i]`` says whether unit ``i`` of ``circuit.units`` is kept.
 
     ``&``, ``|``, ``-``, ``^`` and ``~`` are set operations; ``<=`` is inclusion.
+
+    Example:
+        >>> pair = tls.Circuit.of(units, ["L0H2", "L1H0"])
+        >>> pair, len(~pair), pair <= tls.Circuit.full(units)
+        (Circuit(2 of 12 units: 2 heads), 10, True)
     """
 
     units: Units
@@ -114,7 +119,13 @@ class Circuit:
 @dataclass(frozen=True, eq=False)
 class Values:
     """One value for every unit: per site a tensor ``[units, width]`` (a constant), or ``[batch, pos, units, width]``
-    (the values of another run). Only constants fold. ``kind`` says how they were made, and is not compared."""
+    (the values of another run). Only constants fold. ``kind`` says how they were made, and is not compared.
+
+    Example:
+        >>> zeros = tls.Values(units, tuple(torch.zeros(site.size, 16) for site in units.sites))
+        >>> zeros.constant, zeros == tls.constants.zero(model, train, units)
+        (True, True)
+    """
 
     units: Units
     tensors: tuple[Float[Tensor, "..."], ...]

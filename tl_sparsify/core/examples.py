@@ -32,6 +32,10 @@ class Examples:
 
     Raises:
         ValueError: shapes that do not belong together, no label at all, a negative id, a label outside ``choices``.
+
+    Example:
+        >>> tls.Examples(torch.tensor([[3, 3, 7, 7, 32]]), torch.tensor([[-100, -100, -100, -100, 33]]))
+        Examples(1 of shape (5,), 1 answers)
     """
 
     tokens: Shaped[Tensor, "n *rest"]

@@ -127,6 +127,11 @@ def risk(
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.
+
+    Example:
+        >>> found = tls.risk(model, reduction, test)
+        >>> found.mean < 0.01, found.n
+        (True, 64)
     """
 
     def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:

@@ -23,6 +23,11 @@ class Moments:
         count: number of samples (may differ by entry), broadcastable to ``mean``.
         mean: their mean.
         spread: the sum of squared deviations from the mean.
+
+    Example:
+        >>> total = tls.Moments.of(torch.arange(4.0)) + tls.Moments.of(torch.arange(4.0, 10.0))
+        >>> total.mean.item(), total.variance.item()
+        (4.5, 8.25)
     """
 
     count: Float[Tensor, "..."]
@@ -77,7 +82,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over examples with its standard error: ``0.031 ± 0.002 nats (n=512)``."""
+    """A mean over examples with its standard error: ``0.031 ± 0.002 nats (n=512)``.
+
+    Example:
+        >>> tls.Estimate(0.031, 0.002, 512, "nats")
+        0.031 ± 0.002 nats (n=512)
+    """
 
     mean: float
     stderr: float

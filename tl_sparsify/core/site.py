@@ -47,6 +47,10 @@ class Site:
         basis: ``[width, size]``, the directions as columns (kinds ``direction`` and ``stream`` only).
         also: further hook points at which the same units are read and written (kind ``stream``: every write to the
             residual stream); a unit's value then has one entry for each hook point.
+
+    Example:
+        >>> tls.Site(kind="neuron", layer=0, hook="hook_hidden", size=64).name(3)
+        'L0N3'
     """
 
     kind: str

@@ -47,7 +47,13 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit, for printing and for naming: ``units["L1H3"]``, ``units["L0N12"].at(4)``."""
+    """One unit, for printing and for naming: ``units["L1H3"]``, ``units["L0N12"].at(4)``.
+
+    Example:
+        >>> unit = units["L1H3"]
+        >>> unit.at(4), unit.index, unit.site.hook
+        (L1H3@4, 3, 'blocks.1.attn.hook_z')
+    """
 
     site: Site
     index: int
@@ -71,6 +77,11 @@ class Units:
 
     ``units["L1H3"]`` and ``units[17]`` give a :class:`Unit`, ``units + units`` concatenates, ``units.at(4)``
     restricts all of them to a position.
+
+    Example:
+        >>> both = tls.heads(model) + tls.neurons(model)
+        >>> both, both["L0N12"].at(4), both.index("L1H0")
+        (Units(780: 12 heads, 768 neurons), L0N12@4, 4)
     """
 
     sites: tuple[Site, ...]
@@ -231,28 +242,53 @@ def _sites(model: Any, kind: str, part: str, hook: str, weight: str | None) -> U
 
 
 def heads(model: Any) -> Units:
-    """All attention heads: ``blocks.{l}.attn.hook_z``, value a ``d_head`` vector per position. No model pass."""
+    """All attention heads: ``blocks.{l}.attn.hook_z``, value a ``d_head`` vector per position. No model pass.
+
+    Example:
+        >>> tls.heads(model)
+        Units(12: 12 heads)
+    """
     return _sites(model, "head", "attn", "attn.hook_z", "W_O")
 
 
 def neurons(model: Any) -> Units:
-    """All MLP neurons: ``blocks.{l}.mlp.hook_post``, value a scalar per position. No model pass."""
+    """All MLP neurons: ``blocks.{l}.mlp.hook_post``, value a scalar per position. No model pass.
+
+    Example:
+        >>> tls.neurons(model)
+        Units(768: 768 neurons)
+    """
     return _sites(model, "neuron", "mlp", "mlp.hook_post", "W_out")
 
 
 def mlps(model: Any) -> Units:
-    """All whole MLP layers: ``blocks.{l}.hook_mlp_out``, value a ``d_model`` vector per position. No model pass."""
+    """All whole MLP layers: ``blocks.{l}.hook_mlp_out``, value a ``d_model`` vector per position. No model pass.
+
+    Example:
+        >>> tls.mlps(model).names
+        ('L0MLP', 'L1MLP', 'L2MLP')
+    """
     return _sites(model, "mlp", "mlp", "hook_mlp_out", None)
 
 
 def attentions(model: Any) -> Units:
-    """All whole attention layers: ``blocks.{l}.hook_attn_out``, value a ``d_model`` vector per position."""
+    """All whole attention layers: ``blocks.{l}.hook_attn_out``, value a ``d_model`` vector per position.
+
+    Example:
+        >>> tls.attentions(model).names
+        ('L0ATTN', 'L1ATTN', 'L2ATTN')
+    """
     return _sites(model, "attention", "attn", "hook_attn_out", None)
 
 
 def residuals(model: Any) -> Units:
     """The whole residual stream after each block: ``blocks.{l}.hook_resid_post``, a ``d_model`` vector per position.
-    For interchange, where it is the ceiling of what a layer's units can carry; it cannot be folded. No model pass."""
+    For interchange, where it is the ceiling of what a layer's units can carry; it cannot be folded. No model pass.
+
+    Example:
+        >>> tls.residuals(model).names
+        ('L0RESID', 'L1RESID', 'L2RESID')
+    """
     return _sites(model, "residual", "", "hook_resid_post", None)
 
 
@@ -267,6 +303,11 @@ def directions(model: Any, hook: str, basis: Any) -> Units:
 
     Raises:
         ValueError: a hook point that the model lacks, or a basis that is no matrix of finite numbers.
+
+    Example:
+        >>> basis = tls.basis.pca(model, train, "blocks.0.hook_resid_post", rank=3)
+        >>> tls.directions(model, "blocks.0.hook_resid_post", basis).names
+        ('L0POST0', 'L0POST1', 'L0POST2')
     """
     if hook not in model.hook_dict:
         raise ValueError(f"the model has no hook point {hook!r}: this architecture does not compute it")
@@ -282,6 +323,10 @@ def stream_directions(model: Any, basis: Any) -> Units:
 
     Raises:
         ValueError: a model without residual stream, or a basis that is no matrix of finite numbers.
+
+    Example:
+        >>> tls.stream_directions(model, torch.eye(64)[:, :2]).names
+        ('S0', 'S1')
     """
     columns = _matrix(basis)
     writes = [name for name in ("blocks.0.hook_resid_pre",) if name in model.hook_dict]

@@ -127,6 +127,11 @@ def save_folded(model: Any, path: str | Path) -> None:
     Raises:
         ValueError: a model that :func:`fold` did not return, or one in compatibility mode.
         FileExistsError: ``path`` is there and is no folded model.
+
+    Example:
+        >>> tls.save_folded(tls.fold(model, reduction), "small")
+        >>> tls.load_folded("small").units["L0H1"]
+        'L0H2'
     """
     path = Path(path)
     if not isinstance(model, FoldedBridge):
@@ -145,6 +150,11 @@ def load_folded(path: str | Path) -> FoldedBridge:
     Raises:
         FileNotFoundError: no folded model at ``path``.
         ValueError: the files are damaged, or were written by a newer version.
+
+    Example:
+        >>> tls.save_folded(tls.fold(model, reduction), "small")
+        >>> tls.heads(tls.load_folded("small"))
+        Units(6: 6 heads)
     """
     path = Path(path)
     header, tensors = read_tensors(path / FOLDED, "folded model")

@@ -50,6 +50,12 @@ def export_hf(model: Any, path: str | Path) -> None:
         ValueError: a model that :func:`fold` did not return, of another architecture, in compatibility mode, or with
             something that the architecture's checkpoints have no place for.
         FileExistsError: ``path`` is there and is no export.
+
+    Example:
+        >>> language = tls.text.load_language_model(tls.task.own_language_model())
+        >>> values = tls.constants.mean(language, tls.load_task("ioi").examples(0)[0][:32], tls.heads(language))
+        >>> without = tls.constants.reduced(language, ~tls.Circuit.of(values.units, ["L0H1"]), values)
+        >>> tls.export_hf(tls.fold(language, without), "checkpoint")
     """
     if not isinstance(model, FoldedBridge):
         raise ValueError(f"export_hf exports what fold returns, not a {type(model).__name__}")
@@ -85,7 +91,7 @@ def _exported(model: FoldedBridge, model_class: Any) -> Any:
     original: Any = model.original_model
     layers = [_sizes(block) for block in model.blocks]
     settings = original.config.to_dict() | {"folded_layers": layers}
-    # The last is TransformerLens's own setting while it runs: a checkpoint that asks for it loads with eager attention only.
+    # TransformerLens switches output_attentions on to run; a checkpoint that asks for it needs eager attention.
     for name in ("model_type", "architectures", "transformers_version", "output_attentions"):
         settings.pop(name, None)
     with torch.device("meta"):

@@ -81,6 +81,14 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
         ValueError: an architecture or a feature that does not fold exactly; units that the model lacks, of a kind that
             does not fold, or at named positions; constants that are not finite; a reduction of another model; a model
             in training mode, or with hooks on it.
+
+    Example:
+        >>> small = tls.fold(model, reduction)
+        >>> small.units["L0H1"]  # the original unit that this one is
+        'L0H2'
+        >>> with tls.intervened(model, tls.ablate(reduction)):
+        ...     torch.allclose(small(test.tokens), model(test.tokens), atol=1e-4)
+        True
     """
     _check_model(model)
     check_fingerprint(model, reduction)

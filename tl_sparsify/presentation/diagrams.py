@@ -29,6 +29,10 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
 
     With ``scores``, removed units are shaded by their rank in them.
+
+    Example:
+        >>> tls.plot.unit_map(reduction, scores)
+        <Figure size ...>
     """
     circuit = _circuit(reduction)
     units = circuit.units
@@ -66,6 +70,10 @@ def head_map(of: Scores | Reduction | Circuit) -> Figure:
 
     Raises:
         ValueError: there is no head among the units.
+
+    Example:
+        >>> tls.plot.head_map(scores)
+        <Figure size ...>
     """
     rows = _rows(of.units, "head")
     flat = of.scores.cpu().double().numpy() if isinstance(of, Scores) else _circuit(of).mask.double().numpy()
@@ -96,6 +104,10 @@ def neuron_density(reduction: Reduction | Circuit, bins: int = 32) -> Figure:
 
     Raises:
         ValueError: there is no neuron among the units, or fewer than one part.
+
+    Example:
+        >>> tls.plot.neuron_density(tls.score.variance(model, train, tls.neurons(model)).top(0.1))
+        <Figure size ...>
     """
     if bins < 1:
         raise ValueError(f"bins is {bins}; at least one is needed")
@@ -135,6 +147,10 @@ def circuit(reduction: Reduction) -> Figure:
     arrow from the kept ones) an affine map of kept units. Arrows in both directions: something is kept that reads and
     writes; in one: only constants are written. Edges between units are not drawn, because a reduction says nothing
     about them.
+
+    Example:
+        >>> tls.plot.circuit(reduction)
+        <Figure size ...>
     """
     units, mask = reduction.units, reduction.circuit.mask.numpy()
     marks = _replacements(reduction)
@@ -185,7 +201,12 @@ def circuit(reduction: Reduction) -> Figure:
 
 
 def causal_graph(model: CausalModel) -> Figure:
-    """A causal model's graph: inputs below, each variable above its parents, the output with a bold frame."""
+    """A causal model's graph: inputs below, each variable above its parents, the output with a bold frame.
+
+    Example:
+        >>> tls.plot.causal_graph(task.causal_model)
+        <Figure size ...>
+    """
     level = {name: 0 for name in model.inputs}
     for name in model.variables:
         level[name] = 1 + max((level[parent] for parent in model.parents[name]), default=0)

@@ -57,6 +57,10 @@ def risk_curve(path: CircuitPath, points: Mapping[str, pd.DataFrame] | None = No
     """Risk against units kept along a path, predicted and measured, on logarithmic axes.
 
     ``points`` adds named tables with columns ``kept``, ``risk`` and ``stderr`` (other constants, other methods).
+
+    Example:
+        >>> tls.plot.risk_curve(path)
+        <Figure size ...>
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -102,6 +106,12 @@ def frontier(
 
     Raises:
         ValueError: an unknown measure, task, method or ablation, a table without the columns, or without rows.
+
+    Example:
+        >>> methods = [tls.score.variance, tls.baselines.random]
+        >>> quick = {"sizes": (0.5,), "seeds": 1, "refit_steps": 1, "examples": 32, "bootstrap": 10, "progress": False}
+        >>> tls.plot.frontier(tls.compare(model, task, methods, units=units, **quick), "accuracy")
+        <Figure size ...>
     """
     if measure not in _MEASURES:
         raise ValueError(f"measure is {measure!r}; it is {', '.join(list(_MEASURES)[:-1])} or {list(_MEASURES)[-1]}")
@@ -154,6 +164,10 @@ def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
 
     Raises:
         ValueError: scores of other units.
+
+    Example:
+        >>> tls.plot.against(scores, tls.score.variance(model, train, units), labels=3)
+        <Figure size ...>
     """
     correlation = one.rank_correlation(other)
     frame = cast(Any, one.to_frame())[["unit", "kind", "score"]].rename(columns={"score": "x"})
@@ -199,6 +213,10 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
 
     Raises:
         ValueError: a table without the columns or rows of :meth:`Evidence.to_frame`.
+
+    Example:
+        >>> tls.plot.evidence(tls.verify(model, task.causal_model, task.alignment, pairs, draws=1))
+        <Figure size ...>
     """
     frame = cast(Any, found.to_frame() if isinstance(found, Evidence) else found)
     needed = ("model", "intervention", "variable", "accuracy", "accuracy_changed", "role", "untrained")
@@ -242,14 +260,24 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
-    """A figure as the bytes of a PNG file: the same for the same figure."""
+    """A figure as the bytes of a PNG file: the same for the same figure.
+
+    Example:
+        >>> tls.plot.png(tls.plot.risk_curve(path))[1:4]
+        b'PNG'
+    """
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=dpi)
     return target.getvalue()
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG: complete, or not at all."""
+    """Write a figure as PNG: complete, or not at all.
+
+    Example:
+        >>> from pathlib import Path
+        >>> tls.plot.save(tls.plot.risk_curve(path), Path("risk.png"))
+    """
     write_bytes(path, png(figure))
 
 

@@ -74,6 +74,11 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         ValueError: the folder has no results, or not all of a run's (the message names what is missing and the command
             that makes it), a file is damaged, or ``out`` cannot be a file.
+
+    Example:
+        >>> tls.report.write("results/ioi")  # before `tl-sparsify run ioi`
+        Traceback (most recent call last):
+        ValueError: ...
     """
     folder = Path(folder)
     target = folder / "report.html" if out is None else Path(out)

@@ -72,6 +72,12 @@ def neighbours(
     Raises:
         ValueError: a model in training mode, a reduction of another model, ``nearest`` or ``draws`` below one, a
             ``ridge`` that is not positive, an unknown ``weighting``.
+
+    Example:
+        >>> kept = tls.score.variance(model, train, tls.neurons(model)).top(0.5)
+        >>> half = tls.constants.reduced(model, kept, tls.constants.mean(model, train, kept.units))
+        >>> tls.constants.neighbours(model, half, train)
+        Reduction(Circuit(384 of 768 units: 384 neurons), neighbours values)
     """
     check_model(model)
     check_fingerprint(model, reduction)

@@ -67,6 +67,11 @@ def gradient(
     Raises:
         ValueError: a model in training mode, values of other units or of a run, values beside another source, an
             unknown source or one that the examples do not have, a metric that gives not one number for each row.
+
+    Example:
+        >>> found = tls.score.gradient(model, train, units)
+        >>> found.absolute.top(0.25).names  # signed: an order by size takes `absolute`
+        ('L0H2', 'L1H1', 'L1H2')
     """
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     total = _line(model, examples, units, replacement, (1.0,), metric, batch_size)
@@ -92,6 +97,10 @@ def integrated(
     Arguments and errors as in :func:`gradient`, and ``ValueError`` for ``steps`` below one.
 
     ``steps`` forward and backward passes over the data; one forward more for the means or the other run.
+
+    Example:
+        >>> tls.score.integrated(model, train, units, steps=3).absolute.top(0.25).names
+        ('L0H0', 'L0H2', 'L1H1')
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated needs at least one")
@@ -123,6 +132,10 @@ def exact(
 
     One forward pass over the data for each unit and one for the original; one more for the means or the other run. With
     ``interventions`` one more for their means and one for each ``interchange``.
+
+    Example:
+        >>> tls.score.exact(model, train, units, values=means, progress=False).top(0.25).names
+        ('L0H2', 'L1H0', 'L1H1')
     """
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     rows = max(1, _TOKENS // examples.labels.shape[1]) if batch_size is None else batch_size

@@ -51,6 +51,10 @@ def unit_moments(
 
     Raises:
         ValueError: a model in training mode; NaN or infinite activations, with the hook point's name.
+
+    Example:
+        >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
+        [(4, 16), (4, 16), (4, 16)]
     """
     check_model(model)
     totals: list[Moments] | None = None
@@ -68,26 +72,48 @@ def unit_moments(
 
 
 def mean(model: Model, examples: Examples, units: Units, *, batch_size: int | None = None) -> Values:
-    """Every unit's mean value (see :func:`unit_moments` for over what). One forward pass."""
+    """Every unit's mean value (see :func:`unit_moments` for over what). One forward pass.
+
+    Example:
+        >>> tls.constants.mean(model, train, units)
+        Values(constant for Units(12: 12 heads))
+    """
     return mean_of(unit_moments(model, examples, units, batch_size=batch_size), model, units)
 
 
 def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
-    """The means in ``moments``, in the model's precision (float32 at least)."""
+    """The means in ``moments``, in the model's precision (float32 at least).
+
+    Example:
+        >>> parts = [tls.constants.unit_moments(model, part, units) for part in (train[:32], train[32:])]
+        >>> merged = tuple(tls.Moments.merge(site) for site in zip(*parts))
+        >>> torch.allclose(tls.constants.mean_of(merged, model, units).tensors[0], means.tensors[0])
+        True
+    """
     dtype = next(iter(model.parameters())).dtype
     dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")
 
 
 def zero(model: Model, examples: Examples, units: Units) -> Values:
-    """Zero for every unit, of the width that the model shows. One forward pass of one example."""
+    """Zero for every unit, of the width that the model shows. One forward pass of one example.
+
+    Example:
+        >>> tls.constants.zero(model, train, units).tensors[0].abs().max().item()
+        0.0
+    """
     shapes = mean(model, examples[:1], units).tensors
     return Values(units, tuple(torch.zeros_like(tensor) for tensor in shapes), "zero")
 
 
 def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = None) -> Reduction:
     """The reduction of ``model`` to a circuit of the user's own, bound to the model by its fingerprint; ``kind`` is
-    that of the values where not given."""
+    that of the values where not given.
+
+    Example:
+        >>> tls.constants.reduced(model, tls.Circuit.of(units, ["L0H2", "L1H0"]), means)
+        Reduction(Circuit(2 of 12 units: 2 heads), mean values)
+    """
     values = values if kind is None else replace(values, kind=kind)
     return Reduction(circuit, values, fingerprint=fingerprint(model))
 
@@ -121,6 +147,11 @@ def refit(
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, fewer than one step.
+
+    Example:
+        >>> fitted = tls.constants.refit(model, reduction, train, validation, steps=20, progress=False)
+        >>> tls.risk(model, fitted, train).mean < tls.risk(model, reduction, train).mean
+        True
     """
     check_model(model)
     check_fingerprint(model, reduction)
@@ -225,6 +256,10 @@ def curvature_weighted(
 
     Raises:
         ValueError: a model in training mode, NaN or infinite activations.
+
+    Example:
+        >>> tls.constants.curvature_weighted(model, train, units, temperature=3.0)
+        Values(constant for Units(12: 12 heads))
     """
     square: list[Tensor] = []
     weighted: list[Tensor] = []
@@ -270,6 +305,13 @@ def newton(
 
     Raises:
         ValueError: a negative ``damping``, a model in training mode, NaN or infinite activations.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # they leave the data's range, as they do in most trained models
+        ...     tls.constants.newton(model, train, units, probes=1)
+        Values(constant for Units(12: 12 heads))
     """
     if damping < 0:
         raise ValueError(f"damping is {damping}; it must not be negative")

@@ -34,6 +34,11 @@ class Uniformity:
     Attributes:
         risk: second-order risk of each unit.
         variance: the variance that is to stand for it.
+
+    Example:
+        >>> found = tls.curvature.uniformity(model, train, units, temperature=3.0)
+        >>> found.rank_correlation, found.variation  # of variance and risk; of curvature
+        (..., ...)
     """
 
     risk: Scores
@@ -146,6 +151,10 @@ def uniformity(
 
     Raises:
         ValueError: as :func:`score.risk` and ``against``.
+
+    Example:
+        >>> tls.curvature.uniformity(model, train, units, temperature=3.0)
+        Uniformity(curvature of 12 units: factor ...)
     """
     shared = {"seed": seed, "batch_size": batch_size}
     settings = {"values": values, "probes": probes, "temperature": temperature, "metric": metric}

@@ -78,6 +78,11 @@ def risk(
 
     Raises:
         ValueError: a model in training mode, NaN or infinite activations, wrong ``probes`` or ``temperature``.
+
+    Example:
+        >>> scores = tls.score.risk(model, train, units, temperature=3.0, seed=0)
+        >>> scores.measured_in, scores.top(0.25).names
+        ('3^2 nats', ('L0H2', 'L1H0', 'L1H1'))
     """
     given = values is not None
     values = values if values is not None else mean(model, examples, units, batch_size=batch_size)
@@ -101,6 +106,10 @@ def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, b
 
     Raises:
         ValueError: a model in training mode, NaN or infinite activations.
+
+    Example:
+        >>> tls.score.variance(model, train, units).top(0.25).names
+        ('L0H2', 'L1H0', 'L1H1')
     """
     same = tuple(torch.ones(site.size, dtype=torch.float64) for site in units.sites)
     scores, stderr = _spread(model, examples, units, same, batch_size)
@@ -134,6 +143,10 @@ def scaled_variance(
     Raises:
         ValueError: a model in training mode, NaN or infinite activations, units whose reader is not known, readers
             of another shape or of a hook point that has no units here.
+
+    Example:
+        >>> tls.score.scaled_variance(model, train, units).top(0.25).names
+        ('L0H2', 'L1H0', 'L1H1')
     """
     readers = readers or {}
     hooks = {site.hook for site in units.sites}
@@ -168,6 +181,10 @@ def additivity(
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, with affine replacements or of no unit.
+
+    Example:
+        >>> tls.score.additivity(model, train, reduction).mean < 0.5  # these heads nearly add up
+        True
     """
     check_fingerprint(model, reduction)
     if reduction.mixing is not None:

@@ -25,6 +25,12 @@ class Scores:
         measured_in: ``nats``, ``squared units``, ...
         forward_passes: over the data.
         backward_passes: over the data.
+
+    Example:
+        >>> scores.top(0.25).names
+        ('L0H2', 'L1H0', 'L1H1')
+        >>> scores.to_frame().columns.tolist()
+        ['unit', 'kind', 'layer', 'index', 'score', 'stderr']
     """
 
     units: Units
@@ -97,6 +103,10 @@ def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
 
     Raises:
         ValueError: a fraction outside (0, 1].
+
+    Example:
+        >>> tls.score.kept_count(780, 0.1), tls.score.kept_count(780, 0.0001)
+        (78, 1)
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"{name} is {fraction}; it must lie in (0, 1]")

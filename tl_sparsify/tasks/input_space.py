@@ -38,6 +38,19 @@ class InputSpace:
         answers: the token of every value of the output.
         sizes: of the splits ``train``, ``validation`` and ``test``, multiples of ``cells``.
         pool: how many inputs pairs are chosen among.
+
+    Example:
+        >>> parity = tls.CausalModel(("x",), {"odd": lambda x: x % 2}, "odd")
+        >>> def encode(rows):
+        ...     x = torch.from_numpy(rows["x"])
+        ...     return tls.pairing.labelled_examples(x[:, None], x % 2)
+        >>> space = tls.InputSpace(
+        ...     parity, size=200, inputs_of=lambda number: {"x": number}, cells=2, cell=lambda values: values["odd"],
+        ...     encode=encode, word=lambda odd: odd, answers={0: 0, 1: 1},
+        ...     sizes={"train": 64, "validation": 16, "test": 16},
+        ... )
+        >>> space.examples(seed=0)[0]
+        Examples(64 of shape (1,), 64 answers, with counterfactuals)
     """
 
     causal_model: CausalModel

@@ -21,6 +21,11 @@ def load_native(folder: str | Path) -> TransformerBridge:
 
     Raises:
         ValueError: a folder without ``config.json`` or ``model.safetensors``.
+
+    Example:
+        >>> folder = tls.task.own_language_model().parents[1] / "hierarchical_equality" / "model"
+        >>> tls.heads(tls.task.load_native(folder))
+        Units(12: 12 heads)
     """
     folder = Path(folder)
     for part in ("config.json", "model.safetensors"):
@@ -36,6 +41,12 @@ def save_native(model: TransformerBridge, config: Mapping[str, Any], folder: str
 
     Raises:
         ValueError: weights that do not fit the settings.
+
+    Example:
+        >>> from transformer_lens import TransformerBridge, TransformerBridgeConfig
+        >>> config = {"d_model": 8, "d_head": 4, "n_heads": 2, "n_layers": 1, "d_mlp": 8, "n_ctx": 3, "d_vocab": 5}
+        >>> config |= {"act_fn": "relu", "seed": 0}
+        >>> tls.task.save_native(TransformerBridge.boot_native(TransformerBridgeConfig(**config)), config, "model")
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

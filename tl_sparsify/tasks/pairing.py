@@ -26,6 +26,10 @@ def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> I
 
     A hash of the number (the SplitMix64 finaliser) decides, never a seed: no seed's test input is another's training
     input. ``shares`` are relative sizes.
+
+    Example:
+        >>> tls.pairing.split_of(np.arange(8))
+        array([0, 0, 0, 1, 1, 1, 0, 0])
     """
     x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -40,6 +44,11 @@ def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"
 
     Raises:
         ValueError: an answer that more than half of the examples have, or that fewer than four have.
+
+    Example:
+        >>> answers = np.repeat(["same", "different"], 50)
+        >>> float((answers[tls.pairing.partners(answers, seed=0)] != answers).mean())
+        0.5
     """
     rng = np.random.default_rng([seed, 41])
     values, inverse, counts = np.unique(answers, return_inverse=True, return_counts=True)
@@ -86,6 +95,14 @@ def pairs(
     Raises:
         ValueError: fewer than two inputs, a variable whose interchange changes the answer for none or for all of the
             pool's pairs, or changes that go together so that no pairs are balanced for every variable.
+
+    Example:
+        >>> parity = tls.CausalModel(("x",), {"odd": lambda x: x % 2, "answer": lambda odd: odd}, "answer")
+        >>> def encode(rows):
+        ...     x = torch.from_numpy(rows["x"])
+        ...     return tls.pairing.labelled_examples(x[:, None], x % 2)
+        >>> len(tls.pairing.pairs(parity, {"x": np.arange(40)}, encode, {0: 0, 1: 1}, n=16, seed=0))
+        16
     """
     base, source = balanced(causal_model, inputs, variables or causal_model.variables, n=n, seed=seed)
     first, second = _at(inputs, base), _at(inputs, source)
@@ -95,7 +112,14 @@ def pairs(
 def balanced(
     causal_model: CausalModel, inputs: Inputs, variables: Sequence[str], *, n: int, seed: int
 ) -> tuple[Int[np.ndarray, "k"], Int[np.ndarray, "k"]]:
-    """Numbers of base and source inputs, as :func:`pairs` takes them."""
+    """Numbers of base and source inputs, as :func:`pairs` takes them.
+
+    Example:
+        >>> parity = tls.CausalModel(("x",), {"odd": lambda x: x % 2, "answer": lambda odd: odd}, "answer")
+        >>> base, source = tls.pairing.balanced(parity, {"x": np.arange(40)}, ["odd"], n=20, seed=0)
+        >>> int((base % 2 != source % 2).sum())
+        10
+    """
     rng = np.random.default_rng([seed, 43])
     size = len(next(iter(inputs.values())))
     if size < 2:
@@ -115,6 +139,13 @@ def balanced_among(
 
     Raises:
         ValueError: as :func:`pairs`.
+
+    Example:
+        >>> parity = tls.CausalModel(("x",), {"odd": lambda x: x % 2, "answer": lambda odd: odd}, "answer")
+        >>> base, source = {"x": np.arange(100)}, {"x": np.arange(100) // 2}
+        >>> chosen = tls.pairing.balanced_among(base, source, [(parity, "odd")], n=20, seed=0)
+        >>> int((base["x"][chosen] % 2 != source["x"][chosen] % 2).sum())
+        10
     """
     return _balanced(base, source, targets, n, np.random.default_rng([seed, 47]))
 
@@ -190,7 +221,13 @@ def labelled_examples(
     position: int = -1,
     choices: Int[Tensor, "k"] | None = None,
 ) -> Examples:
-    """Examples that are answered at one position."""
+    """Examples that are answered at one position.
+
+    Example:
+        >>> found = tls.pairing.labelled_examples(torch.tensor([[3, 3, 32], [3, 5, 32]]), torch.tensor([33, 34]))
+        >>> found.labels.tolist()
+        [[-100, -100, 33], [-100, -100, 34]]
+    """
     labels = tokens.new_full(tokens.shape, NO_LABEL)
     labels[:, position] = answers
     return Examples(tokens, labels, choices=choices)

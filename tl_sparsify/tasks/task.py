@@ -43,6 +43,12 @@ class Task:
         truth: for models whose circuit is known, the names of the true units by what makes them true (``"weights"``:
             their weights do work; ``"removal"``: removing one of them matters under ``ablation``).
         ablation: what kind of ablation the model calls for: ``zero`` for compiled ones, else ``mean``.
+
+    Example:
+        >>> task
+        Task(hierarchical_equality: ...)
+        >>> task.causal_model.variables, task.chance
+        (('left', 'right', 'same'), 0.5)
     """
 
     name: str
@@ -70,7 +76,12 @@ def _folders() -> list[Path]:
 
 
 def list_tasks() -> tuple[str, ...]:
-    """The names of the tasks that ship with the package."""
+    """The names of the tasks that ship with the package.
+
+    Example:
+        >>> "hierarchical_equality" in tls.list_tasks()
+        True
+    """
     return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
 
 
@@ -84,6 +95,10 @@ def load_task(name: str | Path, *, model: Any = None) -> Task:
     Raises:
         ValueError: an unknown name (with the near ones), a folder without its parts, a ``model`` for a task that has
             its own.
+
+    Example:
+        >>> tls.load_task("hierarchical_equality").examples(seed=0)[2]
+        Examples(768 of shape (5,), 768 answers, with counterfactuals)
     """
     here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
     path = here[0] if here and Path(name).name == str(name) else Path(name)
@@ -105,14 +120,25 @@ def load_task(name: str | Path, *, model: Any = None) -> Task:
 
 
 def own_language_model() -> Path:
-    """The folder of the small language model that comes with the package, in Hugging Face format."""
+    """The folder of the small language model that comes with the package, in Hugging Face format.
+
+    Example:
+        >>> tls.task.own_language_model().name
+        'model'
+    """
     here = [folder / "language_model" / "model" for folder in _folders()]
     return next((folder for folder in here if folder.is_dir()), here[-1])
 
 
 def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:
     """The true units of a model whose circuit is known, by what makes them true, from ``truth.json`` in its folder;
-    none where there is no such file."""
+    none where there is no such file.
+
+    Example:
+        >>> folder = tls.task.own_language_model().parents[1] / "planted_backup" / "model"
+        >>> sorted(tls.task.load_truth(folder))
+        ['removal', 'weights']
+    """
     path = folder / "truth.json"
     return {kind: tuple(names) for kind, names in json.loads(path.read_text()).items()} if path.is_file() else {}
 
