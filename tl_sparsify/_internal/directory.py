@@ -21,7 +21,7 @@ def check_free(path: Path, mark: str, kind: str) -> None:
 
 @contextmanager
 def directory(path: Path, mark: str, kind: str) -> Iterator[Path]:
-    """A folder beside ``path`` to write to, which is renamed to ``path`` at the end, or removed after an exception.
+    """A folder next to ``path`` to write to, which is renamed to ``path`` at the end, or removed after an exception.
     An older directory of the same ``kind``, which has the file ``mark``, is replaced.
 
     Raises:

@@ -1,6 +1,6 @@
 """One kind of file for everything: a safetensors file whose header carries a json description and a checksum.
 
-Files are written beside their target and renamed, so an interruption never leaves half a file. Nothing pickled is
+Files are written next to their target and renamed, so an interruption never leaves half a file. Nothing pickled is
 read or written.
 """
 
@@ -32,7 +32,7 @@ def digest(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it there: complete, or not at all."""
+    """Write ``content`` next to ``path`` and rename it: complete, or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.write_bytes(content)

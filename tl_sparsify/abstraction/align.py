@@ -6,7 +6,7 @@ gradient ``g`` taken at several points between the two runs. Summed over pairs i
 variable and low for those that carry another one, whose interchange is wrong where the answer should stay. What ranks
 high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen.
 
-A search looks at many candidates, so its own accuracy is optimistic: the one to report is ``held_out``, beside the
+A search looks at many candidates, so its own accuracy is optimistic: the one to report is ``held_out``, next to the
 controls of :func:`tl_sparsify.verify`.
 """
 

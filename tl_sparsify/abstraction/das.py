@@ -1,7 +1,7 @@
 """Directions learnt to carry a variable: where in the residual stream, and which.
 
 DAS fits arbitrary targets and finds effects in untrained models (Arora et al., 2024): judge what is learnt here on
-other pairs, beside the controls of :func:`tl_sparsify.verify`.
+other pairs, with the controls of :func:`tl_sparsify.verify`.
 """
 
 from __future__ import annotations

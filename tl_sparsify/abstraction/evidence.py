@@ -160,7 +160,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The interchange accuracies of an alignment beside their controls: one table.
+    """The interchange accuracies of an alignment with their controls, as one table.
 
     Attributes:
         rows: its lines.
@@ -181,7 +181,7 @@ class Evidence:
         return pd.DataFrame([asdict(row) for row in self.rows])
 
     def verdicts(self) -> pd.DataFrame:
-        """Whether each aligned variable is accepted, in each trained model, and the controls beside it: a row each; the
+        """Whether each aligned variable is accepted, in each trained model, and its controls: a row each; the
         columns are :class:`~tl_sparsify.abstraction.verdicts.Verdict`'s attributes. No model pass."""
         return verdicts(self.to_frame())
 

@@ -45,7 +45,7 @@ class Verdict:
         model, variable: what is judged; `` (a source each)`` is added to a set whose variables have separate sources.
         accuracy, changed, lower: interchange accuracy, the same where the answer should change, and its lower bound.
         accepted: whether both accuracies reach :data:`GOAL` and :data:`GOAL_CHANGED`.
-        control, control_accuracy: the best control beside it; empty and NaN where there is none.
+        control, control_accuracy: the best of its controls; empty and NaN where there is none.
         passing: the controls that would be accepted too.
         units, removed: units interchanged, and aligned units that this model no longer has.
         retained: the share of pairs that count.

@@ -8,10 +8,10 @@ an MLP, or the logits. With ``g[r]`` the gradient of the metric with respect to 
 
 the mean over examples taken before anything else (EAP: Syed et al., arXiv 2310.10348). A unit is scored by the sum or
 the greatest of its edges' absolute values: their signed sum is attribution patching again, and wherever it is not the
-stream is no sum of what units write, and the model is refused. EAP-IG averages ``g`` over inputs between the two runs
+stream is not a sum of what units write, and the model is refused. EAP-IG averages ``g`` over inputs between the two runs
 (Hanna et al., arXiv 2403.17806).
 
-A first-order effect says little about large steps, and a sum of absolute values is no effect of anything.
+A first-order effect says little about large steps, and a sum of absolute values is not the effect of anything.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def eap_ig(
     found = edge_attribution(model, examples, units, steps=steps, **shared)
     scores = found.nodes(reduce)
     name = f"EAP ({reduce})" if steps == 1 else f"EAP-IG ({reduce}, {steps} steps)"
-    unknown = torch.full_like(scores, float("nan"))  # of an absolute value of a mean there is no simple one
+    unknown = torch.full_like(scores, float("nan"))  # the absolute value of a mean has no simple one
     return Scores(units, scores, unknown, name, "units of the metric", found.forward_passes, found.backward_passes)
 
 

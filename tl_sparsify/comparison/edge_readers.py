@@ -103,7 +103,7 @@ class Slopes:
         after = self.gradients[_stream(self.model, reader.layer + 1)]
         if reader.part == "logits":
             yield after[:, :, None]
-        elif not _parallel(self.model):  # the stream goes on beside the MLP
+        elif not _parallel(self.model):  # the stream goes on past the MLP
             yield (self.gradients[f"blocks.{reader.layer}.hook_resid_mid"] - after)[:, :, None]
         else:
             heads = [self._projected(reader.layer, part, 0, None).sum(2, keepdim=True) for part in "qkv"]

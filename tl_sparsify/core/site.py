@@ -3,7 +3,7 @@
 Heads are slices of the activation, neurons its entries, a whole layer is one unit. Directions are coordinates: with
 the columns of ``basis`` as directions ``B``, a unit's value is its entry of ``v = pinv(B) x`` and a change is written
 as ``x + B (v' - v)``. For orthonormal columns these are the projections; columns may overlap, and then the values are
-least-squares coordinates, which say how much of ``x`` each direction has beside the others.
+least-squares coordinates: how much of ``x`` each direction accounts for, given the others.
 """
 
 from __future__ import annotations

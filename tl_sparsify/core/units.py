@@ -302,7 +302,7 @@ def directions(model: Any, hook: str, basis: Any) -> Units:
             decoder of a sparse autoencoder. Columns may overlap.
 
     Raises:
-        ValueError: a hook point that the model lacks, or a basis that is no matrix of finite numbers.
+        ValueError: a hook point that the model lacks, or a basis that is not a matrix of finite numbers.
 
     Example:
         >>> basis = tls.basis.pca(model, train, "blocks.0.hook_resid_post", rank=3)
@@ -322,7 +322,7 @@ def stream_directions(model: Any, basis: Any) -> Units:
     coordinate for each write; removed by constant coordinates, which weight orthogonalisation does in the weights.
 
     Raises:
-        ValueError: a model without residual stream, or a basis that is no matrix of finite numbers.
+        ValueError: a model without residual stream, or a basis that is not a matrix of finite numbers.
 
     Example:
         >>> tls.stream_directions(model, torch.eye(64)[:, :2]).names

@@ -144,7 +144,7 @@ def narrow_mlp(
 
 
 def fuse(attention: Any) -> None:
-    """Make the fused QKV map that some architectures keep beside q, k and v again from these, which are what runs.
+    """Make the fused QKV map that some architectures keep next to q, k and v again from these, which are what runs.
 
     GPT-2's ``[d_model, 3 heads d_head]``: q, k and v become views of it. GPT-NeoX's ``[heads 3 d_head, d_model]``
     holds the same numbers in another order.

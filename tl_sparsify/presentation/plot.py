@@ -360,7 +360,7 @@ def _heading(rows: Any, measure: str) -> str:
 
 
 def _named(axes: Axes, named: Any, x: str, y: str) -> None:
-    """Names in a column beside the axes, in the order of their points, with a line to each: none can overlap."""
+    """Names in a column next to the axes, in the order of their points, with a line to each: none can overlap."""
     rising = named.sort_values(y, ascending=not axes.yaxis_inverted(), kind="stable")
     for i, (_, row) in enumerate(rising.iterrows()):
         height = (i + 0.5) / len(named)

@@ -102,7 +102,7 @@ def quality(run: RunResults) -> list[str]:
 
 
 def compared(run: RunResults) -> list[str]:
-    """The found circuit beside circuits of the same size in other orders."""
+    """The found circuit compared with circuits of the same size in other orders."""
     said: list[str] = []
     for kind, part in run.baselines.groupby("replacements", sort=False):
         ours, others = part[part.found & ~part.as_saved], part[~part.found]

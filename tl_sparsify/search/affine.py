@@ -28,7 +28,7 @@ from tl_sparsify.core.units import Model
 MIXABLE = ("neuron", "direction")
 """Kinds of units that can be affine in others: those of width 1."""
 Weighting = Literal["curvature", "uniform"]
-_EVEN = 3.0  # times the mean weight, that every sample has beside its own: maps are used in a model that has changed
+_EVEN = 3.0  # times the mean weight, added to every sample's own: maps are used in a model that has changed
 
 
 def neighbours(

@@ -65,7 +65,7 @@ def gradient(
     One forward and one backward pass over the data; one forward more for the means or the other run.
 
     Raises:
-        ValueError: a model in training mode, values of other units or of a run, values beside another source, an
+        ValueError: a model in training mode, values of other units or of a run, values together with another source, an
             unknown source or one that the examples do not have, a metric that gives not one number for each row.
 
     Example:

@@ -1,4 +1,4 @@
-"""A space of inputs: all of a task's inputs by number, cut into splits for ever and into cells that are drawn evenly.
+"""An input space: all inputs of a task by number, cut into fixed splits, and into cells that are drawn evenly.
 
 For tasks whose inputs can be counted. Cells (which variables are true, say) keep rare combinations from being missing.
 """

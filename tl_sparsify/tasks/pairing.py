@@ -22,7 +22,7 @@ Inputs = Mapping[str, Shaped[np.ndarray, "n *rest"]]
 
 
 def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> Int[np.ndarray, "n"]:
-    """The split (0, 1, 2: train, validation, test) that each input, named by its number, belongs to for ever.
+    """The split (0, 1, 2: train, validation, test) that each input, named by its number, always belongs to.
 
     A hash of the number (the SplitMix64 finaliser) decides, never a seed: no seed's test input is another's training
     input. ``shares`` are relative sizes.
@@ -57,7 +57,7 @@ def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"
             f"answers are {dict(zip(values.tolist(), counts.tolist(), strict=True))}: each must be there at least 4 "
             "times, and none for more than half of the examples"
         )
-    # An odd count is halved up and down by turns, the largest such that the others still outnumber what is left of it.
+    # Odd counts are halved up and down in turn, the largest first, so that the others still outnumber its rest.
     odd = np.argsort(-counts, kind="stable")
     odd = odd[counts[odd] % 2 == 1]
     within = counts // 2

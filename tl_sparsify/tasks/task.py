@@ -70,7 +70,7 @@ class Task:
 
 
 def _folders() -> list[Path]:
-    """Where tasks live: inside an installed package, or beside it in a checkout."""
+    """Where tasks live: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).parent.parent
     return [folder for folder in (package / "_tasks", package.parent / "tasks") if folder.is_dir()]
 
