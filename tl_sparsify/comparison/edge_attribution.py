@@ -7,9 +7,9 @@ an MLP, or the logits. With ``g[r]`` the gradient of the metric with respect to 
     edge[u, r] = E[ sum_t (w_clean[u, t] - w_corrupted[u, t]) . g[r, t] ],
 
 the mean over examples taken before anything else (EAP: Syed et al., arXiv 2310.10348). A unit is scored by the sum or
-the greatest of its edges' absolute values: their signed sum is attribution patching again, and wherever it is not the
-stream is not a sum of what units write, and the model is refused. EAP-IG averages ``g`` over inputs between the two runs
-(Hanna et al., arXiv 2403.17806).
+the greatest of its edges' absolute values: their signed sum is attribution patching again, and where it is not, the
+stream is not a sum of what units write, and the model is refused. EAP-IG averages ``g`` over inputs between the two
+runs (Hanna et al., arXiv 2403.17806).
 
 A first-order effect says little about large steps, and a sum of absolute values is not the effect of anything.
 """

@@ -49,5 +49,6 @@ def pca(
         raise ValueError(f"rank is {rank}; {hook} has {len(total)} directions")
     mean = total / count
     vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean)).eigenvectors.flip(1)[:, :rank]
+    # An eigenvector's sign is arbitrary, and differs between machines.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * largest.sign()).to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -100,7 +100,7 @@ def compared(
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
-            with intervened(model, removed):
+            with intervened(model, removed):  # each model interchanges its own values: the source run is ablated too
                 drawn = drawn_interventions(*same)
             with intervened(model, *drawn, removed):
                 reduced = answer_logits(model, batch)

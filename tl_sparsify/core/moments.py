@@ -50,7 +50,7 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         share = other.count / count.clamp_min(1e-300)
-        step = other.mean - self.mean
+        step = other.mean - self.mean  # the means' distance adds to the spread what lies between the groups
         spread = self.spread + other.spread + step.square() * self.count * share
         return Moments(count, self.mean + step * share, spread)
 

@@ -136,7 +136,7 @@ class Site:
     @cached_property
     def _dual(self) -> Float[Tensor, "width size"]:
         """``pinv(basis)`` transposed: what reads the coordinates. For orthonormal columns the basis itself."""
-        columns = self._columns.detach().double()
+        columns = self._columns.detach().double()  # columns that nearly coincide make the inverse large
         gram = columns.T @ columns
         if torch.allclose(gram, torch.eye(self.size, dtype=gram.dtype, device=gram.device), atol=1e-6):
             return self._columns

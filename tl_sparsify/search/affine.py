@@ -107,6 +107,7 @@ def neighbours(
         centre, covariance, deviation = found
         weights = _regressed(covariance, deviation, mask, nearest, ridge)
         removed = (~mask).nonzero().flatten()
+        # A regression passes through the means: the constant is what is left of the unit's own mean.
         constant = (centre - weights.of(centre[None, None, :, None])[0, 0, :, 0])[removed]
         values.append(c.clone().index_copy_(0, removed.to(c.device), constant[:, None].to(c)))
         mixing.append(replace(weights, weights=weights.weights.to(c)))
@@ -246,6 +247,7 @@ def _regressed(
     """Ridge regression of each removed unit on its neighbours, all of a site in one batched solve."""
     kept, removed = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     scale = deviation.clamp_min(1e-12)
+    # Standardised, so that rescaling a neuron changes neither its neighbours nor how strongly ridge pulls.
     correlation = covariance / scale[kept][:, None] / scale
     inside, across = correlation[:, kept], correlation[:, removed]  # [kept, kept], [kept, removed]
     dead = deviation[kept] <= 1e-12

@@ -105,7 +105,7 @@ def integrated(
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated needs at least one")
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
-    levels = tuple((step + 0.5) / steps for step in range(steps))
+    levels = tuple((step + 0.5) / steps for step in range(steps))  # midpoints: exact where the slope is linear in keep
     total = _line(model, examples, units, replacement, levels, metric, batch_size)
     return Scores(units, total.mean, total.stderr, "integrated", "units of the metric", steps + passes, steps)
 

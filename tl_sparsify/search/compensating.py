@@ -58,6 +58,7 @@ class _Bank:
         """What each unit costs next (nats); infinite for one that is gone or always_keep."""
         cost = self.alone
         if cost is None:
+            # 1 / P[u, u] is the variance of u that the units left cannot explain: the error of the affine replacement.
             cost = self.readers.diagonal() / self.precision.diagonal().clamp_min(1e-300) / 2
         return torch.where(self.alive, cost, float("inf"))
 
@@ -66,6 +67,8 @@ class _Bank:
         self.alive[unit] = False
         if self.alone is not None:
             return
+        # The regression of u on the others has the coefficients -P[u, w] / P[u, u]. What reads u now reads that sum,
+        # and the precision of the others alone is a Schur complement.
         row = self.precision[unit] / self.precision[unit, unit]
         takeover, read = -row, self.readers[unit].clone()
         takeover[unit] = 0
@@ -212,7 +215,7 @@ def _banks(
             banks.append(_Bank(readers[number][:, 0] / 2, readers[number], squares[number], alive.clone()))
             continue
         centre = sums[number] / counts[number]
-        covariance = squares[number] / counts[number] - torch.outer(centre, centre)
+        covariance = squares[number] / counts[number] - torch.outer(centre, centre)  # in float64: a difference
         banks.append(_Bank(None, readers[number], _precision(covariance, kept, ridge), alive.clone()))
     return banks
 
@@ -221,6 +224,7 @@ def _precision(
     covariance: Float[Tensor, "units units"], kept: Bool[Tensor, "units"], ridge: float
 ) -> Float[Tensor, "units units"]:
     """The inverse of the kept units' covariance, its diagonal raised by ``ridge``; the identity elsewhere."""
+    # Ridge on correlations: rescaling a neuron and its reader must change no choice.
     scale = covariance.diagonal().clamp_min(1e-24).sqrt()
     correlation = covariance / scale / scale[:, None]
     correlation = torch.where(kept & kept[:, None], correlation, 0.0)

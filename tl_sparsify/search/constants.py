@@ -275,6 +275,7 @@ def curvature_weighted(
     found: list[Tensor] = []
     for a, b, m in zip(square, weighted, means.tensors, strict=True):
         width = a.shape[-1]
+        # Where the output does not depend on a unit the system is singular, and any constant is optimal: take the mean.
         ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-300
         damped = a + torch.diag_embed(ridge.expand(-1, width))
         found.append(torch.linalg.solve(damped, b + ridge * m.double()).to(m))
@@ -340,7 +341,7 @@ def newton(
     found: list[Tensor] = []
     outside = 0
     for (hv, g, h, top, low, high), m in zip(totals, means.tensors, strict=True):
-        extra = damping * len(examples) * top.amax(-1, keepdim=True)
+        extra = damping * len(examples) * top.amax(-1, keepdim=True)  # h is a sum over the examples
         bottom = h + extra
         c = torch.where(bottom > 0, (hv - g + extra * m.double()) / bottom.clamp_min(1e-300), m.double())
         outside += int(((c < low) | (c > high)).any(-1).sum())

@@ -69,6 +69,7 @@ class Uniformity:
         """Of the curvature, at 5, 25, 50, 75 and 95 % (NaN without any unit that varies and has an effect)."""
         kappa = self.curvature[self._compared].double()
         at = torch.tensor(QUANTILES, dtype=torch.float64, device=kappa.device)
+        # Between two units the quantile is interpolated; curvature spans orders of magnitude, hence on its logarithm.
         found = kappa.log().quantile(at).exp().tolist() if len(kappa) else [float("nan")] * len(QUANTILES)
         return dict(zip(QUANTILES, found, strict=True))
 

@@ -136,6 +136,7 @@ def _exchanges(
     matrix, linear = found.matrix.double().cpu(), found.linear.double().cpu()
     mask = here.circuit.mask
     out, back = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    # The expansion runs along removals; to restore a unit is the same step backwards, so its slope changes sign.
     dropped = linear + matrix.square().sum(0) / 2
     restored = -linear + matrix.square().sum(0) / 2
     out = out[dropped[out].argsort(stable=True)[:_SHORTLIST]]

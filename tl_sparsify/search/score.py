@@ -200,6 +200,7 @@ def additivity(
     joint, alone = torch.cat(parts, 1)
     if not bool(alone.any()):
         return Estimate(0.0, 0.0, len(examples))  # nothing reads these units
+    # A ratio of means, its error by the delta method: a mean of ratios would be ruled by examples of tiny risk.
     ratio = alone.mean() / joint.mean()
     scatter = Moments.of((alone - ratio * joint) / joint.mean())
     return Estimate(float(1 - ratio), float(scatter.stderr), len(examples))
@@ -230,7 +231,7 @@ def _spread(
             total, count = torch.cat(q, 1), torch.cat(n, 1)
             products = (total, count, total * total, total * count, count * count)
             sums = sums + torch.stack([product.sum(0) for product in products])
-    q1, n1, qq, qn, nn = sums
+    q1, n1, qq, qn, nn = sums  # squares, positions, and the second moments of both: what the delta method needs
     n1 = n1.clamp_min(1)
     scores = q1 / n1
     scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / len(examples))

@@ -1,4 +1,4 @@
-"""An overview of tasks: how well a task's model does it, compared with chance, and how many units there are to choose from."""
+"""An overview of tasks: how a task's model does compared with chance, and how many units there are to choose from."""
 
 from __future__ import annotations
 
