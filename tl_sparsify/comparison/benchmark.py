@@ -116,10 +116,12 @@ def compare(
             :func:`evaluate` raises.
 
     Example:
-        >>> methods = [tls.score.variance, tls.baselines.random]
-        >>> quick = {"sizes": (0.5,), "seeds": 1, "refit_steps": 1, "examples": 32, "bootstrap": 10, "progress": False}
-        >>> sorted(tls.compare(model, task, methods, units=units, **quick)["method"].unique())
-        ['random', 'variance']
+        >>> table = tls.compare(
+        ...     model, task, [tls.baselines.random], units=units, sizes=(0.5,), seeds=1, refit_steps=1, examples=32,
+        ...     bootstrap=10, progress=False,
+        ... )
+        >>> table["method"].unique().tolist(), table["kept"].unique().tolist()
+        (['random'], [6])
     """
     chosen = [Method.of(method) for method in methods]
     names = [method.name for method in chosen]

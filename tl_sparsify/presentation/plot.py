@@ -108,9 +108,7 @@ def frontier(
         ValueError: an unknown measure, task, method or ablation, a table without the columns, or without rows.
 
     Example:
-        >>> methods = [tls.score.variance, tls.baselines.random]
-        >>> quick = {"sizes": (0.5,), "seeds": 1, "refit_steps": 1, "examples": 32, "bootstrap": 10, "progress": False}
-        >>> tls.plot.frontier(tls.compare(model, task, methods, units=units, **quick), "accuracy")
+        >>> tls.plot.frontier(table, "accuracy")
         <Figure size ...>
     """
     if measure not in _MEASURES:

@@ -76,9 +76,9 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
             that makes it), a file is damaged, or ``out`` cannot be a file.
 
     Example:
-        >>> tls.report.write("results/ioi")  # before `tl-sparsify run ioi`
-        Traceback (most recent call last):
-        ValueError: ...
+        >>> table.to_csv("table.csv", index=False)  # what `tl-sparsify bench --out .` writes
+        >>> tls.report.write(".").name
+        'report.html'
     """
     folder = Path(folder)
     target = folder / "report.html" if out is None else Path(out)

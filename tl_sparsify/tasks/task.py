@@ -136,8 +136,8 @@ def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:
 
     Example:
         >>> folder = tls.task.own_language_model().parents[1] / "planted_backup" / "model"
-        >>> sorted(tls.task.load_truth(folder))
-        ['removal', 'weights']
+        >>> tls.task.load_truth(folder)
+        {'weights': ('L0H1', 'L1H2')}
     """
     path = folder / "truth.json"
     return {kind: tuple(names) for kind, names in json.loads(path.read_text()).items()} if path.is_file() else {}
