@@ -101,6 +101,11 @@ def verify(
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
             output without a token, a ``goal`` outside (0, 1].
+
+    Example:
+        >>> evidence = tls.verify(model, task.causal_model, task.alignment, pairs, reduced=reduction, draws=1)
+        >>> evidence.to_frame()["model"].unique().tolist()
+        ['original', 'reduced', 'random weights']
     """
     check_model(model)
     for variable in alignment.variables:

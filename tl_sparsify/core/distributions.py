@@ -30,6 +30,11 @@ class InterventionDistribution:
         of: the units of ``kept`` ones only, or of ``all``: the reduced model then gets the interventions on the
             units that it still has.
         parts: of a mixture, each with its weight; every example draws one of them.
+
+    Example:
+        >>> often = tls.InterventionDistribution.interchange(0.5)
+        >>> tls.risk(model, reduction, test, interventions=often).n
+        64
     """
 
     kind: Literal["none", "interchange", "mean", "mixture"] = "none"

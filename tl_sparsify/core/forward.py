@@ -123,7 +123,12 @@ def answer_index(batch: Examples) -> Int[Tensor, "rows"]:
 
 
 def run_values(model: Model, batch: Examples, units: Units) -> Values:
-    """The units' values on a batch: the source of an interchange. One forward pass, no gradients."""
+    """The units' values on a batch: the source of an interchange. One forward pass, no gradients.
+
+    Example:
+        >>> tls.run_values(model, test, units)
+        Values(of a run for Units(12: 12 heads))
+    """
     with torch.no_grad(), recorded(model, units) as recording:
         output(model, batch)
     return Values(units, recording.read())

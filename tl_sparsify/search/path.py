@@ -46,6 +46,12 @@ class CircuitPath:
         rounds: from the largest circuit to the smallest.
         costs: what each unit costs (its parameters, say) in a search by cost; ``None``: 1 each.
         values: constants for circuits between rounds; those of the rounds where not given.
+
+    Example:
+        >>> path.to_frame()["kept"].tolist()
+        [9, 6]
+        >>> path.at(0.5).circuit <= path.at(0.75).circuit
+        True
     """
 
     units: Units
