@@ -38,7 +38,7 @@ class CausalModel:
             message names the culprit.
 
     Example:
-        >>> equality = CausalModel(
+        >>> equality = tls.CausalModel(
         ...     inputs=("a", "b", "c", "d"),
         ...     mechanisms={
         ...         "left": lambda a, b: a == b,
