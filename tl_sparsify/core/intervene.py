@@ -35,6 +35,11 @@ class Intervention:
         values: what replaces them: constants, or the values of another run.
         mixing: for each site, what is added to that as a linear map of the site's units as they are there.
         first_token: at which first tokens the units are left alone, whatever ``keep`` says.
+
+    Example:
+        >>> half = tls.Intervention(units, torch.full((12,), 0.5), means)  # halfway to their means
+        >>> with tls.intervened(model, half):
+        ...     logits = model(test.tokens)
     """
 
     units: Units
@@ -54,13 +59,23 @@ def ablate(reduction: Reduction) -> Intervention:
     """Set every removed unit of a reduction to its constant (or affine replacement), everywhere.
 
     Nested with other interventions on its units it comes last, so that affine replacements see what the others left.
+
+    Example:
+        >>> with tls.intervened(model, tls.ablate(reduction)):
+        ...     logits = model(test.tokens)
     """
     keep = reduction.circuit.mask.float()
     return Intervention(reduction.units, keep, reduction.values, reduction.mixing, reduction.first_token)
 
 
 def interchange(circuit: Circuit, source: Values) -> Intervention:
-    """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`forward.run_values`)."""
+    """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`forward.run_values`).
+
+    Example:
+        >>> source = tls.run_values(model, test.with_partners(torch.arange(64).flip(0)), units)
+        >>> with tls.intervened(model, tls.interchange(tls.Circuit.of(units, ["L1H0"]), source)):
+        ...     logits = model(test.tokens)
+    """
     return Intervention(circuit.units, (~circuit.mask).float(), source)
 
 
@@ -106,6 +121,13 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
 
     Raises:
         ValueError: a hook point that the model lacks, or (when the model runs) an activation of another shape.
+
+    Example:
+        >>> before = model(test.tokens)
+        >>> with tls.intervened(model, tls.ablate(reduction)):
+        ...     ablated = model(test.tokens)
+        >>> torch.equal(ablated, before), torch.equal(model(test.tokens), before)
+        (False, True)
     """
     hooks: list[tuple[str, Callable[..., Any]]] = []
     seen: dict[str, Bool[Tensor, "batch pos"] | None] = {}
@@ -235,6 +257,12 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
 
     Raises:
         ValueError: a hook point that the model lacks.
+
+    Example:
+        >>> with tls.recorded(model, units) as recording:
+        ...     logits = model(test.tokens)
+        >>> [tuple(values.shape) for values in recording.read()]
+        [(64, 5, 4, 16), (64, 5, 4, 16), (64, 5, 4, 16)]
     """
     recording = Recording(units, {})
 

@@ -39,6 +39,11 @@ class Reduction:
         mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
             the affine fold into neighbours. Made for this circuit only.
         first_token: at which first tokens removed units keep their own values (:data:`circuit.FirstToken`).
+
+    Example:
+        >>> reduction.save("half.reduction")
+        >>> tls.Reduction.load("half.reduction") == reduction
+        True
     """
 
     circuit: Circuit
@@ -189,7 +194,12 @@ _SAMPLED = 65_536
 
 def fingerprint(model: Any) -> str:
     """A hash of the model's parameters: names, shapes and values (every one up to 65,536 in a tensor, else that many
-    evenly spaced), in float32, so that a model's float64 copy has the same. No model pass."""
+    evenly spaced), in float32, so that a model's float64 copy has the same. No model pass.
+
+    Example:
+        >>> tls.fingerprint(model) == reduction.fingerprint
+        True
+    """
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         flat = parameter.detach().reshape(-1)

@@ -137,6 +137,11 @@ def sparsify(
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
             units to be kept always that are more than the smallest size leaves, costs that are not positive.
+
+    Example:
+        >>> path = tls.sparsify(model, train, units, sizes=(0.75, 0.5), seed=0, progress=False)
+        >>> path.at(0.5)
+        Reduction(Circuit(6 of 12 units: 6 heads), mean values)
     """
     if not 1 <= rounds <= _MOST_ROUNDS:
         raise ValueError(f"rounds is {rounds}; at least one is needed, and at most {_MOST_ROUNDS:,}")
