@@ -46,6 +46,10 @@ class Probing:
     Attributes:
         probes: for each example and round (:func:`probes.fisher_probes`).
         temperature: of the output, for the probes.
+
+    Example:
+        >>> tls.sparsify(model, train, units, sizes=(0.5,), probing=tls.Probing(probes=1), progress=False).at(0.5)
+        Reduction(Circuit(6 of 12 units: 6 heads), mean values)
     """
 
     probes: int = 4
@@ -60,6 +64,11 @@ class Refitting:
         steps: of each refit, early-stopped on ``held_out``; where not given 20 with ``held_out`` (best at small sizes,
             ``benchmarks/variants.py``) and none without.
         batch_size: examples in a step.
+
+    Example:
+        >>> few = tls.Refitting(steps=2)
+        >>> tls.sparsify(model, train, units, sizes=(0.5,), held_out=validation, refitting=few, progress=False).at(0.5)
+        Reduction(Circuit(6 of 12 units: 6 heads), refit values)
     """
 
     steps: int | None = None
@@ -74,6 +83,11 @@ class Constraints:
         always_keep: units that are never removed.
         costs: what each unit costs (:func:`units.parameters`); the schedule's fractions are then of the total cost,
             and ``path.within_budget`` gives a circuit for a budget.
+
+    Example:
+        >>> keep = tls.Constraints(always_keep=tls.Circuit.of(units, ["L2H3"]))
+        >>> "L2H3" in tls.sparsify(model, train, units, sizes=(0.5,), constraints=keep, progress=False).at(0.5).circuit
+        True
     """
 
     always_keep: Circuit | None = None

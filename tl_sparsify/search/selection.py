@@ -38,6 +38,11 @@ class Shrinkage:
     Attributes:
         interactions: the share of the interactions between units, ``1 - lambda``.
         slope: the share of the divergence's slope, ``mu``.
+
+    Example:
+        >>> alone = tls.Shrinkage(interactions=0.0)  # no interactions between units
+        >>> tls.sparsify(model, train, units, sizes=(0.5,), shrinkage=alone, progress=False).at(0.5)
+        Reduction(Circuit(6 of 12 units: 6 heads), mean values)
     """
 
     interactions: float = 1.0
