@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_logits_are_the_same(name: str, patterns: list[str], seed: int, tmp_path
 def test_a_model_that_transformer_lens_loaded_by_name(tmp_path: Path):
     """Loading by name switches ``output_attentions`` on, which loads with eager attention only."""
     model = load_language_model(own_language_model())
-    folded = fold(model, reduction_of(model, ["L0H1", "L2N3"]))
+    folded = fold(model, replace(reduction_of(model, ["L0H1", "L2N3"]), first_token="none"))
     export_hf(folded, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     inputs = tokens()

@@ -54,7 +54,7 @@ def export_hf(model: Any, path: str | Path) -> None:
     Example:
         >>> language = tls.text.load_language_model(tls.task.own_language_model())
         >>> values = tls.constants.mean(language, tls.load_task("ioi").examples(0)[0][:32], tls.heads(language))
-        >>> without = tls.constants.reduced(language, ~tls.Circuit.of(values.units, ["L0H1"]), values)
+        >>> without = tls.Reduction(~tls.Circuit.of(values.units, ["L0H1"]), values, first_token="none")
         >>> tls.export_hf(tls.fold(language, without), "checkpoint")
     """
     if not isinstance(model, FoldedBridge):
