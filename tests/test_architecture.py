@@ -14,7 +14,7 @@ ORDER = {
     "_internal": "random files progress versions directory",
     "core": "site units prompts examples circuit reduction moments intervene forward metrics distributions measure "
     "probes basis",
-    "search": "linearisation affine constants scores attribution score curvature path selection shrinkage joint "
+    "search": "linearisation affine constants alone scores attribution score curvature path selection shrinkage joint "
     "compensating exchanges",
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
     "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",

@@ -7,7 +7,7 @@ score cannot see redundancy or cancellation: :func:`additivity` says how much th
 ==================  =====================================================  ====================================
 score               what it is                                             forward + backward passes
 ==================  =====================================================  ====================================
-``risk``            divergence to second order                             2 + ``probes``
+``risk``            divergence to second order                             1 + ``probes``
 ``variance``        of the unit's value                                    2 + 0
 ``scaled_variance`` of what the unit writes                                2 + 0
 ``gradient``        a metric's drop to first order, signed                 2 + 1
@@ -37,6 +37,7 @@ from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.alone import alone
 from tl_sparsify.search.attribution import exact, gradient, integrated
 from tl_sparsify.search.constants import mean, unit_moments
 from tl_sparsify.search.scores import Scores, kept_count
@@ -72,7 +73,8 @@ def risk(
     under them (a unit that is itself interchanged is removed from the value that it then has).
 
     One forward and ``probes`` backward passes over the data for all units together (fewer backward passes where
-    fewer probes are exact), and one forward pass for the means where ``values`` are not given; one more for each
+    fewer probes are exact). Where ``values`` are not given the means come from the same pass; from one more under
+    ``interventions``, and for very many wide units (:mod:`tl_sparsify.search.alone`). One forward pass more for each
     ``interchange`` in the distribution. With ``temperature`` other than 1 the score is ``temperature**2`` times the
     risk at that temperature.
 
@@ -84,9 +86,18 @@ def risk(
         >>> scores.measured_in, scores.top(0.25).names
         ('3^2 nats', ('L0H2', 'L1H0', 'L1H1'))
     """
-    given = values is not None
-    values = values if values is not None else mean(model, examples, units, batch_size=batch_size)
-    settings = {"probes": probes, "temperature": temperature, "metric": metric, "interventions": interventions}
+    settings: dict[str, Any] = {"probes": probes, "temperature": temperature, "metric": metric}
+    unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
+    forward = 1
+    if values is None and interventions == NONE and probes >= 1 and temperature > 0:
+        size = batch_size_for(model, examples, batch_size)
+        values, found, backward = alone(model, examples, units, batch_size=size, seed=seed, **settings)
+        if found is not None:
+            return Scores(units, found.mean, found.stderr, "risk", unit, 1, backward)
+        forward = 2
+    elif values is None:
+        values, forward = mean(model, examples, units, batch_size=batch_size), 2
+    settings |= {"interventions": interventions}
     removal = Reduction(Circuit.full(units), values)
     parts: list[Moments] = []
     backward = 0
@@ -94,8 +105,7 @@ def risk(
         parts.append(Moments.of(part.effects.double().square().sum(0) / 2))
         backward = len(part.effects)
     total = Moments.merge(parts)
-    unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
-    return Scores(units, total.mean, total.stderr, "risk", unit, 1 if given else 2, backward)
+    return Scores(units, total.mean, total.stderr, "risk", unit, forward, backward)
 
 
 def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None) -> Scores:

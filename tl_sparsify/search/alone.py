@@ -1,0 +1,165 @@
+"""Second-order risk of removing each unit alone to its mean, with the mean from the same pass.
+
+A probe's effect of removing a unit is affine in the constant ``c`` that it is set to: with ``g`` the gradient and ``v``
+the value at each position, ``a = sum_t g . (c - v) = a0 + G . (c - c0)``, ``G = sum_t g`` and ``a0`` the effect for any
+other constant ``c0``. So one pass, with the first batch's means for ``c0``, gives what the risk takes, and the means of
+all the data are put in at its end. Close to ``c`` nothing cancels.
+
+For units of one number an example's risk is a parabola in ``c - c0``, and its mean and spread over examples follow from
+the moments of three coefficients. For wider units ``a0`` and ``G`` of every example are kept, up to :data:`ROOM`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
+from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.constants import mean_of, unit_moments
+
+ROOM = 2**28
+"""Bytes for the effects of wide units."""
+
+
+@dataclass(frozen=True)
+class _Parabolas:
+    """Moments over examples of ``(G^2, a0 G, a0^2)``, each summed over probes: their number, means and summed products
+    of deviations."""
+
+    count: float
+    mean: Float[Tensor, "three some"]
+    spread: Float[Tensor, "three three some"]
+
+    @staticmethod
+    def of(effects: list[Float[Tensor, "batch some"]], slopes: list[Float[Tensor, "batch some one"]]) -> _Parabolas:
+        a, g = torch.stack(effects).double(), torch.stack(slopes)[..., 0].double()
+        found = torch.stack([(g * g).sum(0), (a * g).sum(0), (a * a).sum(0)])
+        centred = found - found.mean(1, keepdim=True)
+        return _Parabolas(float(found.shape[1]), found.mean(1), torch.einsum("xbu,ybu->xyu", centred, centred))
+
+    def __add__(self, other: _Parabolas) -> _Parabolas:
+        count = self.count + other.count
+        step = other.mean - self.mean
+        between = step[:, None] * step[None] * (self.count * other.count / count)
+        return _Parabolas(count, self.mean + step * (other.count / count), self.spread + other.spread + between)
+
+    def at(self, move: Float[Tensor, "some one"]) -> Moments:
+        """The moments of half the squared effects with the constants moved by so much."""
+        d = move[:, 0]
+        weights = torch.stack([d * d / 2, d, torch.full_like(d, 0.5)])
+        spread = torch.einsum("xu,xyu,yu->u", weights, self.spread, weights).clamp_min(0)
+        return Moments(torch.full_like(d, self.count), (weights * self.mean).sum(0), spread)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The effects and slopes of wide units, for each batch and probe."""
+
+    effects: tuple[Float[Tensor, "probes _ some"], ...]
+    slopes: tuple[Float[Tensor, "probes _ some width"], ...]
+
+    @staticmethod
+    def of(effects: list[Float[Tensor, "batch some"]], slopes: list[Float[Tensor, "batch some width"]]) -> _Kept:
+        return _Kept((torch.stack(effects),), (torch.stack(slopes),))
+
+    def __add__(self, other: _Kept) -> _Kept:
+        return _Kept(self.effects + other.effects, self.slopes + other.slopes)
+
+    def at(self, move: Float[Tensor, "some width"]) -> Moments:
+        """The moments of half the squared effects with the constants moved by so much."""
+        parts: list[Moments] = []
+        for a, g in zip(self.effects, self.slopes, strict=True):
+            effects = a.double() + torch.einsum("kbuw,uw->kbu", g, move.to(g)).double()
+            parts.append(Moments.of(effects.square().sum(0) / 2))
+        return Moments.merge(parts)
+
+
+def alone(
+    model: Model, examples: Examples, units: Units, *, batch_size: int, room: int = ROOM, **settings: Any
+) -> tuple[Values, Moments | None, int]:
+    """Every unit's mean, the moments over examples of the second-order risk of setting it alone to that, and the number
+    of probes (backward passes); ``settings`` are those of :func:`tl_sparsify.core.probes.output_probes`.
+
+    One forward pass and a backward pass for each probe. Where the effects of wide units would need more than ``room``
+    bytes only the means, from one forward pass.
+
+    Raises:
+        ValueError: a model in training mode; NaN or infinite activations.
+    """
+    check_model(model)
+    moments: list[Moments] = []
+    found: list[_Parabolas | _Kept] = []
+    center: tuple[Tensor, ...] = ()
+    probes = 0
+    for index, batch in examples.batches(batch_size):
+        left = room if index[0] == 0 and len(batch) < len(examples) else None
+        here = units.for_examples(index)
+        parts, center, terms, probes = _batch(model, batch, index, here, center, len(examples), left, settings)
+        if not terms:
+            rest = torch.arange(len(batch), len(examples))
+            others = unit_moments(model, examples[rest], units.for_examples(rest), batch_size=batch_size)
+            return mean_of(tuple(a + b for a, b in zip(parts, others, strict=True)), model, units), None, 0
+        moments = [a + b for a, b in zip(moments, parts, strict=True)] if moments else parts
+        found = [a + b for a, b in zip(found, terms, strict=True)] if found else terms  # type: ignore[operator]
+    for site, part in zip(units.sites, moments, strict=True):
+        if not bool(torch.isfinite(part.mean).all()):
+            raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
+    values = mean_of(tuple(moments), model, units)
+    risks = [
+        one.at(c.double() - start.double()) for one, c, start in zip(found, values.tensors, center, strict=True)
+    ]
+    whole = [torch.cat([getattr(r, name).to(risks[0].mean.device) for r in risks]) for name in _FIELDS]
+    return values, Moments(*whole), probes
+
+
+_FIELDS = ("count", "mean", "spread")
+
+
+def _batch(
+    model: Model,
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    units: Units,
+    center: tuple[Tensor, ...],
+    n: int,
+    room: int | None,
+    settings: dict[str, Any],
+) -> tuple[list[Moments], tuple[Tensor, ...], list[_Parabolas | _Kept], int]:
+    """One batch; a function of its own, so that no activation outlives it. No terms where those of ``n`` examples would
+    need more than ``room``."""
+    with frozen(model), torch.enable_grad(), recorded(model, units, gradients=True) as recording:
+        logits = answer_logits(model, batch)
+    values = [v.detach() for v in recording.read()]
+    moments = [
+        Moments.of(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
+    ]
+    vectors = output_probes(logits.detach(), batch, index, **settings)
+    wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
+    if room is not None and n * len(vectors) * sum(wide) * max(4, values[0].element_size()) > room:
+        return moments, (), [], 0
+    center = center or mean_of(tuple(moments), model, units).tensors
+    effects: list[list[Tensor]] = [[] for _ in values]
+    slopes: list[list[Tensor]] = [[] for _ in values]
+    values = [v if v.dtype == torch.float64 else v.float() for v in values]
+    steps = [c.to(v) - v for v, c in zip(values, center, strict=True)]
+    masks = [site.position_mask(*step.shape[:2]) for site, step in zip(units.sites, steps, strict=True)]
+    for gradients in pulled(recording, logits, vectors):
+        for number, (gradient, step, mask) in enumerate(zip(gradients, steps, masks, strict=True)):
+            g = gradient.to(step) if mask is None else gradient.to(step) * mask.to(step)[..., None, None]
+            effects[number].append((g * step).sum((1, 3)))
+            slopes[number].append(g.sum(1))
+    terms = [
+        (_Parabolas if step.shape[-1] == 1 else _Kept).of(a, g)
+        for a, g, step in zip(effects, slopes, steps, strict=True)
+    ]
+    return moments, center, terms, len(vectors)
