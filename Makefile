@@ -34,6 +34,7 @@ bench: $(READY)
 	$(PY) benchmarks/speed.py
 	$(PY) benchmarks/folding_speed.py
 	$(PY) benchmarks/score_speed.py
+	$(PY) benchmarks/large.py
 
 results: demo bench
 	$(PY) benchmarks/demo.py

@@ -53,7 +53,7 @@ def row(name: str) -> dict[str, Any]:
     }
     for size in SIZES:
         plain = path.at(size)
-        fit: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "progress": False}
+        fit: dict[str, Any] = {"steps": STEPS, "per_step": BATCH, "progress": False}
         outcome = tls.evaluate(model, tls.constants.refit(model, plain, train, validation, **fit), test)
         found |= {f"kept_{size:g}": len(plain.circuit), f"risk_{size:g}": outcome.risk.mean}
         found |= {f"accuracy_{size:g}": outcome.accuracy}

@@ -52,7 +52,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
             "affine in all": tls.constants.neighbours(model, plain, train, nearest=None),
         }
         if search != "single-unit risk":
-            fit: dict[str, Any] = {"steps": STEPS, "batch_size": 128, **same}
+            fit: dict[str, Any] = {"steps": STEPS, "per_step": 128, **same}
             for name in ("constants", "affine in all"):
                 kinds[f"{name}, refitted"] = tls.constants.refit(model, kinds[name], train, validation, **fit)
         key = {"task": task.name, "seed": seed, "kept": len(circuit), "circuit of": search}

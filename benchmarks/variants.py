@@ -53,7 +53,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
         same: dict[str, Any] = {"held_out": validation, "predict": False, "seed": seed, "progress": False}
         path = tls.sparsify(model, train, units, smallest=0.03, values=zero, **same, **settings)
         for size in SIZES:
-            fit: dict[str, Any] = {"steps": STEPS, "batch_size": 128, "seed": seed, "progress": False}
+            fit: dict[str, Any] = {"steps": STEPS, "per_step": 128, "seed": seed, "progress": False}
             reduction = tls.constants.refit(model, path.at(size), train, validation, **fit)
             outcome = tls.evaluate(model, reduction, test)
             row = {"task": task.name, "seed": seed, "variant": name, "size": size, "kept": len(reduction.circuit)}

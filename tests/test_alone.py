@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, attentions, directions, heads, mlps, neurons, stream_directions
-from tl_sparsify.search import alone as module
 from tl_sparsify.search.alone import alone
 
 SIZES = [1, 5, 12]
@@ -90,7 +90,7 @@ def test_where_wide_units_do_not_fit_the_means_take_a_pass(monkeypatch: pytest.M
     model, data = bridge(), examples(12)
     units = heads(model) + neurons(model)
     before = score.risk(model, data, units, batch_size=5)
-    monkeypatch.setattr(module.alone, "__kwdefaults__", {"room": 100})
+    monkeypatch.setattr(score, "alone", partial(alone, room=100))
     passes: list[int] = []
     with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: passes.append(len(value)))]):
         found = score.risk(model, data, units, batch_size=5)

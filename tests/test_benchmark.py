@@ -78,7 +78,7 @@ def test_every_circuit_gets_the_same_refit():
     units = tls.heads(model()) + tls.neurons(model())
     values = tls.constants.mean(model(), train, units)
     start = tls.constants.reduced(model(), baselines.random(model(), train, units, seed=0).top(0.2), values)
-    fitted = tls.constants.refit(model(), start, train, validation, steps=4, batch_size=128, seed=0, progress=False)
+    fitted = tls.constants.refit(model(), start, train, validation, steps=4, per_step=128, seed=0, progress=False)
     row = of(table(), method="random", seed=0, ablation="refitted", size=0.2).iloc[0]
     assert row.risk == pytest.approx(tls.evaluate(model(), fitted, test).risk.mean, rel=1e-5)
 

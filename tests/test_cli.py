@@ -218,7 +218,7 @@ def test_other_orders_have_circuits_of_the_same_size_with_the_same_constants_and
     }
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, means)
-        settings = {"steps": 15, "batch_size": 128, "progress": False}
+        settings = {"steps": 15, "per_step": 128, "progress": False}
         for kind, reduction in (
             ("mean", plain),
             ("refit", constants.refit(model, plain, train, validation, **settings)),

@@ -171,7 +171,7 @@ def test_a_refit_moves_removed_units_only_and_keeps_the_baseline():
 
 def test_a_refit_is_a_function_of_its_arguments():
     reduction = mean_ablation()
-    found = [refit(reduction, steps=6, batch_size=5, seed=seed) for seed in (1, 1, 2)]
+    found = [refit(reduction, steps=6, per_step=5, seed=seed) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
 
 
@@ -193,7 +193,7 @@ def test_units_at_positions_of_each_example_are_refitted():
     model, data = bridge(), train()
     units = neurons(model).at(torch.arange(16) % 5)
     reduction = constants.reduced(model, Circuit(units, random_mask(units, 1, 0.2)), random_values(units))
-    found = constants.refit(model, reduction, data, data, steps=10, batch_size=6, progress=False)
+    found = constants.refit(model, reduction, data, data, steps=10, per_step=6, progress=False)
     assert risk(model, found, data).mean < risk(model, reduction, data).mean
 
 
@@ -210,7 +210,7 @@ def test_the_model_leaves_as_it_came_in():
     model.embed.requires_grad_(False)
     reduction = reduction_of(model)
     with unchanged(model):
-        constants.refit(model, reduction, data, data, steps=3, batch_size=4, progress=False)
+        constants.refit(model, reduction, data, data, steps=3, per_step=4, progress=False)
         constants.mean(model, data, units_of(model))
     calls = []
 
@@ -226,14 +226,14 @@ def test_the_model_leaves_as_it_came_in():
 
 
 def test_a_refit_knows_the_originals_answers(monkeypatch: pytest.MonkeyPatch):
-    settings: dict[str, Any] = {"steps": 8, "batch_size": 5, "seed": 3}
+    settings: dict[str, Any] = {"steps": 8, "per_step": 5, "seed": 3}
     model, start = bridge(), mean_ablation()
     with counted(model) as passes:
         found = refit(start, **settings)
     n, v = len(train()), len(validation())
     # the deviations and the original's answers, a batch a step; on validation the answers, before, and after each step
     assert passes == {"forward": 2 * n + 8 * 5 + (1 + 1 + 8) * v, "backward": 8 * 5}
-    monkeypatch.setattr(constants, "remembered", lambda *_: None)
+    monkeypatch.setattr(constants, "remembered", lambda *_, **__: None)
     monkeypatch.setattr(constants, "remembering", lambda: computed)
     again = refit(start, **settings)
     for mine, other in zip(found.values.tensors, again.values.tensors, strict=True):

@@ -261,7 +261,7 @@ def _beside(
             train,
             validation,
             steps=steps,
-            batch_size=_BESIDE_BATCH,
+            per_step=_BESIDE_BATCH,
             seed=seed,
             progress=False,
         )

@@ -312,7 +312,7 @@ def _refitted(data: _Data, found: Scores | CircuitPath, size: float, shared: Com
     reduction = _reduction(data, found, size)
     settings: dict[str, Any] = {
         "steps": shared.refit_steps,
-        "batch_size": _PER_STEP,
+        "per_step": _PER_STEP,
         "seed": data.seed,
     }
     fitted = constants.refit(data.model, reduction, data.train, data.validation, progress=False, **settings)

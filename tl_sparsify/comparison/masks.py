@@ -26,7 +26,7 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_model, device_of, frozen
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, device_of, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric, divergence
@@ -59,6 +59,7 @@ def hard_concrete(
     held_out: Examples | None = None,
     metric: Metric | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Scores:
     """Hard-concrete gates, one for each unit, trained by Adam on the divergence from the original output plus
@@ -76,6 +77,7 @@ def hard_concrete(
         held_out: where given, the logits that are best there are returned: about ten times, the measured risk of the
             circuits of the best 50, 20, 10, 5 and 2 % of the units, on average.
         metric: half its squared error instead of the KL divergence.
+        batch_size: examples at a time (as many as fit where not given): the numbers do not depend on it.
 
     By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
     one forward pass more for the means where not given, and 100 over ``held_out``.
@@ -101,7 +103,7 @@ def hard_concrete(
 
     start = torch.full((len(units),), 2.0)
     settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": values}
-    settings |= {"held_out": held_out, "metric": metric, "seed": seed, "progress": progress}
+    settings |= {"held_out": held_out, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     return _trained(model, examples, units, start, gates, opened, name="hard concrete", **settings)
 
 
@@ -119,6 +121,7 @@ def top_k_gate(
     held_out: Examples | None = None,
     metric: Metric | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Scores:
     """Sigmoid gates that sum to ``k``, one for each unit, trained by Adam on the divergence from the original output
@@ -133,7 +136,7 @@ def top_k_gate(
         steps: of Adam, with a cosine schedule; where not given as many as make 80 passes over the data.
         temperature: of the gates. The lower, the nearer to a set of whole units.
         smallest: the smallest size, as a fraction of the units.
-        per_step, values, held_out, metric: as in :func:`hard_concrete`.
+        per_step, values, held_out, metric, batch_size: as in :func:`hard_concrete`.
 
     By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
     one forward pass more for the means where not given, and 100 over ``held_out``.
@@ -156,7 +159,7 @@ def top_k_gate(
 
     start = torch.zeros(len(units))
     settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": values}
-    settings |= {"held_out": held_out, "metric": metric, "seed": seed, "progress": progress}
+    settings |= {"held_out": held_out, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     return _trained(model, examples, units, start, gates, None, name="top-k gate", **settings)
 
 
@@ -205,6 +208,7 @@ def _trained(
     held_out: Examples | None,
     metric: Metric | None,
     seed: int,
+    batch_size: int | None,
     progress: bool,
     name: str,
 ) -> Scores:
@@ -215,10 +219,10 @@ def _trained(
             raise ValueError(f"{what} is {given}; at least one is needed")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be positive")
-    constants = mean(model, examples, units) if values is None else values
+    constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
     if constants.units != units or not constants.constant:
         raise ValueError(f"values are {constants!r}: give constants for {units!r}")
-    size = min(per_step, len(examples))
+    size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
     per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
     wide = torch.float64 if next(iter(model.parameters())).dtype == torch.float64 else torch.float32
@@ -230,21 +234,25 @@ def _trained(
         for step in bar(range(steps), "training a mask", progress):
             order = _random.permutation(len(examples), seed, 89, step // per_epoch)
             index = order[(step % per_epoch) * size :][:size].sort().values
-            batch = examples[index]
-            with torch.no_grad():
-                original = answer_logits(model, batch)
             with torch.enable_grad():
-                here = units.for_examples(index)
                 keep = gates(logits, index, step)
-                removal = Intervention(here, keep, Values(here, constants.tensors), first_token="bos")
-                with intervened(model, removal):
-                    loss = divergence(original, answer_logits(model, batch), batch, metric).mean()
-                loss = loss if penalty is None else loss + penalty(logits)
+            slope = torch.zeros_like(keep)
+            for rows in torch.arange(len(index)).split(together):
+                batch, here = examples[index[rows]], units.for_examples(index[rows])
+                mine = keep.detach()[rows].requires_grad_()
+                with torch.no_grad():
+                    original = answer_logits(model, batch)
+                removal = Intervention(here, mine, Values(here, constants.tensors), first_token="bos")
+                with torch.enable_grad(), intervened(model, removal):
+                    loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
+                (slope[rows],) = torch.autograd.grad(loss, mine)
+            with torch.enable_grad():
+                loss = (keep * slope).sum() + (0 if penalty is None else penalty(logits))
             (logits.grad,) = torch.autograd.grad(loss, logits)
             optimizer.step()
             schedule.step()
             if held_out is not None and (step + 1) % every == 0:
-                found = _judged(model, logits.detach(), units, constants, held_out, metric)
+                found = _judged(model, logits.detach(), units, constants, held_out, metric, batch_size)
                 if found < lowest:
                     best, lowest = logits.detach().clone(), found
     scores = logits.detach() if held_out is None else best
@@ -260,8 +268,10 @@ def _judged(
     values: Values,
     held_out: Examples,
     metric: Metric | None,
+    batch_size: int | None,
 ) -> float:
     """The measured risk of the circuits of the greatest logits, averaged over sizes."""
     scores = Scores(units, logits, logits, "", "", 0, 0)
     circuits = [Reduction(scores.top(fraction), values) for fraction in _SIZES]
-    return sum(risk(model, circuit, held_out, metric=metric).mean for circuit in circuits) / len(circuits)
+    found = (risk(model, circuit, held_out, metric=metric, batch_size=batch_size) for circuit in circuits)
+    return sum(estimate.mean for estimate in found) / len(circuits)

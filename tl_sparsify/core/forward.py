@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +13,12 @@ from torch import Tensor
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
+from tl_sparsify.core.memory import rows_for
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -135,11 +138,23 @@ def run_values(model: Model, batch: Examples, units: Units) -> Values:
 
 
 def batch_size_for(model: Model, examples: Examples, batch_size: int | None) -> int:
-    """The given batch size, or one that runs about 16,384 tokens at a time."""
+    """The given batch size, or one that fits (:mod:`tl_sparsify.core.memory`), at most all examples."""
     if batch_size is not None:
         return batch_size
-    per_example = examples.labels.shape[1]
-    return max(1, min(len(examples), 16_384 // per_example))
+    return min(len(examples), rows_for(model, examples, narrow=narrows(model)))
+
+
+def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_size: int | None) -> T:
+    """``run(batch_size)``; where that is not given, with one that fits, and with half of it, again and again, where
+    memory runs out all the same."""
+    size = batch_size_for(model, examples, batch_size)
+    while batch_size is None and size > 1:
+        try:
+            return run(size)
+        except torch.OutOfMemoryError:
+            size //= 2  # the next try begins when the exception, and what it holds, is gone
+        torch.cuda.empty_cache()
+    return run(size)
 
 
 def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:

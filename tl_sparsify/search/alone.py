@@ -115,9 +115,7 @@ def alone(
         if not bool(torch.isfinite(part.mean).all()):
             raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
     values = mean_of(tuple(moments), model, units)
-    risks = [
-        one.at(c.double() - start.double()) for one, c, start in zip(found, values.tensors, center, strict=True)
-    ]
+    risks = [one.at(c.double() - start.double()) for one, c, start in zip(found, values.tensors, center, strict=True)]
     whole = [torch.cat([getattr(r, name).to(risks[0].mean.device) for r in risks]) for name in _FIELDS]
     return values, Moments(*whole), probes
 

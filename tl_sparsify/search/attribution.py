@@ -26,7 +26,8 @@ from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, run_values
-from tl_sparsify.core.intervene import Intervention, intervened
+from tl_sparsify.core.intervene import Intervention, intervened, narrows
+from tl_sparsify.core.memory import rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
@@ -37,7 +38,6 @@ from tl_sparsify.search.scores import Scores
 Source = Literal["constant", "counterfactual", "shuffled"]
 """What replaces a unit: a constant, or its value on the counterfactual or on another input of the split."""
 _SOURCES = ("constant", "counterfactual", "shuffled")
-_TOKENS = 16_384  # in one forward pass of exact
 
 
 def gradient(
@@ -128,7 +128,7 @@ def exact(
     :func:`tl_sparsify.search.score.risk`.
 
     Arguments and errors as in :func:`gradient`. Several units share a forward pass, each with a copy of the batch:
-    ``batch_size`` is the number of rows of a pass, copies included (about 16,384 tokens where not given).
+    ``batch_size`` is the number of rows of a pass, copies included (as many as fit where not given).
 
     One forward pass over the data for each unit and one for the original; one more for the means or the other run. With
     ``interventions`` one more for their means and one for each ``interchange``.
@@ -138,7 +138,7 @@ def exact(
         ('L0H2', 'L1H0', 'L1H1')
     """
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
-    rows = max(1, _TOKENS // examples.labels.shape[1]) if batch_size is None else batch_size
+    rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
     batches = list(examples.batches(min(rows, len(examples))))
     whole = None
     if interventions != NONE:

@@ -27,6 +27,7 @@ from tl_sparsify.core.forward import (
     answer_logits,
     batch_size_for,
     check_model,
+    fitting,
     frozen,
     output,
     unit_positions,
@@ -57,9 +58,13 @@ def unit_moments(
         [(4, 16), (4, 16), (4, 16)]
     """
     check_model(model)
+    return fitting(lambda size: _moments(model, examples, units, size), model, examples, batch_size)
+
+
+def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
     totals: list[Moments] | None = None
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in examples.batches(batch_size):
             with recorded(model, units) as recording:
                 output(model, batch)
             parts: list[Moments] = []
@@ -128,7 +133,8 @@ def refit(
     learning_rate: float = 0.05,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
-    batch_size: int | None = 512,
+    per_step: int = 512,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Reduction:
@@ -140,13 +146,16 @@ def refit(
     than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
     ``interventions``, drawn anew in every step.
 
-    About ``steps * batch_size`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
+    A step is on ``per_step`` examples, ``batch_size`` of them at a time (as many as fit where not given): the numbers
+    do not depend on that.
+
+    About ``steps * per_step`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
     over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
     than a pass over ``train`` they are computed anew: two forward passes then, and 22 over ``validation``; two more for
     each ``interchange`` in the distribution.
 
     Raises:
-        ValueError: a model in training mode, a reduction of another model, fewer than one step.
+        ValueError: a model in training mode, a reduction of another model, fewer than one step or example in it.
 
     Example:
         >>> fitted = tls.constants.refit(model, reduction, train, validation, steps=20, progress=False)
@@ -157,12 +166,14 @@ def refit(
     check_fingerprint(model, reduction)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
+    if per_step < 1:
+        raise ValueError(f"per_step is {per_step}; a step needs at least one example")
     removed = (~reduction.circuit).mask
     if not bool(removed.any()):
         values = replace(reduction.values, kind=REFIT)
         return replace(reduction, values=values, reference=reduction.baseline)
     start = reduction.values.tensors
-    deviations = _deviations(model, train, reduction.units)
+    deviations = _deviations(model, train, reduction.units, batch_size)
     scales = [
         (s * gone[:, None].to(s)).to(v)
         for s, gone, v in zip(deviations, reduction.units.split(removed), start, strict=True)
@@ -184,16 +195,16 @@ def refit(
         return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
 
     clean = interventions == NONE
-    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
+    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed, "batch_size": batch_size}
     judging |= {"recall": remembering() if clean else computed}
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
         return risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
-    size = batch_size_for(model, train, None if batch_size is None else min(batch_size, len(train)))
+    size, together = min(per_step, len(train)), batch_size_for(model, train, batch_size)
     per_epoch = max(1, len(train) // size)
-    known = remembered(model, train) if clean and steps * size > len(train) else None
+    known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
     every = max(1, steps // 10)
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -201,30 +212,37 @@ def refit(
         for step in bar(range(steps), "refitting constants", progress):
             order = _random.permutation(len(train), seed, 41, step // per_epoch)
             index = order[(step % per_epoch) * size :][:size].sort().values
-            batch, here = train[index], at(theta).for_examples(index)
-            same = (interventions, model, reduction, train, index, seed + step)
-            with torch.no_grad():
-                with intervened(model, *drawn_interventions(*same)):
-                    original = answer_logits(model, batch) if known is None else known(index)
-                with intervened(model, ablate(here)):
-                    drawn = drawn_interventions(*same)
-            with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
-                loss = divergence(original, answer_logits(model, batch), batch, metric).mean()
-            gradients = torch.autograd.grad(loss, theta, allow_unused=True)
+            gradients = [torch.zeros_like(parameter) for parameter in theta]
+            for part in index.split(together):
+                batch, here = train[part], at(theta).for_examples(part)
+                same = (interventions, model, reduction, train, part, seed + step)
+                with torch.no_grad():
+                    with intervened(model, *drawn_interventions(*same)):
+                        original = answer_logits(model, batch) if known is None else known(part)
+                    with intervened(model, ablate(here)):
+                        drawn = drawn_interventions(*same)
+                with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
+                    loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
+                for total, found in zip(gradients, torch.autograd.grad(loss, theta, allow_unused=True), strict=True):
+                    if found is not None:
+                        total += found
             for parameter, gradient in zip(theta, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == steps:
-                found = validated([t.detach() for t in theta])
-                if found < lowest:
-                    best, lowest = [t.detach().clone() for t in theta], found
+                judged = validated([t.detach() for t in theta])
+                if judged < lowest:
+                    best, lowest = [t.detach().clone() for t in theta], judged
     return at(best)
 
 
-def _deviations(model: Model, examples: Examples, units: Units) -> list[Float[Tensor, "units one"]]:
+def _deviations(
+    model: Model, examples: Examples, units: Units, batch_size: int | None
+) -> list[Float[Tensor, "units one"]]:
     """Each unit's standard deviation, over its width; 0 where a removed unit never varies."""
-    return [m.variance.mean(-1, keepdim=True).sqrt() for m in unit_moments(model, examples, units)]
+    moments = unit_moments(model, examples, units, batch_size=batch_size)
+    return [part.variance.mean(-1, keepdim=True).sqrt() for part in moments]
 
 
 def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Float[Tensor, "entries"]:

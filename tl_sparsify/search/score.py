@@ -29,7 +29,7 @@ from torch import Tensor
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batch_size_for, output, unit_positions
+from tl_sparsify.core.forward import batch_size_for, fitting, output, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
@@ -90,8 +90,11 @@ def risk(
     unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
     forward = 1
     if values is None and interventions == NONE and probes >= 1 and temperature > 0:
-        size = batch_size_for(model, examples, batch_size)
-        values, found, backward = alone(model, examples, units, batch_size=size, seed=seed, **settings)
+
+        def run(size: int) -> tuple[Values, Moments | None, int]:
+            return alone(model, examples, units, batch_size=size, seed=seed, **settings)
+
+        values, found, backward = fitting(run, model, examples, batch_size)
         if found is not None:
             return Scores(units, found.mean, found.stderr, "risk", unit, 1, backward)
         forward = 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.forward import answer_logits, batch_size_for
 from tl_sparsify.core.metrics import correct
 from tl_sparsify.core.units import heads, neurons
 from tl_sparsify.tasks.task import Task
@@ -36,13 +36,13 @@ class Overview:
     causal_models: tuple[int, int]
 
 
-def overview(task: Task, *, seed: int = 0, batch_size: int = 256) -> Overview:
+def overview(task: Task, *, seed: int = 0, batch_size: int | None = None) -> Overview:
     """Load a task's model and see how well it does. One forward pass over the test examples."""
     model, (_, _, test) = task.model(), task.examples(seed)
     units = heads(model) + neurons(model)
     right, answers = 0.0, 0
     with torch.no_grad():
-        for _, batch in test.batches(batch_size):
+        for _, batch in test.batches(batch_size_for(model, test, batch_size)):
             found = correct(answer_logits(model, batch), batch)
             right, answers = right + float(found.sum()), answers + len(found)
     return Overview(

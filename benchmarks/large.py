@@ -1,0 +1,113 @@
+"""Scores at the size of real models: time and memory against the bare passes, with everything at its default.
+
+``bare`` is one forward pass of GPT-2 small's shape with all its logits and ``k`` backward passes to the embeddings
+(:mod:`score_speed`); ``score.risk`` takes the means as well. Memory is what a step adds to the process at its peak.
+Each step runs in a process of its own; times are the median of the repeats, and only ratios of one run are compared.
+Writes ``benchmarks/results/large.csv`` and ``large.md``.
+
+    python benchmarks/large.py [--repeats 3] [--prompts 32] [--pos 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from score_speed import bare, gpt2_small, prompts
+
+import tl_sparsify as tls
+from tl_sparsify._internal.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+MANY = 6  # times the prompts: 192
+
+
+def steps(model: Any, n: int, pos: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    units = tls.heads(model) + tls.neurons(model)
+
+    def risk(count: int, probes: int) -> Callable[[], Any]:
+        return lambda: tls.score.risk(model, prompts(count, pos), units, probes=probes)
+
+    return {
+        "bare, 1 probe": lambda: bare(model, prompts(n, pos), 1),
+        "bare, 4 probes": lambda: bare(model, prompts(n, pos), 4),
+        "score.risk, 1 probe": risk(n, 1),
+        "score.risk, 4 probes": risk(n, 4),
+        "score.risk, many prompts": risk(MANY * n, 4),
+        "score.risk, twice as many": risk(2 * MANY * n, 4),
+    }
+
+
+NAMES = (
+    "bare, 1 probe",
+    "bare, 4 probes",
+    "score.risk, 1 probe",
+    "score.risk, 4 probes",
+    "score.risk, many prompts",
+    "score.risk, twice as many",
+)
+
+
+def measured(name: str, repeats: int, n: int, pos: int) -> dict[str, float]:
+    """Median seconds of one step, and what it adds to the memory of this process."""
+    model = gpt2_small()
+    run = steps(model, n, pos)[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times: list[float] = []
+    for _ in range(1 if "many" in name else repeats + 1):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": float(pd.Series(times[1:] or times).median()), "added_mb": (after - before) / 1024}
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    seconds, added = frame.set_index("step").seconds, frame.set_index("step").added_mb
+    rows: list[tuple[str, float, str]] = []
+    for probes in ("1 probe", "4 probes"):
+        mine, bound = f"score.risk, {probes}", f"bare, {probes}"
+        rows.append((f"{mine}, means included / {bound}, time", seconds[mine] / seconds[bound], "at most .85"))
+        rows.append((f"{mine}, means included / {bound}, added memory", added[mine] / added[bound], "at most 1.0"))
+    many, twice = added["score.risk, many prompts"], added["score.risk, twice as many"]
+    rows.append(("GiB beyond the model, many prompts", many / 1024, "at most 2"))
+    rows.append(("twice as many / many prompts, added memory", twice / many, "at most 1.05"))
+    lines = ["| ratio | measured | goal |", "|---|---|---|"]
+    lines += [f"| {name} | {ratio:.2f} | {goal} |" for name, ratio, goal in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("repeats", 3), ("prompts", 32), ("pos", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--step", help="measure one step only, here, and print it as json")
+    arguments = parser.parse_args()
+    shape = (arguments.repeats, arguments.prompts, arguments.pos)
+    if arguments.step:
+        print(json.dumps(measured(arguments.step, *shape)))
+        return
+    rows = []
+    for name in NAMES:
+        options = [f"--{key}={value}" for key, value in zip(("repeats", "prompts", "pos"), shape, strict=True)]
+        command = [sys.executable, __file__, *options, "--step", name]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append({"step": name} | json.loads(found.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    frame = pd.DataFrame(rows)
+    write_text(RESULTS / "large.csv", frame.to_csv(index=False))
+    write_text(RESULTS / "large.md", markdown(frame))
+    print(markdown(frame))
+
+
+if __name__ == "__main__":
+    main()
