@@ -78,10 +78,10 @@ SWAPS = InterventionDistribution.interchange(0.3)
 
 @pytest.mark.parametrize("settings", [{}, {"interventions": SWAPS}, {"per_step": 7}])
 def test_a_step_of_a_refit_may_be_taken_in_parts(settings: dict[str, Any]):
-    model, data, other = bridge(), examples(12), examples(9, 1)
+    model, data = bridge(), examples(12)
     reduction = reduction_of(model, random_mask(units_of(model), 3))
-    shared = {"steps": 4, "progress": False} | settings
-    whole, parts = (constants.refit(model, reduction, data, other, batch_size=b, **shared) for b in (None, 2))
+    shared = {"steps": 10, "progress": False} | settings
+    whole, parts = (constants.refit(model, reduction, data, data, batch_size=b, **shared) for b in (None, 2))
     for one, another in zip(whole.values.tensors, parts.values.tensors, strict=True):
         torch.testing.assert_close(one, another, rtol=1e-8, atol=1e-10)
     assert whole.values != reduction.values
