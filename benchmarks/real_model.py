@@ -117,6 +117,7 @@ def refitted(
             train,
             validation,
             steps=BLOCK,
+            per_step=options.batch_size,
             batch_size=options.batch_size,
             seed=seed + block,
             progress=False,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tl_sparsify import constants, score
 from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.intervene import first_tokens
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, attentions, directions, heads, mlps, neurons, stream_directions
 from tl_sparsify.search.alone import alone
+from tl_sparsify.tasks.task import load_task
 
 SIZES = [1, 5, 12]
 
@@ -31,7 +33,7 @@ def by_hand(model: Any, data: Any, values: Any, **settings: Any) -> tuple[Tensor
     """Mean and standard error over the examples, from the effects of every one."""
     reduction = Reduction(Circuit.full(values.units), values)
     [found] = samples(model, data, reduction, batch_size=len(data), **settings)
-    each = found.effects.square().sum(0) / 2
+    each = found.effects.double().square().sum(0) / 2
     return each.mean(0), each.std(0) / len(data) ** 0.5
 
 
@@ -84,6 +86,25 @@ def test_units_that_are_constant_or_dead_have_no_risk_and_no_error():
     model = exclusive_or()
     found = score.risk(model, exclusive_or_inputs(), model.units, batch_size=7)
     assert found.scores[[2, 3, 7]].abs().max() <= 1e-25 and found.stderr[[2, 3, 7]].abs().max() <= 1e-20
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_beginning_of_sequence_token_is_left_alone_as_in_a_reduction(size: int):
+    task = load_task("ioi")
+    model, data = task.model(), task.examples(0)[0][:8]
+    stream = directions(model, "blocks.1.hook_resid_pre", torch.eye(192)[:, :64])
+    units = heads(model) + neurons(model).at(slice(0, 6)) + stream
+    first = first_tokens(model, data.tokens, data.attention_mask, "bos")
+    assert first is not None and first.sum() == 8
+    values = constants.mean(model, data, units)
+    mean, stderr = by_hand(model, data, values)
+    found = score.risk(model, data, units, batch_size=size)
+    assert found.forward_passes == 1
+    torch.testing.assert_close(found.scores, mean, rtol=2e-5, atol=1e-12)
+    torch.testing.assert_close(found.stderr, stderr, rtol=2e-5, atol=1e-12)
+    [everywhere] = samples(model, data, Reduction(Circuit.full(units), values, first_token="none"), batch_size=8)
+    other = everywhere.effects.double().square().sum(0).mean(0) / 2
+    assert ((other - mean).abs() > 0.01 * mean).double().mean() > 0.5  # the rule makes a difference here
 
 
 def test_where_wide_units_do_not_fit_the_means_take_a_pass(monkeypatch: pytest.MonkeyPatch):

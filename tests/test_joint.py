@@ -297,6 +297,22 @@ def test_a_refit_in_the_rounds_lowers_the_risk():
         found(refitting=Refitting(10))
 
 
+def test_no_pass_is_larger_than_what_is_given_and_a_step_of_a_refit_may_be():
+    model, data = bridge(), examples(12, 3, choices=CHOICES)
+    settings: dict[str, Any] = {"rounds": 2, "smallest": 0.3, "held_out": data, "progress": False}
+    sizes: list[int] = []
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: sizes.append(len(value)))]):
+        path = sparsify(model, data, units_of(model), refitting=Refitting(2, per_step=10), batch_size=4, **settings)
+        path.within(model, data, float("inf"), batch_size=4)
+    assert max(sizes) == 4
+    for per_step, other in ((10, 12), (None, 12)):
+        one, another = (
+            sparsify(model, data, units_of(model), refitting=Refitting(2, per_step=n), **settings).rounds[0].reduction
+            for n in (per_step, other)
+        )
+        assert (one == another) == (per_step is None)
+
+
 @pytest.mark.parametrize("kind", ["mean", "zero", "curvature", "given"])
 def test_a_path_says_how_its_values_were_made(kind: str):
     model, data, units = bridge(), examples(10), units_of(bridge())

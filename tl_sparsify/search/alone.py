@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
-from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.intervene import first_tokens, recorded
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.constants import mean_of, unit_moments
 
@@ -90,6 +91,8 @@ def alone(
     """Every unit's mean, the moments over examples of the second-order risk of setting it alone to that, and the number
     of probes (backward passes); ``settings`` are those of :func:`tl_sparsify.core.probes.output_probes`.
 
+    A beginning-of-sequence token is left alone, as it is by default in a reduction.
+
     One forward pass and a backward pass for each probe. Where the effects of wide units would need more than ``room``
     bytes only the means, from one forward pass.
 
@@ -149,15 +152,25 @@ def _batch(
     effects: list[list[Tensor]] = [[] for _ in values]
     slopes: list[list[Tensor]] = [[] for _ in values]
     values = [v if v.dtype == torch.float64 else v.float() for v in values]
-    steps = [c.to(v) - v for v, c in zip(values, center, strict=True)]
-    masks = [site.position_mask(*step.shape[:2]) for site, step in zip(units.sites, steps, strict=True)]
+    spared = first_tokens(model, batch.tokens, batch.attention_mask, "bos")
+    masks = [_left_alone(site, v, spared) for site, v in zip(units.sites, values, strict=True)]
+    steps = [(c.to(v) - v).masked_fill(mask, 0) for v, c, mask in zip(values, center, masks, strict=True)]
     for gradients in pulled(recording, logits, vectors):
         for number, (gradient, step, mask) in enumerate(zip(gradients, steps, masks, strict=True)):
-            g = gradient.to(step) if mask is None else gradient.to(step) * mask.to(step)[..., None, None]
+            g = gradient.to(step)
             effects[number].append((g * step).sum((1, 3)))
-            slopes[number].append(g.sum(1))
+            slopes[number].append(g.masked_fill(mask, 0).sum(1))
     terms = [
         (_Parabolas if step.shape[-1] == 1 else _Kept).of(a, g)
         for a, g, step in zip(effects, slopes, steps, strict=True)
     ]
     return moments, center, terms, len(vectors)
+
+
+def _left_alone(
+    site: Site, v: Float[Tensor, "batch pos some width"], spared: Bool[Tensor, "batch pos"] | None
+) -> Bool[Tensor, "rows pos one one"]:
+    """Where removing a site's units changes nothing: outside their positions, and at first tokens."""
+    where = site.position_mask(v.shape[0], v.shape[1])
+    kept = torch.zeros(v.shape[:2], dtype=torch.bool) if where is None else ~where
+    return (kept if spared is None else kept.to(spared.device) | spared).to(v.device)[..., None, None]

@@ -133,7 +133,7 @@ def refit(
     learning_rate: float = 0.05,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
-    per_step: int = 512,
+    per_step: int | None = 512,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -146,8 +146,8 @@ def refit(
     than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
     ``interventions``, drawn anew in every step.
 
-    A step is on ``per_step`` examples, ``batch_size`` of them at a time (as many as fit where not given): the numbers
-    do not depend on that.
+    A step is on ``per_step`` examples (``None``: all of ``train``), ``batch_size`` of them at a time (as many as fit
+    where not given): the numbers do not depend on that.
 
     About ``steps * per_step`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
     over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
@@ -166,7 +166,7 @@ def refit(
     check_fingerprint(model, reduction)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
-    if per_step < 1:
+    if per_step is not None and per_step < 1:
         raise ValueError(f"per_step is {per_step}; a step needs at least one example")
     removed = (~reduction.circuit).mask
     if not bool(removed.any()):
@@ -202,7 +202,8 @@ def refit(
         return risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
-    size, together = min(per_step, len(train)), batch_size_for(model, train, batch_size)
+    size = len(train) if per_step is None else min(per_step, len(train))
+    together = batch_size_for(model, train, batch_size)
     per_epoch = max(1, len(train) // size)
     known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
     every = max(1, steps // 10)
@@ -237,11 +238,9 @@ def refit(
     return at(best)
 
 
-def _deviations(
-    model: Model, examples: Examples, units: Units, batch_size: int | None
-) -> list[Float[Tensor, "units one"]]:
+def _deviations(model: Model, examples: Examples, units: Units, size: int | None) -> list[Float[Tensor, "units one"]]:
     """Each unit's standard deviation, over its width; 0 where a removed unit never varies."""
-    moments = unit_moments(model, examples, units, batch_size=batch_size)
+    moments = unit_moments(model, examples, units, batch_size=size)
     return [part.variance.mean(-1, keepdim=True).sqrt() for part in moments]
 
 

@@ -63,7 +63,7 @@ class Refitting:
     Attributes:
         steps: of each refit, early-stopped on ``held_out``; where not given 20 with ``held_out`` (best at small sizes,
             ``benchmarks/variants.py``) and none without.
-        batch_size: examples in a step.
+        per_step: examples in a step; ``None``: all of ``train``.
 
     Example:
         >>> few = tls.Refitting(steps=2)
@@ -72,7 +72,7 @@ class Refitting:
     """
 
     steps: int | None = None
-    batch_size: int | None = 512
+    per_step: int | None = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +240,7 @@ def sparsify(
             current = current.with_circuit(current.circuit - Circuit(units, removed))
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
-                settings |= {"batch_size": refitting.batch_size}
+                settings |= {"per_step": refitting.per_step, "batch_size": batch_size}
                 current = refit(model, current, train, judged, progress=False, **settings)
             measured = predicted if seen else risk(model, current, judged, seed=seed, **drawn)
             order.append(picks)

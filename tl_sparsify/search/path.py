@@ -90,7 +90,7 @@ class CircuitPath:
             reduction = replace(reduction, values=self.values, reference=None, mixing=None)
         return reduction.with_circuit(Circuit(self.units, mask))
 
-    def within(self, model: Model, validation: Examples, nats: float) -> Reduction:
+    def within(self, model: Model, validation: Examples, nats: float, *, batch_size: int | None = None) -> Reduction:
         """The smallest round whose measured risk on ``validation`` is at most ``nats``; one risk for each round
         tried, from the smallest.
 
@@ -99,7 +99,7 @@ class CircuitPath:
         """
         lowest = float("inf")
         for step in reversed(self.rounds):
-            found = risk(model, step.reduction, validation).mean
+            found = risk(model, step.reduction, validation, batch_size=batch_size).mean
             lowest = min(lowest, found)
             if found <= nats:
                 return step.reduction
