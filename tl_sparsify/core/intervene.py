@@ -131,7 +131,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
     """
     hooks: list[tuple[str, Callable[..., Any]]] = []
     seen: dict[str, Bool[Tensor, "batch pos"] | None] = {}
-    rules = {intervention.first_token for intervention in interventions} - {"none"}
+    rules = {intervention.first_token for intervention in interventions if intervention.first_token != "none"}
     watching = _watching_first_tokens(model, rules, seen) if rules else nullcontext()
     for intervention in interventions:
         spared = partial(seen.get, intervention.first_token)
@@ -152,7 +152,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
 
 @contextmanager
 def _watching_first_tokens(
-    model: Model, rules: Iterable[FirstToken], seen: dict[str, Bool[Tensor, "batch pos"] | None]
+    model: Any, rules: Iterable[FirstToken], seen: dict[str, Bool[Tensor, "batch pos"] | None]
 ) -> Iterator[None]:
     """Note, whenever the model runs, where each rule leaves the first token alone: only the call knows its input."""
     own = model.__dict__.get("forward")
@@ -162,9 +162,11 @@ def _watching_first_tokens(
         tokens = args[0] if args else kwargs.get("input")
         cache = kwargs.get("past_key_values")
         later = cache is not None and cache.get_seq_length() > 0  # the first token was in an earlier call
+        mask = kwargs.get("attention_mask")
         for rule in rules:
-            known = isinstance(tokens, Tensor) and tokens.ndim == 2 and not later
-            seen[rule] = first_tokens(model, tokens, kwargs.get("attention_mask"), rule) if known else None
+            seen[rule] = None
+            if isinstance(tokens, Tensor) and tokens.ndim == 2 and not later:
+                seen[rule] = first_tokens(model, tokens, mask, rule)
         return forward(*args, **kwargs)
 
     object.__setattr__(model, "forward", noting)

@@ -41,7 +41,8 @@ class FoldedBridge(TransformerBridge):
         where = None if self.first_stream is None else self._first_tokens(input, kwargs)
         if where is None or self.first_stream is None:
             return super().forward(input, *args, **kwargs)
-        with streaming(self, self.first_stream, where):
+        itself: Any = self  # pyright takes a property for a mutable attribute
+        with streaming(itself, self.first_stream, where):
             return super().forward(input, *args, **kwargs)
 
     def _first_tokens(self, input: Any, kwargs: dict[str, Any]) -> Tensor | None:
