@@ -21,6 +21,7 @@ ORDER = {
     "tasks": "native places task pairing input_space text compiled overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
     "benchmark",
+    "formats": "rows answers records mib",
     "presentation": "results sentences diagrams plot report",
     "": "__init__ cli __main__",
 }

@@ -1,0 +1,148 @@
+"""Rows: what people keep their prompts in, as a list of dictionaries with plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Row = dict[str, Any]
+_MISSING = object()
+_LOOKED_AT = 100  # rows, for the names of columns
+
+
+def read_rows(source: Any, limit: int | None) -> list[Row]:
+    """The rows of a CSV, TSV, JSON, JSON lines or parquet file, a pandas frame, a list of dictionaries, a dictionary of
+    columns (or with one list of rows), or a data set, streaming or not. A row ``(prompt, answer)`` has these two.
+
+    Text stays as it is: nothing in a CSV file is taken for a number or for missing, but an empty cell is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file or value, several splits at once, no row, ``limit`` below one.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
+    found = [_row(i, row) for i, row in enumerate(islice(_iterate(source), limit))]
+    if not found:
+        raise ValueError("source has no row: give at least one")
+    return found
+
+
+def value(row: Row, name: str) -> Any:
+    """What a row has in a column, nested ones by dotted name (``symbol_counterfactual.prompt``, ``answers.0``);
+    ``None``: nothing."""
+    found = _find(row, name)
+    return None if found is _MISSING or found == "" else found
+
+
+def has(rows: list[Row], name: str) -> bool:
+    """Whether any row has the column."""
+    return any(_find(row, name) is not _MISSING for row in rows)
+
+
+def columns(rows: list[Row]) -> list[str]:
+    """The names of the columns, nested ones dotted."""
+    return list(dict.fromkeys(name for row in rows[:_LOOKED_AT] for name in _names(row)))
+
+
+def _names(row: Mapping[str, Any]) -> Iterator[str]:
+    for key, entry in row.items():
+        if isinstance(entry, Mapping):
+            yield from (f"{key}.{name}" for name in _names(entry))
+        else:
+            yield str(key)
+
+
+def _find(part: Any, name: str) -> Any:
+    if isinstance(part, Mapping):
+        if name in part:
+            return part[name]
+        head, dot, rest = name.partition(".")
+        return _find(part[head], rest) if dot and head in part else _MISSING
+    if isinstance(part, list):
+        head, dot, rest = name.partition(".")
+        if head.isdecimal() and int(head) < len(part):
+            return _find(part[int(head)], rest) if dot else part[int(head)]
+    return _MISSING
+
+
+def _iterate(source: Any) -> Iterable[Any]:
+    if isinstance(source, str | Path):
+        return _file(Path(source))
+    if isinstance(source, pd.DataFrame):
+        return source.to_dict("records")
+    if isinstance(source, Mapping):
+        return _mapping(source)
+    if hasattr(source, "with_format"):  # a data set, in whichever format it was left
+        return source.with_format(None)
+    if isinstance(source, Iterable):
+        return source
+    raise ValueError(
+        f"source is of type {type(source).__name__}: give a path to a file, a pandas frame, a list of dictionaries or "
+        "a data set"
+    )
+
+
+def _file(path: Path) -> Iterable[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        separator = "," if kind == ".csv" else "\t"
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False).to_dict("records")
+    if kind == ".parquet":
+        return pd.read_parquet(path).to_dict("records")
+    if kind not in (".json", ".jsonl", ".ndjson"):
+        raise ValueError(f"source is {path.name!r}: its name must end in .csv, .tsv, .json, .jsonl or .parquet")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = (
+            json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no {kind[1:]}: {error}") from error
+    return _iterate(content)
+
+
+def _mapping(source: Mapping[str, Any]) -> Iterable[Any]:
+    if any(hasattr(part, "with_format") for part in source.values()):
+        raise ValueError(f"source has the splits {', '.join(source)}: give one, source[{next(iter(source))!r}]")
+    lists = {name: part for name, part in source.items() if isinstance(part, list | tuple)}
+    lengths = {name: len(part) for name, part in lists.items()}
+    held = [name for name, part in lists.items() if part and all(isinstance(row, Mapping) for row in part)]
+    columns_of_one_length = len(lists) == len(source) and len(set(lengths.values())) == 1
+    if len(held) == 1 and not (columns_of_one_length and len(lists) > 1):
+        return lists[held[0]]
+    if not columns_of_one_length:
+        raise ValueError(
+            f"source is an object with {', '.join(map(str, source))}: it must hold one list of rows, or columns of one "
+            f"length (lists: {lengths})"
+        )
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _row(i: int, row: Any) -> Row:
+    if isinstance(row, list | tuple) and len(row) == 2:
+        row = {"prompt": row[0], "answer": row[1]}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {i} of source is {row!r}: it must be a dictionary, or a prompt and its answer")
+    return {str(key): _plain(entry) for key, entry in row.items()}
+
+
+def _plain(entry: Any) -> Any:
+    """The same without numpy and without pandas' kinds of nothing."""
+    if isinstance(entry, np.ndarray | np.generic):
+        entry = entry.tolist()
+    if isinstance(entry, Mapping):
+        return {str(key): _plain(part) for key, part in entry.items()}
+    if isinstance(entry, list):
+        return [_plain(part) for part in entry]
+    if isinstance(entry, tuple):
+        return tuple(_plain(part) for part in entry)
+    return None if entry is pd.NA or entry is pd.NaT or (isinstance(entry, float) and entry != entry) else entry
