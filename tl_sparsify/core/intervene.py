@@ -131,7 +131,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
     """
     hooks: list[tuple[str, Callable[..., Any]]] = []
     seen: dict[str, Bool[Tensor, "batch pos"] | None] = {}
-    rules = {intervention.first_token for intervention in interventions if intervention.first_token != "none"}
+    rules: list[FirstToken] = [part.first_token for part in interventions if part.first_token != "none"]
     watching = _watching_first_tokens(model, rules, seen) if rules else nullcontext()
     for intervention in interventions:
         spared = partial(seen.get, intervention.first_token)
