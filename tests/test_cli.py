@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from matplotlib.figure import Figure
 from tl_sparsify import (
     Reduction,
     ablate,
-    cli,
     constants,
     evaluate,
     fingerprint,
@@ -40,6 +38,7 @@ from tl_sparsify import (
     score,
     sparsify,
 )
+from tl_sparsify import run as running
 
 TASK = """
 import numpy as np
@@ -112,10 +111,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A complete run that keeps a quarter of the units, with a short refit."""
     out = tmp_path_factory.mktemp("done") / "new" / "folder"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "refit", partial(constants.refit, steps=20))
-        patch.setattr(cli, "_BESIDE_STEPS", 15)
-        return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--out", out)
+    return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--steps", "15", "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +253,15 @@ def test_a_report_stands_beside_the_results_by_default(quick: Path, tmp_path: Pa
     assert set(files_in(tmp_path)) == {*FILES, "report.html"}  # a model of which everything is kept
 
 
+def test_runs_in_folders_of_one_folder_have_one_report(done: tuple[Path, Outcome], quick: Path, tmp_path: Path):
+    for name, source in (("1_quarter", done[0]), ("2_all", quick)):
+        shutil.copytree(source, tmp_path / name)
+    assert command("report", tmp_path).code == 0
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<h1>") == 2 and text.index("7 of 28 units") < text.index("28 of 28 units")
+    assert "Settings and versions of the run in 1_quarter" in text
+
+
 def test_a_report_of_nothing_gets_one_sentence(quick: Path, tmp_path: Path):
     line = sentence(command("report", tmp_path))
     assert "holds no results" in line and f"tl-sparsify run TASK --out {tmp_path}" in line
@@ -273,13 +278,10 @@ def test_the_figures_are_png_files(done: tuple[Path, Outcome]):
         assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
 
 
-def test_the_same_seed_gives_the_same_files_byte_for_byte_over_older_ones(
-    tiny: Path, done: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_same_seed_gives_the_same_files_byte_for_byte_over_older_ones(tiny: Path, done: tuple[Path, Outcome]):
     before = files_in(done[0])
-    monkeypatch.setattr(constants, "refit", partial(constants.refit, steps=20))
-    monkeypatch.setattr(cli, "_BESIDE_STEPS", 15)
-    outcome = command("run", tiny, "--keep", "0.25", "--rounds", "2", "--seed", "0", "--quiet", "--out", done[0])
+    options = ("--keep", "0.25", "--rounds", "2", "--steps", "15", "--seed", "0", "--quiet")
+    outcome = command("run", tiny, *options, "--out", done[0])
     assert outcome == Outcome(0, "", "")
     after = files_in(done[0])
     assert tuple(after) == FILES and [name for name in FILES if after[name] != before[name]] == []
@@ -293,6 +295,90 @@ def test_another_seed_gives_other_files_by_default_under_the_tasks_name(
     other, first = files_in(tmp_path / "results" / "tiny"), files_in(quick)
     assert tuple(other) == tuple(first) == FILES
     assert other["scores.csv"] != first["scores.csv"] and other["evidence.csv"] != first["evidence.csv"]
+
+
+def test_older_results_are_replaced_as_a_whole(tiny: Path, done: tuple[Path, Outcome], tmp_path: Path):
+    shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "report.html").write_text("of the older run")
+    before = files_in(tmp_path)
+    outcome = command("run", tiny, *QUICK, "--no-baselines", "--seed", "1", "--out", tmp_path)
+    assert outcome.code == 0
+    after = files_in(tmp_path)
+    assert sorted(after) == sorted({*FILES, "notes.txt"} - {"baselines.csv"}) and after["notes.txt"] == b"mine"
+    assert all(after[name] != before[name] for name in ("scores.csv", "path.csv", "run.json", "evidence.csv"))
+
+
+def test_parts_are_left_out_and_the_report_says_so(tiny: Path, tmp_path: Path):
+    code = TASK.replace('tls.Alignment({"odd": [tls.Unit(head, 0)]})', "tls.Alignment({})")
+    outcome = command(
+        "run", task_folder(tmp_path, code), *QUICK, "--no-baselines", "--no-align", "--units", "heads,mlps",
+        "--examples", "20", "--batch-size", "7", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(files_in(tmp_path / "out")) == {*FILES} - {"baselines.csv", "evidence.csv"}
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["left_out"] == ["baselines.csv", "evidence.csv"] and about["units"] == ["heads", "mlps"]
+    assert about["examples"]["train"] == 20 and "baseline_refit" not in about
+    assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 4 + 2  # heads, and a whole layer each
+    assert command("report", tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "has not been put to the test" in text and "Beside other circuits" not in text
+    (tmp_path / "out" / "fold.csv").unlink()
+    assert "without fold.csv" in sentence(command("report", tmp_path / "out"))
+
+
+def test_the_batch_size_and_the_steps_reach_every_part(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, list[Any]] = {}
+
+    def noting(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            seen.setdefault(name, []).append((options.get("batch_size"), options.get("steps")))
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, names in ((running, ("sparsify", "evaluate", "verify", "compared", "accuracy")),
+                         (constants, ("refit", "mean")), (score, ("risk", "variance", "gradient"))):  # fmt: skip
+        for name in names:
+            noting(owner, name)
+    options = ("--keep", "0.5", "--rounds", "1", "--steps", "15", "--batch-size", "8")
+    assert command("run", tiny, *options, "--quiet", "--out", tmp_path).code == 0
+    assert {name: [size for size, _ in calls if size != 8] for name, calls in seen.items()} == {
+        name: [] for name in seen
+    }
+    assert seen["refit"] == [(8, 15)] * 5 and len(seen) == 10  # the last one, and four orders
+
+
+def test_the_models_accuracy_and_the_time_are_said_before_the_search(done: tuple[Path, Outcome], tiny: Path):
+    printed = done[1].out
+    task = load_task(tiny)
+    model, (_, validation, _) = task.model(), task.examples(0)
+    with torch.no_grad():
+        logits = model(validation.tokens)[:, -1]
+    right = validation.labels[:, -1]
+    among = float((logits[:, :4].argmax(1) == right).double().mean())
+    every = float((logits.argmax(1) == right).double().mean())
+    assert f"{among:.3f}" in printed.split("accuracy on validation examples:")[1].splitlines()[0]
+    about = json.loads((done[0] / "run.json").read_text())
+    assert about["model_accuracy"] == {"vocabulary": every, "choices": among, "n": 24}
+    head = printed.split("Path: risk")[0]
+    assert among < 0.7 and "warning: below 0.7" in head and "effort standard: about" in head
+
+
+def test_a_description_is_printed_as_it_is(tmp_path: Path):
+    code = TASK.replace('description="a random model"', 'description="[INST] which one? [/INST] [bold]x"')
+    outcome = command("run", task_folder(tmp_path, code), *QUICK, "--no-baselines", "--out", tmp_path / "[out]")
+    assert outcome.code == 0 and "tiny: [INST] which one? [/INST] [bold]x\n" in outcome.out
+    assert f"written to {tmp_path / '[out]'}" in outcome.out
+
+
+def test_the_version_is_told():
+    from tl_sparsify import __version__
+
+    assert command("--version") == Outcome(0, f"tl-sparsify {__version__}\n", "")
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -353,6 +439,12 @@ def untouchable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--rounds", "-3"], "rounds is -3"),
         (["--rounds", "2.5"], "--rounds"),
         (["--seed", "x"], "--seed"),
+        (["--seed", "-1"], "--seed is -1; it must lie in [0, 2147483647]"),
+        (["--seed", "9223372036854775808"], "--seed"),
+        (["--effort", "much"], "--effort is 'much'; it is one of quick, standard, thorough"),
+        (["--units", "heads,wings"], "--units has 'wings'"),
+        (["--batch-size", "0"], "--batch-size is 0; at least one"),
+        (["--prepend-bos"], "prepend_bos is given, but the task"),
         (["--nothing"], "--nothing"),
         (["and", "more"], "and"),
     ],
@@ -438,7 +530,7 @@ def torn_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def stopped(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, name, stopped)
+    monkeypatch.setattr(running, name, stopped)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +540,7 @@ def torn_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         (torn_write, "path.csv", ["scores.csv"]),
         (torn_write, "circuit.reduction", ["path.csv", "scores.csv"]),
         (torn_write, "folded.safetensors", ["circuit.reduction", "path.csv", "scores.csv"]),
-        (torn_work, "_beside", [name for name in FILES if name not in ("baselines.csv", "evidence.csv", *AT_LAST)]),
+        (torn_work, "beside", [name for name in FILES if name not in ("baselines.csv", "evidence.csv", *AT_LAST)]),
         (torn_work, "verify", [name for name in FILES if name not in ("evidence.csv", *AT_LAST)]),
         (torn_figure, "risk.png", [name for name in FILES if name not in AT_LAST]),
         (torn_write, "run.json", [name for name in FILES if name != "run.json"]),
@@ -517,7 +609,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """The main job on the shipped task with default options, and the path that it found."""
     out, found = tmp_path_factory.mktemp("demo"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "sparsify", lambda *args, **options: found.append(sparsify(*args, **options)) or found[0])
+        patch.setattr(
+            running, "sparsify", lambda *args, **options: found.append(sparsify(*args, **options)) or found[0]
+        )
         assert command("run", "hierarchical_equality", "--out", out).code == 0
     assert tuple(files_in(out)) == FILES
     return out, found[0]

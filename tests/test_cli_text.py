@@ -11,7 +11,7 @@ import torch
 from helpers.commands import QUICK, command
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tl_sparsify import cli, heads, load_folded, load_task, neurons
+from tl_sparsify import heads, load_folded, load_task, neurons
 
 SHIPPED = Path(__file__).parent.parent / "tasks" / "language_model" / "model"
 
@@ -31,13 +31,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_run_takes_a_checkpoint_and_looks_for_the_variables(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(cli, "_BESIDE_STEPS", 1)
-    monkeypatch.setattr(cli, "_PAIRS", 128)
+def test_run_takes_a_checkpoint_and_looks_for_the_variables(checkpoint: Path, tmp_path: Path):
     out = tmp_path / "out"
-    outcome = command("run", "gendered_pronoun", "--model", checkpoint, *QUICK, "--out", out)
+    short = ("--effort", "quick", "--steps", "1")  # 128 pairs
+    outcome = command("run", "gendered_pronoun", "--model", checkpoint, *QUICK, *short, "--out", out)
     assert (outcome.code, outcome.err) == (0, "")
     about = json.loads((out / "run.json").read_text())
     assert about["task"] == "gendered_pronoun" and about["model"] == str(checkpoint)

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Bool, Shaped
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformer_lens import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparsify import CausalModel, constants, heads, load_task, neurons, score, text
@@ -458,7 +459,8 @@ def test_a_shipped_task_works_with_a_checkpoint(architecture: str, name: str, fo
     bos = model.tokenizer.bos_token_id
     mask = torch.ones_like(test.tokens).bool() if test.attention_mask is None else test.attention_mask
     first = test.tokens.gather(1, mask.int().argmax(1, keepdim=True))
-    assert bool((first == bos).all()) == (bos is not None)
+    own = text.load_tokenizer(folders[architecture])("the")["input_ids"][0] == bos  # the bridge's may be another one
+    assert bool((first == bos).all()) == (bos is not None and own)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -487,7 +489,7 @@ def test_a_bridge_is_taken_as_it_is(folders: dict[str, Path]):
 
 
 def test_loading_data_does_not_load_the_model(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text.TransformerBridge, "boot_transformers", None)
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", None)
     task = load_task("subject_verb_agreement", model=folders["GPT-2"])
     assert len(task.pairs(8, 0)) == 8
     with pytest.raises(TypeError):
@@ -565,6 +567,43 @@ def test_a_tokenizer_that_does_not_pair_digits_is_refused_for_years(tmp_path: Pa
         ValueError, match="can do with 0 rows of train, 1024 are needed: its numbers are not two tokens"
     ):
         task.examples(0)
+
+
+def one_token_a_digit() -> PreTrainedTokenizerFast:
+    """Words, and digits apart, as in Llama 3's, Qwen's, Gemma's and SmolLM's."""
+    words = [word for word in all_words() if not word.isdigit()]
+    raw: Any = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words, *"0123456789"])}, "<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def test_years_told_digit_by_digit_are_answered_by_the_first_digit_of_the_end():
+    tokenizer = one_token_a_digit()
+    task = load_task("greater_than", model=without_model(tokenizer))
+    train, validation, test = task.examples(0)
+    assert (len(train), len(validation), len(test)) == (1024, 256, 512)
+    for examples in (train, validation, test):
+        ids = examples.tokens[examples.tokens != 0] if examples.attention_mask is None else examples.tokens
+        assert ids is not None and examples.choices is not None and len(examples.choices) == 9
+        digits = [tokenizer.convert_ids_to_tokens(row) for row in examples.tokens.tolist()]
+        told = [[piece for piece in row if piece.isdigit()] for row in digits]
+        answers = tokenizer.convert_ids_to_tokens(examples.labels[:, -1].tolist())
+        assert {len(row) for row in told} == {6} and all(row[:2] == row[4:] for row in told)
+        for (_, _, tens, last, _, _), answer in zip(told, answers, strict=True):
+            # in 1731 or 1732 most of the decade is left, in 1738 or 1739 none: the next one
+            assert last in "1289" and answer == str(int(tens) + (last in "89"))
+    pairs = task.pairs(64, 0)
+    assert pairs.answers["35"] == tokenizer.convert_tokens_to_ids("3") and len(set(pairs.answers.values())) == 9
+    for kind in ("other_year", "earliest"):
+        counterfactual: Any = task.examples
+        other = counterfactual(0, kind)[2]
+        assert bool((other.counterfactual_labels[:, -1] != other.labels[:, -1]).any())
+
+
+def test_numbers_are_told_digit_by_digit_where_each_digit_is_a_token():
+    assert text.digit_by_digit(one_token_a_digit(), ["1732", "5"]).tolist() == [True, True]
+    assert text.digit_by_digit(tokenizer_of("byte pairs", ("the", "17", "32")), ["1732"]).tolist() == [False]
+    assert text.digit_by_digit(tokenizer_of("word level"), ["17"]).tolist() == [False]  # unknown
 
 
 def test_an_unknown_kind_of_counterfactual_is_refused():

@@ -75,9 +75,10 @@ SENTENCES = tls.text.Sentences(
 )
 
 
-def task(model: Any = None) -> tls.Task:
+def task(model: Any = None, prepend_bos: bool | None = None) -> tls.Task:
     """The task for a language model: a Hugging Face name, a folder, a bridge, or the package's own."""
-    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model)
+    source = tls.task.own_language_model() if model is None else model
+    data = tls.text.TextTask(SENTENCES, source, prepend_bos=prepend_bos)
     return tls.Task(
         name="my_task",  # EDIT: its name, a sentence, and the accuracy of always giving one answer
         description="which of several foods is cut first",

@@ -36,6 +36,9 @@ def key(inputs: Rows) -> Int[np.ndarray, "n"]:
     return tls.text.row_keys(inputs, {name: FIELDS[name] for name in ("event", "century", "year")})
 
 
+# Where a year is told digit by digit, the answer is the first digit of the end. Of years that end in 1 or 2 it is the
+# same as the year's, of years that end in 8 or 9 the next one: what is later, and soonest, is plain from that digit.
+PLAIN = ("1", "2", "8", "9")
 ENDS = [f"{year:02d}" for year in range(15, 100, 10)]  # the answers that are told apart
 INPUTS = ("sentence", "century", "year")
 Words = Shaped[np.ndarray, "n"]
@@ -93,13 +96,27 @@ def earliest(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Gene
     return {**rows, "year": np.full(len(rows["year"]), YEARS[0])}
 
 
+def by_digit(tokenizer: Any) -> bool:
+    """Whether the tokenizer has one token a digit."""
+    return bool(tls.text.digit_by_digit(tokenizer, [f"{century}{end}" for century in CENTURIES for end in ENDS]).all())
+
+
 def fits(tokenizer: Any, rows: Rows) -> Bool[np.ndarray, "n"]:
-    """Whether the year of a row, the earliest one and the ends of its century are two tokens of two digits."""
+    """Whether the year of a row, the earliest one and the ends of its century are two tokens of two digits; or one
+    token a digit, and the first digit of the end is plain."""
+    if by_digit(tokenizer):
+        return np.array([year[-1] in PLAIN for year in rows["year"].tolist()], dtype=bool)
     usable = tls.text.two_token_numbers(tokenizer, CENTURIES, [*YEARS, *ENDS])
     century = np.array([CENTURIES.index(c) for c in rows["century"].tolist()], dtype=int)
     year = np.array([YEARS.index(y) for y in rows["year"].tolist()], dtype=int)
     always = np.all(usable[:, [0, *range(len(YEARS), usable.shape[1])]], axis=1)  # the earliest year, and the ends
     return usable[century, year] & always[century]
+
+
+def written(tokenizer: Any) -> Mapping[str, str]:
+    """The ends as they are answered: both digits, or where each is a token of its own the first one."""
+    size = 1 if by_digit(tokenizer) else 2
+    return {end: end[:size] for end in ENDS}
 
 
 SENTENCES = tls.text.Sentences(
@@ -112,13 +129,17 @@ SENTENCES = tls.text.Sentences(
     counterfactuals={"other_year": other_year, "earliest": earliest},
     held_against=None,
     fits=fits,
+    written=written,
 )
 
 
-def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
+def task(
+    model: Any = None, padding_side: Literal["left", "right"] = "left", prepend_bos: bool | None = None
+) -> tls.Task:
     """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
     package: see the card, README.md."""
-    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model, padding_side)
+    source = tls.task.own_language_model() if model is None else model
+    data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
     return tls.Task(
         name="greater_than",
         description="when something ended: the first of nine years that is later than the one in which it began",

@@ -133,10 +133,13 @@ SENTENCES = tls.text.Sentences(
 )
 
 
-def task(model: Any = None, padding_side: Literal["left", "right"] = "left") -> tls.Task:
+def task(
+    model: Any = None, padding_side: Literal["left", "right"] = "left", prepend_bos: bool | None = None
+) -> tls.Task:
     """The task for a language model (a Hugging Face name or folder, or a bridge), or for the one that comes with this
     package: see the card, README.md."""
-    data = tls.text.TextTask(SENTENCES, tls.task.own_language_model() if model is None else model, padding_side)
+    source = tls.task.own_language_model() if model is None else model
+    data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
     return tls.Task(
         name="ioi",
         description="to whom something is given, by two names one of which comes again",

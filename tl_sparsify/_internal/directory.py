@@ -1,10 +1,10 @@
-"""A directory that is complete, or not there."""
+"""A directory that is complete, or not there; and results in a folder, of one run only."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,3 +43,41 @@ def directory(path: Path, mark: str, kind: str) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
+    """Where to write ``names``, of which ``mark`` says that they are complete: in ``folder`` itself where it has none
+    of them; else aside, and at the end they take the place of all the older ones. After an exception these are as
+    they were. Other things in the folder are left alone.
+
+    Old and new are never side by side: in between, ``mark`` is not there.
+    """
+    if not any((folder / name).exists() for name in names):
+        yield folder
+        return
+    aside, old = (folder / f".{kind}.{os.getpid()}.part" for kind in ("new", "old"))
+    order = [mark, *sorted(set(names) - {mark})]
+    out: list[str] = []
+    back: list[str] = []
+    try:
+        aside.mkdir()
+        old.mkdir()
+        yield aside
+        for name in order:  # the mark goes first and comes last
+            if (folder / name).exists():
+                (folder / name).replace(old / name)
+                out.append(name)
+        for name in reversed(order):
+            if (aside / name).exists():
+                (aside / name).replace(folder / name)
+                back.append(name)
+    except BaseException:
+        for name in back:
+            (folder / name).replace(aside / name)
+        for name in reversed(out):
+            (old / name).replace(folder / name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.verdicts import verdicts
 from tl_sparsify.presentation import plot, sentences
-from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, RunResults, read_table
+from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, RunResults, missing, read_table
 from tl_sparsify.search.scores import Scores
 
 _DPI = 150
@@ -65,7 +65,8 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the report about a folder of results as one HTML file, and return its path.
 
     Args:
-        folder: where ``tl-sparsify run`` or ``tl-sparsify bench`` wrote, or both.
+        folder: where ``tl-sparsify run`` or ``tl-sparsify bench`` wrote, or both; or a folder of such folders of runs,
+            which come one after the other.
         out: the file; ``report.html`` in the folder where not given.
 
     The same results give the same bytes. No model is loaded and no model pass is made; up to a minute for a large
@@ -84,30 +85,41 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     target = folder / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise ValueError(f"out is {target}, a folder: name a file in it")
-    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
-    ran, measured = len(missing) < len(RUN_FILES), (folder / TABLE).is_file()
-    if not ran and not measured:
+    runs = _runs(folder)
+    measured = (folder / TABLE).is_file()
+    if not runs and not measured:
         raise ValueError(
             f"{folder} holds no results: neither {RUN_FILES[0]} with its tables (`tl-sparsify run TASK --out {folder}` "
             f"makes them) nor {TABLE} (`tl-sparsify bench --out {folder}` does)"
         )
-    if ran and missing:
-        raise ValueError(
-            f"{folder} holds an unfinished run, without {', '.join(missing)}: `tl-sparsify run TASK --out {folder}` "
-            "makes them"
-        )
+    for place in runs:
+        if gone := missing(place):
+            raise ValueError(
+                f"{place} holds an unfinished run, without {', '.join(gone)}: `tl-sparsify run TASK --out {place}` "
+                "makes them"
+            )
     if not target.parent.is_dir():
         raise ValueError(f"out is {target}; there is no folder {target.parent}: make it first")
-    run = RunResults.load(folder) if ran else None
+    found = {place: RunResults.load(place) for place in runs}
     table = _benchmark_table(folder / TABLE) if measured else None
-    body = [*(_of_run(run, folder) if run is not None else []), *(_of_benchmark(table) if table is not None else [])]
-    about = {"run": run.about} if run is not None else {}
+    body = [part for place, run in found.items() for part in _of_run(run, place)]
+    body += _of_benchmark(table) if table is not None else []
+    names = {place: "run" if place == folder else f"run in {place.name}" for place in runs}
+    about = {names[place]: run.about for place, run in found.items()}
     if measured and (folder / SETTINGS).is_file():
         about["benchmark"] = _json(folder / SETTINGS)
     body += _made(about)
-    title = str(run.about["task"]) if run is not None else "Benchmark of circuit methods"
+    title = next((str(run.about["task"]) for run in found.values()), "Benchmark of circuit methods")
     write_text(target, _page(title, body))
     return target
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folders of runs: the folder itself where it has files of one, else those in it that hold a complete one."""
+    if len(missing(folder)) < len(RUN_FILES):
+        return [folder]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [place for place in inside if (place / RUN_FILES[0]).is_file()]
 
 
 def _of_run(run: RunResults, folder: Path) -> list[str]:
@@ -139,18 +151,28 @@ def _of_run(run: RunResults, folder: Path) -> list[str]:
             "Risk along the path of circuits, on validation examples: as predicted before each round's removals and as "
             "measured after them.",
         ),
-        _heading("Beside other circuits of the same size"),
-        _sentences(sentences.compared(run)),
-        _table(run.baselines),
+    ]
+    if run.baselines is not None:
+        body += [
+            _heading("Beside other circuits of the same size"),
+            _sentences(sentences.compared(run)),
+            _table(run.baselines),
+        ]
+    body += [
         _heading("Is it the algorithm?"),
         _picture((folder / "causal.png").read_bytes(), "The causal model that the network is held against."),
         _sentences(sentences.algorithm(run)),
-        _table(_verdicts(run.evidence)),
-        _figure(
-            plot.evidence(run.evidence),
-            "Interchange accuracy of the aligned units, beside controls. The whole residual stream is a ceiling for "
-            "one layer at the aligned positions, not a control that should fail.",
-        ),
+    ]
+    if run.evidence is not None:
+        body += [
+            _table(_verdicts(run.evidence)),
+            _figure(
+                plot.evidence(run.evidence),
+                "Interchange accuracy of the aligned units, beside controls. The whole residual stream is a ceiling "
+                "for one layer at the aligned positions, not a control that should fail.",
+            ),
+        ]
+    body += [
         _heading("Limits"),
         _sentences(sentences.limits(run)),
         _heading("Scores of single units"),
@@ -178,16 +200,17 @@ def _of_benchmark(table: Frame) -> list[str]:
 
 def _facts(run: RunResults) -> str:
     whole = run.fold[run.fold.part == "whole model"].iloc[0]
-    aligned = verdicts(run.evidence)
-    original = aligned[aligned.model == "original"]
     facts = {
         "units kept": f"{len(run.reduction.circuit):,} of {len(run.reduction.units):,}",
         "parameters": sentences.share(whole.parameters_kept / whole.parameters),
         "risk": sentences.nats(run.evaluation["risk"]),
         "accuracy": sentences.share(run.evaluation["accuracy"]),
         "agreement with the whole model": sentences.share(run.evaluation["agreement"]),
-        "variables accepted": f"{original.accepted.sum()} of {len(original)}",
     }
+    if run.evidence is not None:
+        aligned = verdicts(run.evidence)
+        original = aligned[aligned.model == "original"]
+        facts |= {"variables accepted": f"{original.accepted.sum()} of {len(original)}"}
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     return f'<dl class="facts">{cells}</dl>'
 

@@ -28,6 +28,12 @@ RUN_FILES = (
     "causal.png",
 )
 
+OPTIONAL = ("baselines.csv", "evidence.csv")
+"""Those of them that a run leaves out on request (``left_out`` in ``run.json``)."""
+
+RUN_ENTRIES = (*RUN_FILES, "map.png", "folded", "report.html")
+"""All that a run writes, and the report that is made of it."""
+
 TABLE = "table.csv"
 
 SETTINGS = "settings.json"
@@ -40,7 +46,7 @@ class RunResults:
     Attributes:
         about: the task, the settings and the versions (``run.json``).
         reduction: the circuit.
-        scores, path, fold, baselines, evidence: the tables of these names.
+        scores, path, fold, baselines, evidence: the tables of these names; ``None`` for one that was left out.
         evaluation: the one row of ``evaluation.csv``.
     """
 
@@ -56,14 +62,31 @@ class RunResults:
     @staticmethod
     def load(folder: Path) -> RunResults:
         """Read the files of a complete run; a damaged one is a ``ValueError`` that names it."""
+        about = _about(folder)
         names = ("scores", "path", "fold", "baselines", "evidence")
-        tables = {name: read_table(folder / f"{name}.csv") for name in names}
-        try:
-            about = json.loads((folder / "run.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"{folder / 'run.json'} is damaged ({error}): run the task again") from error
+        tables = {
+            name: None if f"{name}.csv" in about.get("left_out", ()) else read_table(folder / f"{name}.csv")
+            for name in names
+        }
         evaluation = read_table(folder / "evaluation.csv").iloc[0].to_dict()
         return RunResults(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)
+
+
+def missing(folder: Path) -> list[str]:
+    """The files of a run that should be in a folder and are not."""
+    gone = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if RUN_FILES[0] in gone or not set(gone) & set(OPTIONAL):
+        return gone
+    out = _about(folder).get("left_out", ())
+    return [name for name in gone if name not in out]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / RUN_FILES[0]
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run the task again") from error
 
 
 def read_table(path: Path) -> Frame:

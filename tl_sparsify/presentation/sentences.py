@@ -48,13 +48,15 @@ def listed(names: list[str]) -> str:
 def headline(run: RunResults) -> str:
     """The whole run in a sentence or two."""
     found, kept = run.evaluation, len(run.reduction.circuit)
-    verdict = verdicts(run.evidence)
-    passed = bool(verdict.accepted.all())
+    if run.evidence is None:
+        verdict = "not been put to the test"
+    else:
+        verdict = "accepted" if bool(verdicts(run.evidence).accepted.all()) else "not accepted"
     return (
         f"{kept:,} of {len(run.reduction.units):,} units ({share(kept / len(run.reduction.units))}) answer "
         f"{share(found['accuracy'])} of the test examples right, where the whole model answers "
-        f"{share(found['original_accuracy'])}. The hypothesised algorithm is "
-        f"{'accepted' if passed else 'not accepted'} on this evidence."
+        f"{share(found['original_accuracy'])}. The hypothesised algorithm "
+        + (f"has {verdict}." if run.evidence is None else f"is {verdict} on this evidence.")
     )
 
 
@@ -127,6 +129,8 @@ def compared(run: RunResults) -> list[str]:
 
 def algorithm(run: RunResults) -> list[str]:
     """The verdict on the causal model, for each network."""
+    if run.evidence is None:
+        return ["Nobody looked for the units that carry its variables (`--no-align`), so nothing is said of it."]
     said = [
         f"A variable counts as accepted when at least {share(GOAL)} of the interchanged runs answer what the causal "
         f"model answers, and at least {share(GOAL_CHANGED)} of those whose answer should change."
@@ -147,23 +151,36 @@ def algorithm(run: RunResults) -> list[str]:
 
 def limits(run: RunResults) -> list[str]:
     """What these numbers do not show."""
-    found, about, table = run.evaluation, run.about, verdicts(run.evidence)
+    found, about = run.evaluation, run.about
     said = [
         f"The kind of replacement is part of every number: here {_replacement(run.reduction)}, chosen among "
         f"{about['ablation']}-ablated circuits. Numbers under another kind are not comparable.",
         "Risk, accuracy and faithfulness are taken on the task's own inputs without interventions: a circuit that is "
         "right there can be wrong under interventions, which the interchange figures measure.",
         f"All of it is one seed ({about['seed']}) of the data's split, the probes and the random orders.",
-        f"In the comparison every circuit has {about['baseline_refit']['steps']} refit steps of "
-        f"{about['baseline_refit']['batch_size']} examples, from {about['ablation']} constants; the saved circuit was "
-        "refitted in every round of its search and once more. `tl-sparsify bench` compares methods alike, over seeds.",
-        "An accepted causal model is not proven: another that agrees on these interchanges is accepted as well, and "
-        "nothing is said about inputs outside the task.",
     ]
+    if run.baselines is not None:
+        said.append(
+            f"In the comparison every circuit has {about['baseline_refit']['steps']} refit steps of "
+            f"{about['baseline_refit']['batch_size']} examples, from {about['ablation']} constants; the saved circuit "
+            "was refitted in every round of its search and once more. `tl-sparsify bench` compares methods alike, over "
+            "seeds."
+        )
+    if run.evidence is not None:
+        said.append(
+            "An accepted causal model is not proven: another that agrees on these interchanges is accepted as well, "
+            "and nothing is said about inputs outside the task."
+        )
     if found["completeness"] > 0.2:
         said.append(
             f"Completeness is {found['completeness']:.3f}: what was removed carries part of the behaviour on its own."
         )
+    return said + ([] if run.evidence is None else _evidence_limits(run.evidence))
+
+
+def _evidence_limits(evidence: Frame) -> list[str]:
+    table = verdicts(evidence)
+    said: list[str] = []
     for row in table[table.passing.map(bool)].itertuples():
         said.append(
             f"For {row.variable} ({row.model}) {listed(row.passing)} would be accepted too: its accuracy shows nothing."
@@ -179,7 +196,7 @@ def limits(run: RunResults) -> list[str]:
                 f"On the {model} model {share(1 - retained)} of the pairs do not count, because it is wrong on one of "
                 "their inputs."
             )
-    outside = run.evidence[run.evidence.role == Role.UNALIGNED]
+    outside = evidence[evidence.role == Role.UNALIGNED]
     for row in outside[outside.accuracy < GOAL].itertuples():
         said.append(
             f"Interchanging every unit that no variable is aligned with changes {share(1 - float(row.accuracy))} of "

@@ -21,6 +21,7 @@ from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.native import load_native, save_native
+from tl_sparsify.tasks.real_models import located
 
 __all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth", "own_language_model", "save_native"]
 
@@ -85,21 +86,52 @@ def list_tasks() -> tuple[str, ...]:
     return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
 
 
-def load_task(name: str | Path, *, model: Any = None) -> Task:
+def load_task(name: str | Path, *, model: Any = None, prepend_bos: bool | None = None) -> Task:
     """Load a task by name, or from a folder of your own (which runs its ``task.py``).
 
     Args:
-        model: for tasks of text the language model to ask: a Hugging Face name or folder, or a bridge. It is loaded
-            when ``task.model()`` is called. Where not given, the one that comes with the package.
+        model: for tasks of text the language model to ask: a Hugging Face name or folder, the name of one that
+            ``tl-sparsify fetch`` has fetched (``smollm2``), or a bridge. It is loaded when ``task.model()`` is called.
+            Where not given, the one that comes with the package.
+        prepend_bos: for tasks of text whether the beginning-of-sequence token goes before each prompt; where not given
+            as the model's tokenizer has it by itself (:class:`tl_sparsify.text.TextTask`).
 
     Raises:
         ValueError: an unknown name (with the near ones), a folder without its parts, a ``model`` for a task that has
-            its own.
+            its own, ``prepend_bos`` for a task that is none of text, a model that has not been fetched (with the
+            command that does).
 
     Example:
         >>> tls.load_task("hierarchical_equality").examples(seed=0)[2]
         Examples(768 of shape (5,), 768 answers, with counterfactuals)
     """
+    path, function = _found(name)
+    if not callable(function):
+        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+    taken = inspect.signature(function).parameters
+    if model is not None and "model" not in taken:
+        raise ValueError(f"model is given, but the task {path.name} has a model of its own: leave it out")
+    if prepend_bos is not None and "prepend_bos" not in taken:
+        raise ValueError(f"prepend_bos is given, but the task {path.name} knows of no beginning token: leave it out")
+    given = {"model": located(model), "prepend_bos": prepend_bos}
+    made = function(**{name: value for name, value in given.items() if value is not None})
+    if not isinstance(made, Task):
+        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+    return made
+
+
+def takes(name: str | Path, argument: str) -> bool:
+    """Whether the task has a choice of this name (``model``, ``prepend_bos``).
+
+    Raises:
+        ValueError: as :func:`load_task`.
+    """
+    _, function = _found(name)
+    return callable(function) and argument in inspect.signature(function).parameters
+
+
+def _found(name: str | Path) -> tuple[Path, Any]:
+    """The folder of a task and its function ``task``."""
     here = [folder / str(name) for folder in _folders() if (folder / str(name) / "task.py").is_file()]
     path = here[0] if here and Path(name).name == str(name) else Path(name)
     if not path.is_dir():
@@ -109,14 +141,7 @@ def load_task(name: str | Path, *, model: Any = None) -> Task:
     for part in ("task.py", "README.md"):
         if not (path / part).is_file():
             raise ValueError(f"task folder {path} has no {part}")
-    module = _module(path / "task.py")
-    function = getattr(module, "task", None)
-    if model is not None and callable(function) and "model" not in inspect.signature(function).parameters:
-        raise ValueError(f"model is given, but the task {path.name} has a model of its own: leave it out")
-    made = (function() if model is None else function(model=model)) if callable(function) else None
-    if not isinstance(made, Task):
-        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
-    return made
+    return path, getattr(_module(path / "task.py"), "task", None)
 
 
 def own_language_model() -> Path:

@@ -6,8 +6,7 @@ before it, so that prompts of one template have one length and positions match; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +17,31 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, NamedSplit
 from jaxtyping import Bool, Int, Shaped
-from transformer_lens import TransformerBridge
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Pairs
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.tasks.language_models import load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
+from tl_sparsify.tasks.task import own_language_model
+from tl_sparsify.tasks.tokenizers import adds_beginning, digit_by_digit, single_token_words, two_token_numbers
+
+__all__ = [
+    "Counterfactual",
+    "Rows",
+    "Sentences",
+    "TextTask",
+    "digit_by_digit",
+    "draw_rows",
+    "filled",
+    "load_language_model",
+    "load_tokenizer",
+    "prompts",
+    "row_keys",
+    "single_token_words",
+    "two_token_numbers",
+]
 
 Rows = Mapping[str, Shaped[np.ndarray, "n"]]
 _ROWS = 2**14  # that a task's data are taken from, drawn once for ever
@@ -67,53 +82,6 @@ def prompts(rows: Rows) -> list[str]:
     return filled(rows["template"].tolist(), rows)
 
 
-def single_token_words(tokenizer: Any, words: Sequence[str]) -> list[str]:
-    """Those words that are one token after another word and a space. No model pass."""
-    before, *after = _ids(tokenizer, ["the", *(f"the {word}" for word in words)])
-    unknown = tokenizer.unk_token_id
-    return [word for word, ids in zip(words, after, strict=True) if ids[:-1] == before and ids[-1] != unknown]
-
-
-def two_token_numbers(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]) -> Bool[np.ndarray, "heads tails"]:
-    """Whether each number, written as a head and a tail (``17`` and ``32``), is these two tokens. No model pass."""
-    texts = [f"the {head}{tail}" for head in heads for tail in ("", *tails)]
-    rows = _ids(tokenizer, ["the", *texts])
-    before, width = rows[0], 1 + len(tails)
-    parts = [rows[1 + i * width : 1 + (i + 1) * width] for i in range(len(heads))]
-    return np.array([[len(p[0]) == len(before) + 1 and ids[:-1] == p[0] for ids in p[1:]] for p in parts])
-
-
-def load_language_model(source: Any, *, device: str = "cpu") -> Any:
-    """A causal language model with its tokenizer, in evaluation mode.
-
-    Args:
-        source: a Hugging Face name (``gpt2``), a folder in Hugging Face format, or a bridge, which is given back.
-
-    Raises:
-        ValueError: a folder without its parts, a name that cannot be loaded, a model that has no tokenizer.
-    """
-    if not isinstance(source, str | Path):
-        if getattr(source, "tokenizer", None) is None:
-            raise ValueError(f"model is of type {type(source).__name__}, without a tokenizer: give one that has it")
-        return source
-    _check_source(source)
-    with _explained(source):
-        return TransformerBridge.boot_transformers(str(source), device=device).eval()
-
-
-def load_tokenizer(source: Any) -> Any:
-    """The tokenizer of what :func:`load_language_model` takes; the model is not loaded.
-
-    Raises:
-        ValueError: as there.
-    """
-    if not isinstance(source, str | Path):
-        return load_language_model(source).tokenizer
-    _check_source(source)
-    with _explained(source):
-        return AutoTokenizer.from_pretrained(str(source))
-
-
 Counterfactual = Callable[[Rows, Mapping[str, Sequence[str]], np.random.Generator], Rows]
 
 
@@ -127,6 +95,7 @@ class Sentences:
         rows: ``rows(n, seed)``: at most ``n`` rows, each with a ``template`` and a word for each of its slots.
         slots: the words of each slot.
         outputs: the text of every value of the causal model's output, with the space before it.
+        written: ``outputs`` as a tokenizer can read them, where that depends on it.
         key: a number for each row, which decides its split.
         cell: which cell each row is in; data are drawn evenly from the cells.
         counterfactuals: by the name of their kind, functions of rows, of the words of each slot that can be used, and
@@ -150,6 +119,7 @@ class Sentences:
     sources: Counterfactual | None = None
     rivals: Sequence[CausalModel] = ()
     fits: Callable[[Any, Rows], Bool[np.ndarray, "n"]] | None = None
+    written: Callable[[Any], Mapping[Any, str]] | None = None
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 1024, "validation": 256, "test": 512})
 
     def inputs(self, rows: Rows) -> dict[str, Shaped[np.ndarray, "n"]]:
@@ -171,8 +141,9 @@ class TextTask:
         sentences: the task.
         source: what :func:`load_language_model` takes.
         padding_side: ``left``, so that positions count from the end, or ``right``.
-        prepend_bos: whether the beginning-of-sequence token goes first; where not given if the tokenizer has one, as
-            ``model.to_tokens`` does for most models.
+        prepend_bos: whether the beginning-of-sequence token goes first. Where not given as the tokenizer has it by
+            itself; with the package's own model, which learnt it so, and where the tokenizer's files are not at hand,
+            wherever there is such a token, as ``model.to_tokens`` does for most models.
     """
 
     sentences: Sentences
@@ -194,10 +165,13 @@ class TextTask:
         """What reads the prompts: the tokenizer, and the sizes of the model, by which a prompt can be too long."""
         if not isinstance(self.source, str | Path):
             return self.source
-        with _explained(self.source):
-            config = AutoConfig.from_pretrained(str(self.source)).get_text_config()
-        sizes = SimpleNamespace(n_ctx=getattr(config, "max_position_embeddings", None), d_vocab=config.vocab_size)
-        return SimpleNamespace(tokenizer=self.tokenizer, cfg=sizes)
+        return SimpleNamespace(tokenizer=self.tokenizer, cfg=load_sizes(self.source))
+
+    @cached_property
+    def outputs(self) -> Mapping[Any, str]:
+        """The text of every value of the output, for this tokenizer."""
+        written = self.sentences.written
+        return self.sentences.outputs if written is None else written(self.tokenizer)
 
     @cached_property
     def words(self) -> dict[str, list[str]]:
@@ -241,12 +215,12 @@ class TextTask:
             for other in [next((w for w in self.sentences.slots[slot] if w not in words), None)]
             if other is not None
         ]
-        return ", ".join(few) or "its numbers are not two tokens of two digits"
+        return ", ".join(few) or "its numbers are not two tokens of two digits, nor one token a digit"
 
     @cached_property
     def choices(self) -> list[str]:
         """The texts of the outputs that the tokenizer can give, in their order."""
-        texts = list(self.sentences.outputs.values())
+        texts = list(self.outputs.values())
         words = [text.removeprefix(" ") for text in texts if text.startswith(" ")]
         known = {f" {word}" for word in single_token_words(self.tokenizer, words)} if words else set()
         return [text for text in texts if text in known or not text.startswith(" ")]
@@ -325,7 +299,7 @@ class TextTask:
         base, source = ({name: v[chosen] for name, v in rows.items()} for rows in (base, source))
         both = self._encoded({name: np.concatenate([base[name], source[name]]) for name in base})
         ids = dict(zip(self.choices, both.choices.tolist(), strict=True)) if both.choices is not None else {}
-        answers = {value: ids[text] for value, text in sentences.outputs.items() if text in ids}
+        answers = {value: ids[text] for value, text in self.outputs.items() if text in ids}
         return Pairs(sentences.inputs(base), sentences.inputs(source), both[:n], both[n:], answers)
 
     def _encoded(self, rows: Rows) -> Examples:
@@ -334,40 +308,22 @@ class TextTask:
 
     @property
     def _settings(self) -> dict[str, Any]:
+        return {"prepend_bos": self._begins, "padding_side": self.padding_side}
+
+    @property
+    def _begins(self) -> bool:
+        if self.prepend_bos is not None:
+            return self.prepend_bos
         has = self.tokenizer.bos_token_id is not None
-        bos = has if self.prepend_bos is None else self.prepend_bos
-        return {"prepend_bos": bos, "padding_side": self.padding_side}
+        # TransformerLens gives a bridge a tokenizer that always puts the token first: the one it was made of is asked
+        named = isinstance(self.source, str | Path)
+        origin = self.source if named else getattr(self.tokenizer, "name_or_path", "")
+        if not origin or not has or Path(origin) == own_language_model():
+            return has
+        try:
+            return adds_beginning(self.tokenizer if named else load_tokenizer(origin))
+        except ValueError:  # a bridge whose files are gone
+            return has
 
     def _texts(self, outputs: Shaped[np.ndarray, "n"]) -> list[str]:
-        return [self.sentences.outputs[value] for value in outputs.tolist()]
-
-
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _check_source(source: str | Path) -> None:
-    folder = Path(source)
-    if not folder.is_dir():
-        if str(source).startswith((".", "/", "~")):
-            raise ValueError(f"there is no folder {folder}: give one in Hugging Face format, or a name")
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give a folder in Hugging Face format, or a name")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"{folder} has no tokenizer.json: save the tokenizer there too (tokenizer.save_pretrained)")
-
-
-@contextmanager
-def _explained(source: str | Path) -> Iterator[None]:
-    """Errors of loading in one sentence, and no bar of the weights."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the language model {str(source)!r} cannot be loaded: {reason}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+        return [self.outputs[value] for value in outputs.tolist()]

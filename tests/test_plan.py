@@ -1,0 +1,90 @@
+"""The plan of a run: what is refused, and how much work an effort is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.tokenized import ANSWERS, PROMPTS, bridge
+
+from tl_sparsify import Examples
+from tl_sparsify.plan import Effort, Request, cut, seconds
+
+
+class Large:
+    """As far as its size is concerned."""
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [torch.empty(20_000_001, device="meta")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep": 0.0}, "--keep is 0.0"),
+        ({"rounds": 0}, "--rounds is 0; at least one is needed"),
+        ({"steps": 0}, "--steps is 0; at least one is needed"),
+        ({"examples": -1}, "--examples is -1; at least one is needed"),
+        ({"batch_size": 0}, "--batch-size is 0; at least one is needed"),
+        ({"seed": -1}, r"--seed is -1; it must lie in \[0, 2147483647\]"),
+        ({"seed": 2**31}, "--seed is 2147483648"),
+        ({"effort": "great"}, "--effort is 'great'; it is one of quick, standard, thorough"),
+        ({"kinds": "heads,wings"}, "--units has 'wings'; the kinds are heads, neurons, attentions, mlps"),
+        ({"kinds": "heads,mlps,neurons"}, "--units has neurons and mlps, which are made of them"),
+        ({"kinds": "heads,heads"}, "it names a kind twice"),
+    ],
+)
+def test_what_is_wrong_is_said_by_the_options_name(options: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        Request(**options)
+
+
+def test_a_small_model_has_the_packages_own_settings_by_default():
+    found = Request().effort_for(bridge("GPT-2"))
+    assert found == Effort() and (found.rounds, found.pairs, found.beside) == (20, 512, 300)
+    assert (found.train, found.steps, found.inner, found.batch_size) == (None, None, None, None)
+    assert (found.refit_batch, found.beside_batch) == (512, 128)
+
+
+def test_steps_reach_every_refit_and_the_batch_size_too():
+    found = Request(steps=30, batch_size=16, rounds=3, examples=40).effort_for(bridge("GPT-2"))
+    assert (found.steps, found.inner, found.beside, found.rounds, found.train) == (30, 2, 30, 3, 40)
+    assert (found.batch_size, found.refit_batch, found.beside_batch) == (16, 16, 16)
+    assert Request(steps=1).effort_for(bridge("GPT-2")).inner == 1
+    assert Request(steps=300).effort_for(bridge("GPT-2")).inner == 20  # as without
+
+
+@pytest.mark.parametrize("model", [Large(), bridge("GPT-2")])
+def test_more_effort_is_more_of_everything(model: Any):
+    quick, standard, thorough = (Request(effort=name).effort_for(model) for name in ("quick", "standard", "thorough"))
+    for less, more in ((quick, standard), (standard, thorough)):
+        for name in ("train", "validation", "test", "pairs", "rounds", "beside"):
+            few, many = getattr(less, name), getattr(more, name)
+            assert many is None or few is None or few <= many, name
+        assert less != more
+    if isinstance(model, Large):
+        assert quick.train is not None and quick.batch_size == quick.refit_batch == 32
+
+
+def test_splits_are_cut_and_time_is_that_of_the_passes(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # so three examples take a second
+    model = bridge("GPT-2")
+    some = Examples.from_prompts(model, PROMPTS, ANSWERS)
+    splits = (some, some, some)
+    assert [len(split) for split in cut(splits, replace(Effort(), train=2, test=1))] == [2, 3, 1]
+    effort = Effort(rounds=1, pairs=1, steps=1, inner=1, beside=1)
+    # means and scores 7 * 3, the round 6 * 6, each of two refits 2 * 3 + 12 * 3, the evaluation 9 * 3, 60 of a pair
+    assert seconds(model, splits, effort, aligns=False, compares=False) == pytest.approx((21 + 36 + 84 + 27 + 60) / 3)
+    assert seconds(model, splits, effort, aligns=True, compares=False) == pytest.approx((228 + 30) / 3)
+    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx((228 + 4 * (42 + 12)) / 3)
+
+
+def test_units_are_those_of_the_kinds():
+    model = bridge("GPT-2")
+    kinds = {"heads": {"head"}, "heads,mlps": {"head", "mlp"}, "heads, neurons": {"head", "neuron"}}
+    for names, found in kinds.items():
+        assert {site.kind for site in Request(kinds=names).units(model).sites} == found

@@ -1,0 +1,188 @@
+"""The plan of a run: what is asked for, how much work that is, and about how long it takes.
+
+``effort`` chooses numbers of examples, rounds and refit steps; a model of more than 20 million parameters gets fewer.
+Numbers that are given stand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons
+
+BESIDE_BATCH = 128  # examples in a step of the refits for baselines.csv
+PROBES, TEMPERATURE = 4, 3.0
+LARGEST_SEED = 2**31 - 1
+_LARGE = 20_000_000  # parameters
+_REFIT_BATCH = 512
+_FEW = 32  # examples at a time of a large model
+_VALIDATED = 12  # passes over the validation examples in a refit
+_INNER = 15  # the last refit has so many times the steps of those in the search
+_ALIGNING, _VERIFYING = 30, 60  # passes over the pairs
+_KINDS: Mapping[str, Callable[[Any], Units]] = {
+    "heads": heads,
+    "neurons": neurons,
+    "attentions": attentions,
+    "mlps": mlps,
+}
+_INSIDE = {"neurons": "mlps", "heads": "attentions"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work a run does.
+
+    Attributes:
+        train, validation, test: the most examples of each split; all where ``None``.
+        pairs: for verification; as many again are searched for the variables.
+        rounds: of removing units.
+        steps, inner, beside: of the last refit, of those within the search, and of those of the other orders. The
+            package's own where ``None``.
+        batch_size: examples at a time; the package's own where ``None``.
+    """
+
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    pairs: int = 512
+    rounds: int = 20
+    steps: int | None = None
+    inner: int | None = None
+    beside: int = 300
+    batch_size: int | None = None
+
+    @property
+    def refit_batch(self) -> int:
+        """Examples in a step of a refit."""
+        return min(_REFIT_BATCH, self.batch_size or _REFIT_BATCH)
+
+    @property
+    def beside_batch(self) -> int:
+        """The same for other orders."""
+        return min(BESIDE_BATCH, self.refit_batch)
+
+
+_SMALL = {
+    "quick": Effort(256, 128, 256, 128, rounds=10, steps=100, inner=6, beside=100),
+    "standard": Effort(),
+    "thorough": Effort(rounds=40, steps=600, inner=40, beside=600),
+}
+_OF_LARGE = {
+    "quick": Effort(64, 32, 64, 32, rounds=10, steps=30, inner=2, beside=10, batch_size=_FEW),
+    "standard": Effort(192, 64, 256, 128, rounds=15, steps=100, inner=4, beside=40, batch_size=_FEW),
+    "thorough": Effort(512, 256, 512, 256, rounds=20, steps=300, inner=20, beside=300, batch_size=_FEW),
+}
+EFFORTS = tuple(_SMALL)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        keep: the fraction of units to keep and to fold.
+        kinds: of units, with commas between.
+        effort: ``quick``, ``standard`` or ``thorough``.
+        rounds, steps, examples, batch_size: instead of what ``effort`` chooses.
+        aligning: look for the causal model's variables where the task does not say where they are.
+        comparing: fit circuits of the same size in other orders.
+        seed: of everything random.
+
+    Raises:
+        ValueError: an option that is out of range, with its name.
+    """
+
+    keep: float = 0.05
+    kinds: str = "heads,neurons"
+    effort: str = "standard"
+    rounds: int | None = None
+    steps: int | None = None
+    examples: int | None = None
+    batch_size: int | None = None
+    aligning: bool = True
+    comparing: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"--keep is {self.keep}; a fraction of the units must lie in (0, 1]")
+        for name in ("rounds", "steps", "examples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; at least one is needed")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"--seed is {self.seed}; it must lie in [0, {LARGEST_SEED}]")
+        if self.effort not in EFFORTS:
+            raise ValueError(f"--effort is {self.effort!r}; it is one of {', '.join(EFFORTS)}")
+        chosen = self.chosen
+        for name in chosen:
+            if name not in _KINDS:
+                raise ValueError(f"--units has {name!r}; the kinds are {', '.join(_KINDS)}")
+            if _INSIDE.get(name) in chosen:
+                raise ValueError(f"--units has {name} and {_INSIDE[name]}, which are made of them: name one of the two")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"--units is {self.kinds!r}; it names a kind twice")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The kinds of units."""
+        return [name.strip() for name in self.kinds.split(",")]
+
+    def units(self, model: Any) -> Units:
+        """The units of these kinds."""
+        first, *rest = (_KINDS[name](model) for name in self.chosen)
+        return sum(rest, start=first)
+
+    def effort_for(self, model: Any) -> Effort:
+        """How much work, for a model of this size."""
+        size = sum(parameter.numel() for parameter in model.parameters())
+        effort = (_OF_LARGE if size > _LARGE else _SMALL)[self.effort]
+        given: dict[str, Any] = {"rounds": self.rounds, "train": self.examples, "batch_size": self.batch_size}
+        if self.steps is not None:
+            given |= {"steps": self.steps, "beside": self.steps, "inner": max(1, round(self.steps / _INNER))}
+        return replace(effort, **{name: value for name, value in given.items() if value is not None})
+
+
+def cut(splits: tuple[Examples, Examples, Examples], effort: Effort) -> tuple[Examples, Examples, Examples]:
+    """The first examples of each split, which are in random order."""
+    train, validation, test = splits
+    return train[: effort.train], validation[: effort.validation], test[: effort.test]
+
+
+def seconds(
+    model: Any, splits: tuple[Examples, Examples, Examples], effort: Effort, *, aligns: bool, compares: bool
+) -> float:
+    """About how long a run takes, from two forward passes over a first batch, of which the second is timed. A backward
+    pass counts as one forward pass."""
+    train, validation, test = (len(split) for split in splits)
+    first = splits[0][: effort.batch_size or _FEW]
+    with torch.no_grad():
+        answer_logits(model, first)
+        start = time.perf_counter()
+        answer_logits(model, first)
+        _wait(model)
+        each = (time.perf_counter() - start) / len(first)
+
+    def refit(steps: int, batch: int) -> int:
+        return steps * 2 * min(batch, train) + _VALIDATED * validation
+
+    inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
+    total = (3 + PROBES) * train  # means and scores
+    total += effort.rounds * ((2 + PROBES) * (train + validation) + refit(inner, effort.refit_batch))
+    total += refit(last, effort.refit_batch) + 9 * test
+    if compares:
+        total += 4 * (refit(effort.beside, effort.beside_batch) + 4 * test)
+    total += (_VERIFYING + _ALIGNING * aligns) * effort.pairs
+    return total * each
+
+
+def _wait(model: Any) -> None:
+    if next(iter(model.parameters())).device.type == "cuda":
+        torch.cuda.synchronize()

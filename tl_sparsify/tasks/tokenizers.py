@@ -1,0 +1,47 @@
+"""Tokenizers: which words and numbers are single tokens, and whether a beginning token goes first. No model pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+
+def single_token_words(tokenizer: Any, words: Sequence[str]) -> list[str]:
+    """Those words that are one token after another word and a space."""
+    before, *after = _ids(tokenizer, ["the", *(f"the {word}" for word in words)])
+    unknown = tokenizer.unk_token_id
+    return [word for word, ids in zip(words, after, strict=True) if ids[:-1] == before and ids[-1] != unknown]
+
+
+def two_token_numbers(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]) -> Bool[np.ndarray, "heads tails"]:
+    """Whether each number, written as a head and a tail (``17`` and ``32``), is these two tokens."""
+    texts = [f"the {head}{tail}" for head in heads for tail in ("", *tails)]
+    rows = _ids(tokenizer, ["the", *texts])
+    before, width = rows[0], 1 + len(tails)
+    parts = [rows[1 + i * width : 1 + (i + 1) * width] for i in range(len(heads))]
+    return np.array([[len(p[0]) == len(before) + 1 and ids[:-1] == p[0] for ids in p[1:]] for p in parts])
+
+
+def digit_by_digit(tokenizer: Any, numbers: Sequence[str]) -> Bool[np.ndarray, "numbers"]:
+    """Whether each number is written one token a digit, so that its digits are told one after the other."""
+    unknown = tokenizer.unk_token_id
+    found: list[bool] = []
+    for number in numbers:
+        rows = _ids(tokenizer, ["the", *(f"the {number[:size]}" for size in range(1, len(number) + 1))])
+        digits = rows[-1][-len(number) :]
+        grown = all([*one, digit] == more for one, more, digit in zip(rows[1:], rows[2:], digits[1:], strict=False))
+        found.append(grown and rows[1][:-1][: len(rows[0])] == rows[0] and unknown not in digits)
+    return np.array(found, dtype=bool)
+
+
+def adds_beginning(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its beginning-of-sequence token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("the", verbose=False)["input_ids"][:1] == [bos]
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
