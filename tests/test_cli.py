@@ -442,6 +442,7 @@ def untouchable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--seed", "-1"], "--seed is -1; it must lie in [0, 2147483647]"),
         (["--seed", "9223372036854775808"], "--seed"),
         (["--effort", "much"], "--effort is 'much'; it is one of quick, standard, thorough"),
+        (["--first-token", "any"], "--first-token is 'any'"),
         (["--units", "heads,wings"], "--units has 'wings'"),
         (["--batch-size", "0"], "--batch-size is 0; at least one"),
         (["--prepend-bos"], "prepend_bos is given, but the task"),

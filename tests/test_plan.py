@@ -31,6 +31,8 @@ class Large:
         ({"batch_size": 0}, "--batch-size is 0; at least one is needed"),
         ({"seed": -1}, r"--seed is -1; it must lie in \[0, 2147483647\]"),
         ({"seed": 2**31}, "--seed is 2147483648"),
+        ({"first_token": "some"}, "--first-token is 'some'; it is one of bos, any, none"),
+        ({"first_token": "any"}, "--first-token is 'any'; .* does not fold: name bos or none"),
         ({"effort": "great"}, "--effort is 'great'; it is one of quick, standard, thorough"),
         ({"kinds": "heads,wings"}, "--units has 'wings'; the kinds are heads, neurons, attentions, mlps"),
         ({"kinds": "heads,mlps,neurons"}, "--units has neurons and mlps, which are made of them"),
@@ -46,7 +48,13 @@ def test_a_small_model_has_the_packages_own_settings_by_default():
     found = Request().effort_for(bridge("GPT-2"))
     assert found == Effort() and (found.rounds, found.pairs, found.beside) == (20, 512, 300)
     assert (found.train, found.steps, found.inner, found.batch_size) == (None, None, None, None)
-    assert (found.refit_batch, found.beside_batch) == (512, 128)
+    assert (found.refit_batch, found.beside_batch, found.probes) == (512, 128, 4)
+
+
+def test_a_large_model_has_many_examples_with_one_probe():
+    for name, train in (("quick", 128), ("standard", 384), ("thorough", 1024)):
+        found = Request(effort=name).effort_for(Large())
+        assert (found.train, found.probes, found.rounds) == (train, 1, 20)
 
 
 def test_steps_reach_every_refit_and_the_batch_size_too():

@@ -110,6 +110,12 @@ def run(
             help="for tasks of text: a beginning token before each prompt; by default what suits tokenizer and model",
         ),
     ] = None,
+    first_token: Annotated[
+        str,
+        typer.Option(
+            help="where removed units are left alone: bos, at a beginning-of-sequence token that goes first; or none"
+        ),
+    ] = "bos",
     aligning: Annotated[
         bool, typer.Option("--align/--no-align", help="look for the causal model's variables where nobody has")
     ] = True,
@@ -124,9 +130,9 @@ def run(
     """Score the units of TASK's model, find a path of circuits, refit, fold one, verify it, and write it all down.
 
     Results that are in the folder already are replaced as a whole when the run is complete."""
-    chosen = Request(  # what is wrong with the arguments is said before the work starts
-        keep, units, effort, rounds, steps, examples, batch_size, aligning=aligning, comparing=comparing, seed=seed
-    )
+    switches: dict[str, Any] = {"aligning": aligning, "comparing": comparing, "first_token": first_token, "seed": seed}
+    # what is wrong with the arguments is said before the work starts
+    chosen = Request(keep, units, effort, rounds, steps, examples, batch_size, **switches)
     loaded = load_task(task, model=model_, prepend_bos=prepend_bos)
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons
@@ -43,6 +44,7 @@ class Effort:
         train, validation, test: the most examples of each split; all where ``None``.
         pairs: for verification; as many again are searched for the variables.
         rounds: of removing units.
+        probes: for each example, in scores and search.
         steps, inner, beside: of the last refit, of those within the search, and of those of the other orders. The
             package's own where ``None``.
         batch_size: examples at a time; the package's own where ``None``.
@@ -53,6 +55,7 @@ class Effort:
     test: int | None = None
     pairs: int = 512
     rounds: int = 20
+    probes: int = PROBES
     steps: int | None = None
     inner: int | None = None
     beside: int = 300
@@ -74,10 +77,11 @@ _SMALL = {
     "standard": Effort(),
     "thorough": Effort(rounds=40, steps=600, inner=40, beside=600),
 }
+# At equal cost many examples with one probe give a better path than few with four.
 _OF_LARGE = {
-    "quick": Effort(64, 32, 64, 32, rounds=10, steps=30, inner=2, beside=10, batch_size=_FEW),
-    "standard": Effort(192, 64, 256, 128, rounds=15, steps=100, inner=4, beside=40, batch_size=_FEW),
-    "thorough": Effort(512, 256, 512, 256, rounds=20, steps=300, inner=20, beside=300, batch_size=_FEW),
+    "quick": Effort(128, 32, 64, 32, probes=1, steps=30, inner=2, beside=10, batch_size=_FEW),
+    "standard": Effort(384, 64, 256, 128, probes=1, steps=100, inner=4, beside=40, batch_size=_FEW),
+    "thorough": Effort(1024, 256, 512, 256, probes=1, steps=300, inner=20, beside=300, batch_size=_FEW),
 }
 EFFORTS = tuple(_SMALL)
 
@@ -93,6 +97,7 @@ class Request:
         rounds, steps, examples, batch_size: instead of what ``effort`` chooses.
         aligning: look for the causal model's variables where the task does not say where they are.
         comparing: fit circuits of the same size in other orders.
+        first_token: at which first tokens removed units are left alone: ``bos`` or ``none``.
         seed: of everything random.
 
     Raises:
@@ -108,6 +113,7 @@ class Request:
     batch_size: int | None = None
     aligning: bool = True
     comparing: bool = True
+    first_token: str = "bos"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,6 +125,13 @@ class Request:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; at least one is needed")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"--seed is {self.seed}; it must lie in [0, {LARGEST_SEED}]")
+        if self.first_token not in FIRST_TOKENS:
+            raise ValueError(f"--first-token is {self.first_token!r}; it is one of {', '.join(FIRST_TOKENS)}")
+        if self.first_token == "any":
+            raise ValueError(
+                "--first-token is 'any'; what removed units write at a first token that varies does not fold: name bos "
+                "or none, or call sparsify"
+            )
         if self.effort not in EFFORTS:
             raise ValueError(f"--effort is {self.effort!r}; it is one of {', '.join(EFFORTS)}")
         chosen = self.chosen
@@ -129,6 +142,11 @@ class Request:
                 raise ValueError(f"--units has {name} and {_INSIDE[name]}, which are made of them: name one of the two")
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"--units is {self.kinds!r}; it names a kind twice")
+
+    @property
+    def rule(self) -> FirstToken:
+        """``first_token``."""
+        return "none" if self.first_token == "none" else "bos"
 
     @property
     def chosen(self) -> list[str]:
@@ -174,8 +192,8 @@ def seconds(
         return steps * 2 * min(batch, train) + _VALIDATED * validation
 
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
-    total = (3 + PROBES) * train  # means and scores
-    total += effort.rounds * ((2 + PROBES) * (train + validation) + refit(inner, effort.refit_batch))
+    total = (3 + effort.probes) * train  # means and scores
+    total += effort.rounds * ((2 + effort.probes) * (train + validation) + refit(inner, effort.refit_batch))
     total += refit(last, effort.refit_batch) + 9 * test
     if compares:
         total += 4 * (refit(effort.beside, effort.beside_batch) + 4 * test)

@@ -6,7 +6,7 @@ Every file is written as soon as what is in it is known, ``run.json`` at last: i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.folding.bridge import save_folded
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.folding.sizes import sizes_by_layer
-from tl_sparsify.plan import PROBES, TEMPERATURE, Effort, Request, cut, seconds
+from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
 from tl_sparsify.presentation import plot, printed
 from tl_sparsify.search import constants, score
 from tl_sparsify.search.joint import Probing, Refitting, sparsify
@@ -103,7 +103,8 @@ def carry_out(beginning: Beginning, request: Request, folder: Path, console: Con
             if task.ablation == "zero"
             else constants.mean(model, train, units, **batching)
         )
-        scores = score.risk(model, train, units, values=values, temperature=TEMPERATURE, **here.shared)
+        probing: dict[str, Any] = {"probes": effort.probes, "temperature": TEMPERATURE}
+        scores = score.risk(model, train, units, values=values, **probing, **here.shared)
     here.csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), "scores.csv")
     path = _searched(here, values)
     here.csv(path.to_frame(), "path.csv")
@@ -174,11 +175,12 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
         train,
         values.units,
         rounds=here.effort.rounds,
-        probing=Probing(PROBES, TEMPERATURE),
+        probing=Probing(here.effort.probes, TEMPERATURE),
         refitting=Refitting(here.effort.inner, here.effort.refit_batch),
         smallest=min(here.request.keep, 0.01),
         values=values,
         held_out=validation,
+        first_token=here.request.rule,
         progress=here.shows,
         **here.shared,
     )
@@ -236,6 +238,7 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, here.task.ablation)
+        plain = replace(plain, first_token=here.request.rule)
         fitting: dict[str, Any] = {"steps": here.effort.beside, "batch_size": here.effort.beside_batch}
         again = constants.refit(model, plain, train, validation, seed=here.request.seed, progress=False, **fitting)
         for reduction, fitted in ((plain, 0), (again, here.effort.beside)):
@@ -272,6 +275,7 @@ def _about(
         "chance": task.chance,
         "units": request.chosen,
         "keep": request.keep,
+        "first_token": request.first_token,
         "effort": request.effort,
         "rounds": effort.rounds,
         "seed": request.seed,
