@@ -107,6 +107,6 @@ def test_a_long_step_is_said_in_a_log_and_a_short_one_is_not(err: Said, monkeypa
     assert err.getvalue() == "scoring: not done after 0 s\n"
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(4.4, "4 s"), (99, "99 s"), (720, "12 min"), (12600, "3.5 h")])
+@pytest.mark.parametrize(("seconds", "said"), [(4.4, "4 s"), (99.0, "99 s"), (720.0, "12 min"), (12600.0, "3.5 h")])
 def test_durations_are_told_in_a_word(seconds: float, said: str):
     assert duration(seconds) == said

@@ -157,12 +157,11 @@ def _judged(here: Setting, beginning: Beginning) -> Accuracy:
 def _alignment(here: Setting) -> tuple[Pairs, Alignment | None]:
     """Pairs for verification, and which units carry the variables: as the task says, or looked for."""
     task, (pairs_, seed) = here.task, (here.effort.pairs, here.request.seed)
-    if task.alignment.units:
-        return task.pairs(pairs_, seed), task.alignment
+    if task.alignment.units or not here.request.aligning:
+        return task.pairs(pairs_, seed), task.alignment if task.alignment.units else None
     both = task.pairs(2 * pairs_, seed)  # drawn at once: padded alike, so that positions are the same
+    pairs_ = min(pairs_, len(both) // 2)  # a task may have fewer
     pairs, searching = both[:pairs_], both[pairs_:]
-    if not here.request.aligning:
-        return pairs, None
     with step("looking for the causal model's variables", here.shows):
         size = here.effort.batch_size
         return pairs, align(here.model, task.causal_model, searching, pairs, batch_size=size).alignment
