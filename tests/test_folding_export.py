@@ -26,8 +26,8 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import directions, stream_directions
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.fold import fold
+from tl_sparsify.tasks.language_models import load_language_model
 from tl_sparsify.tasks.task import own_language_model
-from tl_sparsify.tasks.text import load_language_model
 
 EXPORTED = [name for name in CONFIGS if CONFIGS[name][0] not in ("GPTNeoXForCausalLM", "Gemma2ForCausalLM")]
 EXPORTED.remove("Gemma 3")

@@ -45,6 +45,7 @@ from tl_sparsify import (
 )
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.units import select
+from tl_sparsify.tasks import language_models
 from tl_sparsify.tasks.pairing import split_of
 from tl_sparsify.tasks.task import own_language_model
 
@@ -511,6 +512,6 @@ def test_the_alignment_carries_its_variables_and_random_units_do_not(name: str):
 
 @every_task
 def test_data_need_no_weights(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text.TransformerBridge, "boot_transformers", None)
+    monkeypatch.setattr(language_models.TransformerBridge, "boot_transformers", None)
     task = load_task(name)
     assert len(task.pairs(8, 0)) == 8 and len(task.examples(0)) == 3
