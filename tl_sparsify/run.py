@@ -111,7 +111,7 @@ def carry_out(beginning: Beginning, request: Request, folder: Path, console: Con
     console.print(printed.table(f"Path: risk in nats on {len(validation)} validation examples", path.to_frame()))
 
     fitting: dict[str, Any] = {} if effort.steps is None else {"steps": effort.steps}
-    fitting |= {"batch_size": effort.refit_batch, "seed": request.seed, "progress": here.shows}
+    fitting |= {"per_step": effort.refit_batch, "progress": here.shows} | here.shared
     reduction = constants.refit(model, path.at(request.keep), train, validation, **fitting)
     reduction.save(folder / "circuit.reduction")
     small = fold(model, reduction)
@@ -238,8 +238,8 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, here.task.ablation)
         plain = replace(plain, first_token=here.request.rule)
-        fitting: dict[str, Any] = {"steps": here.effort.beside, "batch_size": here.effort.beside_batch}
-        again = constants.refit(model, plain, train, validation, seed=here.request.seed, progress=False, **fitting)
+        fitting: dict[str, Any] = {"steps": here.effort.beside, "per_step": here.effort.beside_batch, **shared}
+        again = constants.refit(model, plain, train, validation, progress=False, **fitting)
         for reduction, fitted in ((plain, 0), (again, here.effort.beside)):
             moments = compared(model, reduction, test, _risk_and_right, batch_size=here.effort.batch_size)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
