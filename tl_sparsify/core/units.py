@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
 _KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
@@ -388,7 +389,7 @@ def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
             raise ValueError(f"{site.kind} units of {site.hook} are no part of the weights: they have no parameters")
         part = getattr(dict(_blocks(model))[site.layer], parts[site.kind])
         bias = getattr(part, "b_O" if parts[site.kind] == "attn" else "b_out", None)
-        total = sum(parameter.numel() for parameter in part.parameters())
+        total = parameter_count(part)
         total -= 0 if bias is None else bias.numel()
         found.append(torch.full((site.size,), total / site.size))
     return torch.cat(found)

@@ -5,22 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from jaxtyping import Float
-from torch import Tensor, nn
 
+from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.units import heads, neurons
-
-
-def parameter_count(module: nn.Module) -> int:
-    """How many numbers a module's parameters hold. What several of them share counts once: tied weights, and parts of a
-    joint projection (GPT-2's queries, keys and values). No pass."""
-    spans = sorted({_span(parameter) for parameter in module.parameters() if parameter.numel()})
-    total, end = 0.0, 0
-    for start, stop, size in spans:
-        total += max(0, stop - max(start, end)) / size
-        end = max(end, stop)
-    return round(total)
 
 
 def sizes_by_layer(model: Any, folded: Any) -> pd.DataFrame:
@@ -47,10 +35,3 @@ def sizes_by_layer(model: Any, folded: Any) -> pd.DataFrame:
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
     total |= {"parameters": parameter_count(model), "parameters_kept": parameter_count(folded)}
     return pd.DataFrame([*rows, {"part": "whole model"} | total])
-
-
-def _span(parameter: Float[Tensor, "..."]) -> tuple[int, int, int]:
-    """Where a parameter begins and ends in memory, and the bytes of one number."""
-    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    size = parameter.element_size()
-    return parameter.data_ptr(), parameter.data_ptr() + (last + 1) * size, size
