@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformer_lens import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer
 
@@ -29,7 +30,7 @@ def load_language_model(source: Any, *, device: str = "cpu") -> Any:
             raise ValueError(f"model is of type {type(source).__name__}, without a tokenizer: give one that has it")
         return source
     source = _checked(source)
-    with _explained(source):
+    with _explained(source), torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
         return TransformerBridge.boot_transformers(str(source), device=device).eval()
 
 

@@ -1,13 +1,16 @@
-"""TransformerLens-native models as a folder: ``config.json`` and ``model.safetensors``."""
+"""TransformerLens-native models as a folder: ``config.json``, ``model.safetensors`` and a checksum of both."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -15,12 +18,17 @@ from transformer_lens.model_bridge.sources import boot_native
 
 from tl_sparsify._internal.files import write_bytes, write_text
 
+_PARTS = ("config.json", "model.safetensors")
+_CHECKSUM = "model.sha256"
+
 
 def load_native(folder: str | Path) -> TransformerBridge:
-    """The native model that :func:`save_native` wrote, on the CPU and in evaluation mode.
+    """The native model that :func:`save_native` wrote, on the CPU and in evaluation mode. Global random state stays as
+    it is.
 
     Raises:
-        ValueError: a folder without ``config.json`` or ``model.safetensors``.
+        ValueError: a folder without ``config.json`` or ``model.safetensors``, or with parts that are damaged or do not
+            belong together (a folder without a checksum, which older versions wrote, is loaded all the same).
 
     Example:
         >>> folder = tls.task.own_language_model().parents[1] / "hierarchical_equality" / "model"
@@ -28,16 +36,25 @@ def load_native(folder: str | Path) -> TransformerBridge:
         Units(12: 12 heads)
     """
     folder = Path(folder)
-    for part in ("config.json", "model.safetensors"):
+    for part in _PARTS:
         if not (folder / part).is_file():
             raise ValueError(f"{folder} has no {part}: give a folder that save_native wrote")
-    model = boot_native(TransformerBridgeConfig(**json.loads((folder / "config.json").read_text())))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    config, weights = ((folder / part).read_bytes() for part in _PARTS)
+    known = folder / _CHECKSUM
+    if known.is_file() and known.read_text().strip() != checksum_of(config, weights):
+        raise ValueError(f"{folder} is damaged: its checksum does not match {' and '.join(_PARTS)}. Save it again.")
+    try:
+        settings, tensors = json.loads(config), from_bytes(weights)
+        with torch.random.fork_rng(devices=[]):
+            model = boot_native(TransformerBridgeConfig(**settings))
+        model.load_state_dict(tensors)
+    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} is damaged, or its parts do not fit together: {error}. Save it again.") from error
     return model.eval()
 
 
 def save_native(model: TransformerBridge, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Write the model's weights and the settings of its ``TransformerBridgeConfig``.
+    """Write the model's weights, the settings of its ``TransformerBridgeConfig`` and a checksum of both.
 
     Raises:
         ValueError: weights that do not fit the settings.
@@ -51,8 +68,17 @@ def save_native(model: TransformerBridge, config: Mapping[str, Any], folder: str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-    empty = boot_native(TransformerBridgeConfig(**config)).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        empty = boot_native(TransformerBridgeConfig(**config)).state_dict()
     if {name: value.shape for name, value in empty.items()} != {name: value.shape for name, value in tensors.items()}:
         raise ValueError("the model's weights do not have the shapes that config gives")
-    write_bytes(folder / "model.safetensors", to_bytes(tensors))
-    write_text(folder / "config.json", json.dumps(dict(config), indent=1) + "\n")
+    weights, settings = to_bytes(tensors), json.dumps(dict(config), indent=1) + "\n"
+    (folder / _CHECKSUM).unlink(missing_ok=True)  # one that is interrupted leaves none, rather than a wrong one
+    write_bytes(folder / "model.safetensors", weights)
+    write_text(folder / "config.json", settings)
+    write_text(folder / _CHECKSUM, checksum_of(settings.encode(), weights) + "\n")
+
+
+def checksum_of(config: bytes, weights: bytes) -> str:
+    """SHA-256 of both files, one after the other."""
+    return hashlib.sha256(hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()).hexdigest()
