@@ -84,12 +84,15 @@ def test_on_a_transformer_it_beats_constants_and_leaves_nothing_behind():
     assert sorted(path.order.tolist()) == list(range(len(units)))
 
 
-def test_pinned_units_stay_and_bad_sizes_are_refused():
+def test_units_always_kept_stay_and_bad_sizes_are_refused():
     model, batch = bridge(), examples(n=10)
     units = units_of(model)
     always_keep = Circuit.of(units, ["L1N4", "L0H0"])
     path = sparsify_affine(model, batch, units, sizes=[0.3], always_keep=always_keep, progress=False)
     assert always_keep <= path.rounds[0].reduction.circuit
+    many = Circuit(units, torch.arange(14) < 10)
+    with pytest.raises(ValueError, match="always_keep comes to 10, the smallest size leaves 7: keep fewer"):
+        sparsify_affine(model, batch, units, sizes=[0.8, 0.5], always_keep=many, progress=False)
     with pytest.raises(ValueError, match=r"sizes is \[0\.1, 0\.5\]"):
         sparsify_affine(model, batch, units, sizes=[0.1, 0.5], progress=False)
     assert bool(torch.isfinite(output(model, batch)).all())

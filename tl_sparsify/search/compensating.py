@@ -114,7 +114,8 @@ def sparsify_affine(
     ``O(size**3)`` operations for each hook point.
 
     Raises:
-        ValueError: a model in training mode, sizes that are not falling fractions.
+        ValueError: a model in training mode, sizes that are not falling fractions, units to be kept always that are
+            more than the smallest size keeps.
 
     Example:
         >>> tls.sparsify_affine(model, train, tls.neurons(model), sizes=(0.5, 0.2), progress=False)
@@ -123,6 +124,10 @@ def sparsify_affine(
     check_model(model)
     if not sizes or list(sizes) != sorted(sizes, reverse=True):
         raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
+    if always_keep is not None and always_keep.units != units:
+        raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
+    if always_keep is not None and len(always_keep) > (least := kept_count(len(units), sizes[-1], "sizes")):
+        raise ValueError(f"always_keep comes to {len(always_keep)}, the smallest size leaves {least}: keep fewer")
     constant = reduced(model, Circuit.full(units), mean(model, train, units, batch_size=batch_size))
     current, judged = constant, train if held_out is None else held_out
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
