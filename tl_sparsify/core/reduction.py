@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checksum import checksum
 from tl_sparsify._internal.files import read_tensors, write_tensors
 from tl_sparsify.core.circuit import (
     FIRST_TOKENS,
@@ -60,8 +61,21 @@ class Reduction:
             raise ValueError(f"values are for {self.values.units!r}, the circuit for {self.circuit.units!r}")
         if not self.values.constant:
             raise ValueError("values vary by example or position: a reduction needs constants, which fold")
+        for values in (self.values, self.reference):
+            if values is not None:
+                self._check_values(values)
         if self.mixing is not None:
             self._check_mixing(self.mixing)
+
+    def _check_values(self, values: Values) -> None:
+        for site, kept, tensor in zip(
+            self.units.sites, self.units.split(self.circuit.mask), values.tensors, strict=True
+        ):
+            if not tensor.is_floating_point():
+                raise ValueError(f"values of units at {site.hook} are of type {tensor.dtype}; they are real numbers")
+            if not bool((finite := torch.isfinite(tensor).all(1).cpu()).all()):
+                which = "removed" if bool((~finite & ~kept.cpu()).any()) else "kept"
+                raise ValueError(f"values of {which} units at {site.hook} are NaN or infinite: nothing is set to them")
 
     def _check_mixing(self, mixing: tuple[NeighbourMap | None, ...]) -> None:
         if len(mixing) != len(self.units.sites):
@@ -190,16 +204,40 @@ def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | N
 
 
 _SAMPLED = 65_536
+_ROUNDED = 4_096  # of each parameter
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of the model's parameters: names, shapes and values (every one up to 65,536 in a tensor, else that many
-    evenly spaced), in float32, so that a model's float64 copy has the same. No model pass.
+    """A hash of the model's numbers: names, shapes and every value of its parameters, and of the buffers that belong to
+    its state, in float32, so that a float64 copy has the same; behind a dash one that a copy in bfloat16 has as well.
+    No model pass.
 
     Example:
         >>> tls.fingerprint(model) == reduction.fingerprint
         True
     """
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in _state(model):
+        described = f"{name}:{tuple(tensor.shape)}:"
+        exact.update(f"{described}{checksum(tensor)}".encode())
+        few = tensor.detach().reshape(-1)[:_ROUNDED]
+        few = few.to(torch.bfloat16) if few.is_floating_point() else few
+        rounded.update(f"{described}{checksum(few)}".encode())
+    return f"{exact.hexdigest()[:16]}-{rounded.hexdigest()[:8]}"
+
+
+def _state(model: Any) -> list[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, in order of name; tables that a model makes for itself are none."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{path}.{leaf}"] = buffer
+    return sorted(found.items())
+
+
+def _sampled_fingerprint(model: Any) -> str:
+    """What version 0.1.0 wrote into its files: of evenly spaced parameters alone."""
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         flat = parameter.detach().reshape(-1)
@@ -209,12 +247,27 @@ def fingerprint(model: Any) -> str:
 
 
 def check_fingerprint(model: Any, reduction: Reduction) -> None:
-    """Refuse a reduction that was made for another model."""
-    if reduction.fingerprint is None:
+    """Refuse a reduction that was made for another model.
+
+    Raises:
+        ValueError: another model, or the same one in another precision or in compatibility mode, with how to go on.
+    """
+    made = reduction.fingerprint
+    if made is None:
         return
-    found = fingerprint(model)
-    if found != reduction.fingerprint:
-        raise ValueError(
-            f"reduction was made for the model {reduction.fingerprint}, this one is {found}: "
-            "load the model that it was made for, or make a reduction for this one"
+    found = fingerprint(model) if "-" in made else _sampled_fingerprint(model)
+    if found == made:
+        return
+    mend = "load the model that it was made for, or make a reduction for this one"
+    if found.rpartition("-")[2] == made.rpartition("-")[2]:
+        dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
+        mend = (
+            f"they are the same model in different precision (this one is in {dtype}): load it in the other one, or "
+            "go on with dataclasses.replace(reduction, fingerprint=tls.fingerprint(model)), and measure it here"
         )
+    elif getattr(model, "compatibility_mode", False):
+        mend = (
+            "this model is in compatibility mode, which changes its weights: use the reduction without that mode, or "
+            "make one in it"
+        )
+    raise ValueError(f"reduction was made for the model {made}, this one is {found}: {mend}")
