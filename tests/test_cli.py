@@ -39,6 +39,7 @@ from tl_sparsify import (
     sparsify,
 )
 from tl_sparsify import run as running
+from tl_sparsify.search.joint import Refitting
 
 TASK = """
 import numpy as np
