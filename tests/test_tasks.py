@@ -304,7 +304,7 @@ def test_the_weights_are_one_small_safetensors_file(name: str):
         sizes = [int(np.prod(file.get_slice(key).get_shape())) for key in file.keys()]
     assert sum(sizes) >= metrics(name)["parameters"]
     files = [file for file in (FOLDER / name).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    assert {file.suffix for file in files} <= {".py", ".md", ".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".py", ".md", ".json", ".safetensors", ".sha256"}
     assert sum(file.stat().st_size for file in files) <= 3 * 2**20
 
 

@@ -24,7 +24,7 @@ def word_tokenizer(path: Path) -> Any:
 LOAD = """
 import sys, torch
 from safetensors.torch import save_file
-from tl_sparsify.folding import load_folded
+from tl_sparsify.folding.bridge import load_folded
 torch.set_num_threads(int(sys.argv[2]))
 tokens = torch.tensor(eval(sys.argv[1]))
 for path in sys.argv[3:]:

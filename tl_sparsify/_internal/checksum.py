@@ -35,7 +35,7 @@ def checksum(tensor: Shaped[Tensor, "..."]) -> int:
     return total % 2**64
 
 
-def _bits(values: Shaped[Tensor, "n"]) -> Int[Tensor, "n"]:
+def _bits(values: Shaped[Tensor, "n"]) -> Int[Tensor, "bits"]:
     if values.is_floating_point() or values.is_complex():
         values = torch.view_as_real(values).flatten() if values.is_complex() else values
         return values.to(torch.float32).view(torch.int32)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.checks import check_is_model
 from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
@@ -215,23 +216,6 @@ def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
     for unit in chosen:
         mask[units.offsets[units.sites.index(unit.site)] + unit.index] = True
     return units, mask
-
-
-def check_is_model(model: Any) -> None:
-    """Refuse what has no hook points.
-
-    Raises:
-        ValueError: anything but a bridge or a ``HookedRootModule``, with how to get one.
-    """
-    if isinstance(model, torch.nn.Module) and hasattr(model, "hooks"):
-        return
-    what = f"the text {model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
-    get = "TransformerBridge.boot_transformers(name)"
-    if callable(getattr(model, "model", None)):
-        get = "task.model()"
-    elif isinstance(model, torch.nn.Module):
-        get = "a bridge around it, TransformerBridge.boot_transformers(name, hf_model=model)"
-    raise ValueError(f"model is {what}, which has no hook points: give a TransformerLens model, {get}")
 
 
 def _blocks(model: Any) -> list[tuple[int, Any]]:
