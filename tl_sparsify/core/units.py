@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_sparsify._internal.checks import check_is_model
 from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
