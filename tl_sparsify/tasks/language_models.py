@@ -24,6 +24,10 @@ def load_language_model(source: Any, *, device: str = "cpu") -> Any:
 
     Raises:
         ValueError: a folder without its parts, a name that cannot be loaded, a model that has no tokenizer.
+
+    Example:
+        >>> tls.heads(tls.text.load_language_model(tls.task.own_language_model()))
+        Units(24: 24 heads)
     """
     if not isinstance(source, str | Path):
         if getattr(source, "tokenizer", None) is None:
@@ -39,6 +43,11 @@ def load_tokenizer(source: Any) -> Any:
 
     Raises:
         ValueError: as there.
+
+    Example:
+        >>> tokenizer = tls.text.load_tokenizer(tls.task.own_language_model())
+        >>> len(tokenizer("First cut the").input_ids) >= 3
+        True
     """
     if not isinstance(source, str | Path):
         return load_language_model(source).tokenizer

@@ -51,7 +51,12 @@ _CANDIDATES = 8192  # pairs that balanced ones are chosen among
 def draw_rows(
     fields: Mapping[str, Sequence[str] | Sequence[int]], n: int, seed: int = 0
 ) -> dict[str, Shaped[np.ndarray, "n"]]:
-    """``n`` rows of words, each field drawn from its list; row ``i`` is a function of ``seed`` and ``i``."""
+    """``n`` rows of words, each field drawn from its list; row ``i`` is a function of ``seed`` and ``i``.
+
+    Example:
+        >>> tls.text.draw_rows({"name": ["Ann", "Tom"], "thing": ["tea", "salt"]}, 3, seed=0)["name"].tolist()
+        ['Ann', 'Tom', 'Ann']
+    """
     rows = torch.arange(n)
     found: dict[str, Shaped[np.ndarray, "n"]] = {}
     for number, (name, words) in enumerate(fields.items()):
@@ -61,7 +66,13 @@ def draw_rows(
 
 
 def row_keys(inputs: Rows, fields: Mapping[str, Sequence[str]]) -> Int[np.ndarray, "n"]:
-    """One number for each row, by its words in ``fields`` alone: what decides its split."""
+    """One number for each row, by its words in ``fields`` alone: what decides its split.
+
+    Example:
+        >>> rows = {"name": np.array(["Ann", "Tom"]), "thing": np.array(["salt", "tea"])}
+        >>> tls.text.row_keys(rows, {"name": ["Ann", "Tom"], "thing": ["tea", "salt"]})
+        array([1, 2])
+    """
     number = np.zeros(len(next(iter(inputs.values()))), dtype=np.int64)
     for name, words in fields.items():
         order = np.argsort(words)
@@ -70,7 +81,12 @@ def row_keys(inputs: Rows, fields: Mapping[str, Sequence[str]]) -> Int[np.ndarra
 
 
 def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
-    """Each row's template with its words filled in."""
+    """Each row's template with its words filled in.
+
+    Example:
+        >>> tls.text.filled(["{name} drinks", "Here is {name}"], {"name": np.array(["Ann", "Tom"])})
+        ['Ann drinks', 'Here is Tom']
+    """
     rows = zip(*(values.tolist() for values in inputs.values()), strict=True)
     return [
         template.format(**dict(zip(inputs, row, strict=True))) for template, row in zip(templates, rows, strict=True)
@@ -78,7 +94,12 @@ def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
 
 
 def prompts(rows: Rows) -> list[str]:
-    """Each row's own template with its words filled in: the text up to the answer."""
+    """Each row's own template with its words filled in: the text up to the answer.
+
+    Example:
+        >>> tls.text.prompts({"template": np.array(["{name} drinks"]), "name": np.array(["Ann"])})
+        ['Ann drinks']
+    """
     return filled(rows["template"].tolist(), rows)
 
 
@@ -106,6 +127,20 @@ class Sentences:
         rivals: other causal models for whose variables pairs are balanced too.
         fits: what a tokenizer must be able to do with each row besides having the words of its slots.
         sizes: of the splits ``train``, ``validation`` and ``test``.
+
+    Example:
+        >>> fields = {"template": ["{name} drinks"], "name": ["Ann", "Tom"]}
+        >>> drink = tls.CausalModel(
+        ...     ("sentence", "name"), {"drink": lambda name: np.where(name == "Ann", "tea", "milk")}, "drink"
+        ... )
+        >>> sentences = tls.text.Sentences(
+        ...     drink, rows=lambda n, seed: tls.text.draw_rows(fields, n, seed), slots={"name": fields["name"]},
+        ...     outputs={"tea": " tea", "milk": " milk"},
+        ...     key=lambda rows: tls.text.row_keys(rows, {"name": fields["name"]}),
+        ...     cell=lambda rows: rows["name"], counterfactuals={},
+        ... )
+        >>> sentences.answers(sentences.rows(3, 0)).tolist()
+        ['tea', 'milk', 'milk']
     """
 
     causal_model: CausalModel
@@ -144,6 +179,11 @@ class TextTask:
         prepend_bos: whether the beginning-of-sequence token goes first. Where not given as the tokenizer has it by
             itself; with the package's own model, which learnt it so, and where the tokenizer's files are not at hand,
             wherever there is such a token, as ``model.to_tokens`` does for most models.
+
+    Example:
+        >>> pronouns = tls.load_task("gendered_pronoun").dataset.__self__  # what the shipped text tasks are made of
+        >>> pronouns.choices, pronouns.examples(0)[2]
+        ([' he', ' she'], Examples(512 of shape (14,), 512 answers, with counterfactuals))
     """
 
     sentences: Sentences

@@ -10,14 +10,26 @@ from jaxtyping import Bool
 
 
 def single_token_words(tokenizer: Any, words: Sequence[str]) -> list[str]:
-    """Those words that are one token after another word and a space."""
+    """Those words that are one token after another word and a space.
+
+    Example:
+        >>> tokenizer = tls.text.load_tokenizer(tls.task.own_language_model())
+        >>> tls.text.single_token_words(tokenizer, ["rice", "xylophone"])
+        ['rice']
+    """
     before, *after = _ids(tokenizer, ["the", *(f"the {word}" for word in words)])
     unknown = tokenizer.unk_token_id
     return [word for word, ids in zip(words, after, strict=True) if ids[:-1] == before and ids[-1] != unknown]
 
 
 def two_token_numbers(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]) -> Bool[np.ndarray, "heads tails"]:
-    """Whether each number, written as a head and a tail (``17`` and ``32``), is these two tokens."""
+    """Whether each number, written as a head and a tail (``17`` and ``32``), is these two tokens.
+
+    Example:
+        >>> tokenizer = tls.text.load_tokenizer(tls.task.own_language_model())
+        >>> tls.text.two_token_numbers(tokenizer, ["17", "18"], ["32"]).tolist()
+        [[True], [True]]
+    """
     texts = [f"the {head}{tail}" for head in heads for tail in ("", *tails)]
     rows = _ids(tokenizer, ["the", *texts])
     before, width = rows[0], 1 + len(tails)
@@ -26,7 +38,13 @@ def two_token_numbers(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]
 
 
 def digit_by_digit(tokenizer: Any, numbers: Sequence[str]) -> Bool[np.ndarray, "numbers"]:
-    """Whether each number is written one token a digit, so that its digits are told one after the other."""
+    """Whether each number is written one token a digit, so that its digits are told one after the other.
+
+    Example:
+        >>> tokenizer = tls.text.load_tokenizer(tls.task.own_language_model())
+        >>> tls.text.digit_by_digit(tokenizer, ["1732", "1745"]).tolist()
+        [False, False]
+    """
     unknown = tokenizer.unk_token_id
     found: list[bool] = []
     for number in numbers:
