@@ -364,8 +364,12 @@ def test_activations_that_are_not_finite_are_refused_with_their_hook_point(numbe
 def test_a_value_that_is_not_finite_is_named_by_its_hook_point():
     model, data = bridge(), examples(3)
     values = Values(heads(model), tuple(torch.full((2, 4), float("nan")) for _ in range(2)))
+    keep = Circuit.of(heads(model), ["L0H0", "L0H1"]).mask.float()
     with pytest.raises(ValueError, match=r"first at hook point blocks\.1\.attn\.(hook_z|o\.hook_in)"):
-        risk(model, Reduction(Circuit.of(heads(model), ["L0H0", "L0H1"]), values), data)
+        with intervened(model, Intervention(heads(model), keep, values)):
+            answer_logits(model, data)
+    with pytest.raises(ValueError, match=r"values of removed units at blocks\.0\.attn\.hook_z are NaN or infinite"):
+        Reduction(Circuit.of(heads(model), ["L1H0", "L1H1"]), values)
 
 
 def test_units_of_another_model_are_refused():
