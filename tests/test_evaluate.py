@@ -319,7 +319,7 @@ def test_a_probability_outside_its_range_is_refused():
 def test_constants_that_are_not_finite_are_named():
     values = random_values(0)
     values.tensors[-1][3] = float("nan")
-    with pytest.raises(ValueError, match=r"output is NaN or infinite, first at hook point blocks\.1\.mlp"):
+    with pytest.raises(ValueError, match=r"values of removed units at blocks\.1\.mlp\.hook_post are NaN or infinite"):
         evaluate(native(), Reduction(Circuit.of(values.units, KEPT), values), data())
 
 

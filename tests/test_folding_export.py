@@ -136,7 +136,10 @@ def test_loaded_in_a_new_process_the_logits_are_identical(tmp_path: Path):
 def test_the_tokenizer_is_exported_too(tmp_path: Path):
     model = fresh("Llama", torch.float32)
     model.tokenizer = word_tokenizer(tmp_path / "words")
-    export_hf(fold(model, reduction_of(model, ["L0H1", "L2N3"])), tmp_path / "model")
+    reduction = reduction_of(model, ["L0H1", "L2N3"])
+    with pytest.raises(ValueError, match="leaves units alone at a beginning-of-sequence token"):
+        export_hf(fold(model, reduction), tmp_path / "model")
+    export_hf(fold(model, replace(reduction, first_token="none")), tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == model.tokenizer.get_vocab()
 
 

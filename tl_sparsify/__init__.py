@@ -18,6 +18,7 @@ physical fold                                        0 or 1, put into the weight
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -91,3 +92,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if "transformers" in sys.modules:  # whose auto classes then load what export_hf wrote, as the package promises
+    import_module("tl_sparsify.folding.export")
