@@ -53,7 +53,8 @@ def members(module: str) -> dict[str, str]:
     }
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return {name: (defined | imported)[name] for name in ast.literal_eval(node.value)}
+            known = defined | imported  # aliases of types are in neither
+            return {name: known[name] for name in ast.literal_eval(node.value) if name in known}
     return {name: path for name, path in defined.items() if not name.startswith("_")}
 
 
