@@ -235,7 +235,7 @@ def sparsify(
             if predict:
                 parts = samples(model, judged, current, temperature=1.0, recall=of_judged, **here)
                 predicted, additivity = _predicted(_noting(parts, made), removed, len(judged), unit)
-            if found and seen:
+            if found and seen and found[-1].reduction.circuit == current.circuit:  # not after half was taken back
                 found[-1] = replace(found[-1], measured=Estimate.of(Moments.merge(made), unit))
             current = current.with_circuit(current.circuit - Circuit(units, removed))
             if refit_steps:

@@ -68,7 +68,7 @@ def linearise_folds(
         if not gathering:
             k, _, u = part.effects.shape
             sizes = [len(range(fold, n, folds)) for fold in range(folds)]
-            gathering = [_Gathering.empty(size, k, u, height // folds, part, seed) for size in sizes]
+            gathering = [_Gathering(size, k, u, height // folds, part, seed) for size in sizes]
         for fold, one in enumerate(gathering):
             one.add(part, part.index % folds == fold)
     return tuple(one.linearisation() for one in gathering)
@@ -84,10 +84,6 @@ class _Gathering:
         self.own, self.own_square = self.linear.clone(), self.linear.clone()
         self.matrix = _Rows(n * k, u, height, like.effects, seed, 11)
         self.deviation = _Rows(n, u, height, like.effects, seed, 13)
-
-    @staticmethod
-    def empty(n: int, k: int, u: int, height: int, like: Samples, seed: int) -> _Gathering:
-        return _Gathering(n, k, u, height, like, seed)
 
     def add(self, part: Samples, mine: Bool[Tensor, "batch"]) -> None:
         here = mine.to(part.effects.device)
