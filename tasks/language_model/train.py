@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -61,6 +61,9 @@ def byte_pairs(vocabulary: int = 4096) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     raw.train_from_iterator(documents(SAMPLE, seed=1), trainer)
+    # the model learns with the token first, so its tokenizer puts it there
+    first = [(END, raw.token_to_id(END))]
+    raw.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=first)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=END, eos_token=END, model_max_length=SIZES["length"], padding_side="left"
     )

@@ -24,7 +24,6 @@ from tl_sparsify.abstraction.evidence import Pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.language_models import load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
-from tl_sparsify.tasks.task import own_language_model
 from tl_sparsify.tasks.tokenizers import adds_beginning, digit_by_digit, single_token_words, two_token_numbers
 
 __all__ = [
@@ -177,8 +176,8 @@ class TextTask:
         source: what :func:`load_language_model` takes.
         padding_side: ``left``, so that positions count from the end, or ``right``.
         prepend_bos: whether the beginning-of-sequence token goes first. Where not given as the tokenizer has it by
-            itself; with the package's own model, which learnt it so, and where the tokenizer's files are not at hand,
-            wherever there is such a token, as ``model.to_tokens`` does for most models.
+            itself; where its files are not at hand, wherever there is such a token, as ``model.to_tokens`` does for
+            most models.
 
     Example:
         >>> pronouns = tls.load_task("gendered_pronoun").dataset.__self__  # what the shipped text tasks are made of
@@ -358,7 +357,7 @@ class TextTask:
         # TransformerLens gives a bridge a tokenizer that always puts the token first: the one it was made of is asked
         named = isinstance(self.source, str | Path)
         origin = self.source if named else getattr(self.tokenizer, "name_or_path", "")
-        if not origin or not has or Path(origin) == own_language_model():
+        if not origin or not has:
             return has
         try:
             return adds_beginning(self.tokenizer if named else load_tokenizer(origin))
