@@ -1,15 +1,18 @@
-"""What holds for every test: no window, no network, one thread.
+"""What holds for every test: no window, no network, one thread; and what many files need and takes long to make.
 
-Nothing of tl_sparsify is imported here: shapes are checked only in what is imported after pytest has started.
+Nothing of tl_sparsify is imported here but in fixtures: shapes are checked only in what is imported after pytest has
+started.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported
 
 import matplotlib
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,3 +20,32 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)  # tiny models: threads that wait for each other on a busy machine take far longer
 settings.register_profile("tl_sparsify", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tl_sparsify")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a task with a model of 28 units."""
+    from helpers.tiny_task import task_folder
+
+    return task_folder(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="session")
+def quick(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with ``QUICK`` of that task, to hold others against."""
+    from helpers.commands import QUICK, command
+
+    out = tmp_path_factory.mktemp("quick")
+    assert command("run", tiny, *QUICK, "--out", out).code == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each architecture, with a tokenizer that knows every word of the shipped tasks."""
+    from helpers.animals import ARCHITECTURES, all_words, checkpoint, tokenizer_of
+
+    return {
+        name: checkpoint(tmp_path_factory.mktemp(name), name, tokenizer_of(kind, all_words()))
+        for name, kind in ARCHITECTURES.items()
+    }

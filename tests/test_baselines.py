@@ -1,12 +1,11 @@
 """Baselines: the signature of the scores, a control that knows nothing of the model, patching against loops of the
-test's own, and scorers in rounds. Edges and masks have files of their own."""
+test's own. Edges, masks and rounds have files of their own."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from helpers.architectures import padded as padded_prompts
 from helpers.kinds import N, close, data, padded
 from helpers.models import (
     NoCasts,
-    TwoLayers,
     bridge,
     examples,
     fresh,
@@ -33,10 +31,8 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from tl_sparsify import Examples, Site, Units, baselines, constants, score
-from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.metrics import log_odds, log_probability
-from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import attentions, heads, mlps, neurons, residuals
 from tl_sparsify.search.scores import Scores
 
@@ -313,102 +309,3 @@ def test_what_cannot_be_patched_is_refused_by_name():
             baselines.activation_patching(model, batch, units_of(model), **settings)
     with pytest.raises(ValueError, match="training mode"):
         baselines.activation_patching(fresh().train(), batch, units_of(model))
-
-
-# In rounds
-
-
-def by_rounds(model: Any, batch: Examples, units: Units, values: Any, counts: list[int], seed: int) -> list[int]:
-    """The order of removal by exact effects: after each round so many units are left."""
-    order: list[int] = []
-    for number, count in enumerate(counts):
-        mask = torch.ones(len(units), dtype=torch.bool)
-        mask[order] = False
-        with intervened(model, ablate(Reduction(Circuit(units, mask), values))):
-            scores = score.exact(model, batch, units, values=values, seed=seed + number).scores.tolist()
-        alive = sorted((i for i in range(len(units)) if mask[i]), key=lambda i: scores[i])
-        order += alive[: len(alive) - count]
-        rest = alive[len(alive) - count :]
-    return order + rest
-
-
-def test_rounds_remove_the_lowest_in_the_ablated_model():
-    model, batch = bridge(), data()
-    units = units_of(model)
-    values = reduction_of(model).values
-    found = baselines.in_rounds(score.exact, model, batch, units, rounds=4, smallest=0.1, values=values, seed=5)
-    counts = [round(14 * (1 / 14) ** (i / 4)) for i in range(1, 5)]
-    assert counts == [7, 4, 2, 1]
-    assert found.order.tolist() == by_rounds(model, batch, units, values, counts, 5)
-    assert sorted(found.scores.tolist()) == list(range(14))
-    assert (found.name, found.measured_in) == ("exact, 4 rounds", "place in the order of removal")
-    assert (found.forward_passes, found.backward_passes) == (4 * 15, 0)
-    once = score.exact(model, batch, units, values=values)
-    assert found.order.tolist() != once.order.tolist()
-
-
-def test_one_round_removes_by_the_score_itself():
-    model, batch = bridge(), data()
-    units = units_of(model)
-    for absolute in (False, True):
-        scores = score.gradient(model, batch, units)
-        found = baselines.in_rounds(score.gradient, model, batch, units, rounds=1, absolute=absolute)
-        assert found.order.tolist() == (scores.absolute if absolute else scores).order.tolist()
-    assert found.name == "gradient (absolute), 1 rounds"
-
-
-def test_rounds_count_the_passes_of_all_of_them():
-    model, batch = fresh(), data()
-    units = units_of(model)
-    values = constants.mean(model, batch, units)
-    rows: list[int] = []
-    model.add_hook("blocks.1.hook_resid_post", lambda tensor, hook: rows.append(len(tensor)))
-    for scorer, settings in [
-        (score.risk, {"values": values}),
-        (score.risk, {}),
-        (score.variance, {}),
-        (partial(score.gradient, source="counterfactual"), {}),
-        (baselines.eap, {}),
-        (baselines.activation_patching, {"direction": "denoising", "values": values}),
-    ]:
-        rows.clear()
-        found = baselines.in_rounds(scorer, model, batch, units, rounds=3, **settings)
-        assert sum(rows) == found.forward_passes * N
-    assert found.backward_passes == 0 and found.forward_passes == 3 * 16
-
-
-def test_rounds_with_small_steps_skip_those_that_remove_nothing():
-    model, batch = bridge(), data()
-    units = heads(model)
-    found = baselines.in_rounds(score.variance, model, batch, units, rounds=50, smallest=0.5)
-    assert found.forward_passes == 1 + 2 * 2  # two of four heads leave, one at a time
-    assert sorted(found.scores.tolist()) == [0, 1, 2, 3]
-
-
-def test_rounds_see_the_redundancy_that_one_look_misses():
-    """Units 0 and 1 both say which answer is right, and either is enough; unit 2 says little, where they are silent."""
-    w_in = torch.tensor([[1.0, 1, 0], [0, 0, 1]], dtype=torch.float64)
-    said = torch.tensor([5.0, 5, 0.5], dtype=torch.float64)
-    model = TwoLayers(w_in, torch.stack([said, -said], 1) / 2)
-    x = torch.cartesian_prod(torch.tensor([-1.0, 0, 1]), torch.tensor([0.0, 1])).double()
-    batch = Examples(x, (x[:, :1] < 0).long())
-    values = constants.zero(model, batch, model.units)
-    once = score.risk(model, batch, model.units, values=values)
-    assert once.top(1 / 3).names == ("L0N2",)
-    found = baselines.in_rounds(score.risk, model, batch, model.units, rounds=3, smallest=1 / 3, values=values)
-    assert found.top(1 / 3).names in (("L0N0",), ("L0N1",)) and found.top(2 / 3).names != ("L0N0", "L0N1")
-
-
-def test_rounds_leave_the_model_as_it_came_in():
-    model, batch = fresh(), data()
-    with unchanged(model):
-        baselines.in_rounds(baselines.eap, model, batch, units_of(model), rounds=2, progress=False)
-    with unchanged(model), pytest.raises(ValueError, match="reduce is 'mean'"), unchecked():
-        baselines.in_rounds(baselines.eap, model, batch, units_of(model), rounds=2, reduce="mean")
-    for settings, message in [
-        ({"rounds": 0}, "rounds is 0; at least one is needed"),
-        ({"smallest": 0.0}, r"smallest is 0.0; it must lie in \(0, 1\]"),
-        ({"smallest": 1.0}, "smallest=1.0 removes none of the 14 units"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            baselines.in_rounds(score.risk, model, batch, units_of(model), **settings)

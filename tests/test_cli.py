@@ -1,18 +1,9 @@
-"""The command line: exit codes, sentences, the files that are written, and what is left after an interruption.
-
-The fast tests run a task of their own with a model of 28 units; the slow ones the shipped task and real processes.
-"""
+"""The command line on a task with a model of 28 units: the files of a run and their numbers, and the report of them."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.commands import QUICK, Outcome, command
-from matplotlib.figure import Figure
+from helpers.tiny_task import FILES, TASK, files_in, sentence, task_folder
 
 from tl_sparsify import (
     Reduction,
@@ -30,82 +21,15 @@ from tl_sparsify import (
     fingerprint,
     heads,
     intervened,
-    list_tasks,
     load_folded,
     load_task,
     neurons,
     risk,
     score,
-    sparsify,
 )
 from tl_sparsify import run as running
-from tl_sparsify.search.joint import Refitting
 
-TASK = """
-import numpy as np
-import torch
-from transformer_lens import TransformerBridge, TransformerBridgeConfig
-import tl_sparsify as tls
-
-PARITY = tls.CausalModel(("x", "y"), {"odd": lambda x: x % 2, "answer": lambda odd, y: odd + 2 * (y > 2)}, "answer")
-
-def model():
-    config = dict(d_model=8, d_head=4, n_heads=2, n_layers=2, n_ctx=4, d_vocab=6, d_mlp=12, act_fn="relu",
-                  normalization_type="LN", seed=0)
-    with torch.random.fork_rng():
-        made = TransformerBridge.boot_native(TransformerBridgeConfig(**config))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return made.eval()
-
-def side(n, rng):
-    tokens = rng.integers(6, size=(n, 4))
-    inputs = {"x": tokens[:, 1], "y": tokens[:, 2]}
-    labels = np.full_like(tokens, -100)
-    labels[:, 3] = PARITY.run(inputs)["answer"]
-    return inputs, tls.Examples(torch.tensor(tokens), torch.tensor(labels), choices=torch.arange(4))
-
-def examples(seed):
-    rng = np.random.default_rng(seed)
-    return tuple(side(n, rng)[1] for n in (48, 24, 32))
-
-def pairs(n, seed):
-    rng = np.random.default_rng(seed)
-    (base_inputs, base), (source_inputs, source) = side(n // 8, rng), side(n // 8, rng)
-    return tls.Pairs(base_inputs, source_inputs, base, source, {i: i for i in range(4)})
-
-def task():
-    head = tls.Site(kind="head", layer=0, hook="blocks.0.attn.hook_z", size=2, positions=3)
-    return tls.Task(
-        name="tiny", description="a random model", model=model, dataset=lambda seed: {}, examples=examples,
-        causal_model=PARITY, alignment=tls.Alignment({"odd": [tls.Unit(head, 0)]}), pairs=pairs, chance=0.25,
-    )
-"""
-FILES = (
-    "baselines.csv", "causal.png", "circuit.reduction", "evaluation.csv", "evidence.csv", "fold.csv",
-    "folded/folded.safetensors", "map.png", "path.csv", "risk.png", "run.json", "scores.csv",
-)  # fmt: skip
-AT_LAST = ("causal.png", "map.png", "risk.png", "run.json")  # written after everything is computed
 UNITS = 28
-
-
-def task_folder(parent: Path, code: str = TASK) -> Path:
-    folder = parent / "tiny"
-    folder.mkdir()
-    (folder / "task.py").write_text(code)
-    (folder / "README.md").write_text("# Tiny\n")
-    return folder
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return task_folder(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +37,6 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ou
     """A complete run that keeps a quarter of the units, with a short refit."""
     out = tmp_path_factory.mktemp("done") / "new" / "folder"
     return out, command("run", tiny, "--keep", "0.25", "--rounds", "2", "--steps", "15", "--out", out)
-
-
-@pytest.fixture(scope="module")
-def quick(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run with ``QUICK``, to hold interrupted ones against."""
-    out = tmp_path_factory.mktemp("quick")
-    assert command("run", tiny, *QUICK, "--out", out).code == 0
-    return out
 
 
 def test_a_complete_run_ends_with_status_zero_and_writes_every_file(done: tuple[Path, Outcome]):
@@ -376,12 +292,6 @@ def test_a_description_is_printed_as_it_is(tmp_path: Path):
     assert f"written to {tmp_path / '[out]'}" in outcome.out
 
 
-def test_the_version_is_told():
-    from tl_sparsify import __version__
-
-    assert command("--version") == Outcome(0, f"tl-sparsify {__version__}\n", "")
-
-
 @pytest.mark.parametrize("quiet", [False, True])
 def test_bars_are_for_those_who_look_and_want_them(quiet: bool, tiny: Path, tmp_path: Path):
     outcome = command("run", tiny, *QUICK, "--out", tmp_path, *(["--quiet"] if quiet else []), terminal=True)
@@ -392,302 +302,3 @@ def test_bars_are_for_those_who_look_and_want_them(quiet: bool, tiny: Path, tmp_
 
 def test_there_are_no_bars_where_nobody_looks(done: tuple[Path, Outcome]):
     assert done[1].err == "" and "removing units" not in done[1].out and "\r" not in done[1].out
-
-
-def test_tasks_lists_the_shipped_tasks_with_a_line_each():
-    outcome = command("tasks")
-    assert (outcome.code, outcome.err) == (0, "")
-    heading, *lines = outcome.out.splitlines()
-    assert heading.split()[:4] == ["task", "accuracy", "chance", "units"]
-    assert [line.split()[0] for line in lines] == list(list_tasks())
-    found = {line.split()[0]: re.split(r"\s{2,}", line) for line in lines}
-    assert found["hierarchical_equality"][1:] == [
-        "1.000", "0.500", "780", "-", "is (a == b) the same as (c == d), over 32 symbols",
-    ]  # fmt: skip
-    assert found["planted_gate"][4] == "weights, removal" and found["tracr_sort"][4] == "weights, removal"
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["tasks", "--help"]])
-def test_help_is_no_error(arguments: list[str]):
-    outcome = command(*arguments)
-    assert (outcome.code, outcome.err) == (0, "") and "Usage" in outcome.out
-
-
-def sentence(outcome: Outcome) -> str:
-    """The one sentence of a wrong argument."""
-    assert outcome.code == 2 and outcome.out == ""
-    [line] = outcome.err.splitlines()
-    assert line.startswith("tl-sparsify: ")
-    return line
-
-
-@pytest.fixture(scope="module")
-def untouchable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task that must not be worked on."""
-    code = TASK.replace("def model():", "def model():\n    raise RuntimeError('the work has started')")
-    return task_folder(tmp_path_factory.mktemp("untouchable"), code)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--keep", "0"], "0.0"),
-        (["--keep", "1.5"], "1.5"),
-        (["--keep", "-0.1"], "-0.1"),
-        (["--keep", "nan"], "nan"),
-        (["--keep", "much"], "--keep"),
-        (["--rounds", "0"], "rounds is 0; at least one"),
-        (["--rounds", "-3"], "rounds is -3"),
-        (["--rounds", "2.5"], "--rounds"),
-        (["--seed", "x"], "--seed"),
-        (["--seed", "-1"], "--seed is -1; it must lie in [0, 2147483647]"),
-        (["--seed", "9223372036854775808"], "--seed"),
-        (["--effort", "much"], "--effort is 'much'; it is one of quick, standard, thorough"),
-        (["--first-token", "any"], "--first-token is 'any'"),
-        (["--units", "heads,wings"], "--units has 'wings'"),
-        (["--batch-size", "0"], "--batch-size is 0; at least one"),
-        (["--prepend-bos"], "prepend_bos is given, but the task"),
-        (["--nothing"], "--nothing"),
-        (["and", "more"], "and"),
-    ],
-)
-def test_a_wrong_option_gets_one_sentence_before_the_work_starts(
-    options: list[str], said: str, untouchable: Path, tmp_path: Path
-):
-    assert said in sentence(command("run", untouchable, "--out", tmp_path / "out", *options))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("arguments", "said"), [(["run"], "task"), (["frobnicate"], "frobnicate")])
-def test_a_wrong_command_gets_one_sentence(arguments: list[str], said: str):
-    assert said in sentence(command(*arguments)).lower()
-
-
-@pytest.mark.parametrize("wrong", ["hierarchical_equalty", "hierarchical"])
-def test_an_unknown_task_gets_the_near_ones(wrong: str, tmp_path: Path):
-    line = sentence(command("run", wrong, "--out", tmp_path / "out"))
-    assert f"unknown task '{wrong}': did you mean hierarchical_equality?" in line
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_task_folder_without_its_parts_gets_one_sentence(tmp_path: Path):
-    assert "has no task.py" in sentence(command("run", tmp_path, "--out", tmp_path / "out"))
-
-
-def test_an_output_folder_that_is_a_file_is_said_before_the_work_starts(untouchable: Path, tmp_path: Path):
-    file = tmp_path / "thesis.txt"
-    file.write_text("all of it")
-    for out in (file, file / "below", file / "far" / "below"):
-        line = sentence(command("run", untouchable, "--out", out))
-        assert f"--out {out} is not writable" in line
-    assert file.read_text() == "all of it"
-
-
-def test_an_output_folder_without_the_right_to_write_is_said_before_the_work_starts(
-    untouchable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def refused(path: Path, *arguments: Any, **options: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "touch", refused)
-    line = sentence(command("run", untouchable, "--out", tmp_path))
-    assert f"--out {tmp_path} is not writable: Permission denied" in line
-
-
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
-def test_a_wrong_device_gets_one_sentence_before_the_work_starts(device: str, untouchable: Path, tmp_path: Path):
-    assert f"--device {device} cannot be used here" in sentence(
-        command("run", untouchable, "--device", device, "--out", tmp_path)
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_not_a_wrong_argument_is_not_hidden(untouchable: Path, tmp_path: Path):
-    with pytest.raises(RuntimeError, match="the work has started"):
-        command("run", untouchable, "--out", tmp_path)
-
-
-def torn_write(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Ctrl-C when half of the file of this name has been written."""
-    whole = Path.write_bytes
-
-    def write_bytes(path: Path, content: Any) -> int:
-        if name in path.name:
-            whole(path, content[: len(content) // 2])
-            raise KeyboardInterrupt
-        return whole(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-
-
-def torn_figure(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def savefig(figure: Figure, target: Any, **options: Any) -> None:
-        target.write(b"half") if hasattr(target, "write") else Path(target).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-
-
-def torn_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def stopped(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(running, name, stopped)
-
-
-@pytest.mark.parametrize(
-    ("tear", "name", "whole"),
-    [
-        (torn_work, "sparsify", ["scores.csv"]),
-        (torn_write, "path.csv", ["scores.csv"]),
-        (torn_write, "circuit.reduction", ["path.csv", "scores.csv"]),
-        (torn_write, "folded.safetensors", ["circuit.reduction", "path.csv", "scores.csv"]),
-        (torn_work, "beside", [name for name in FILES if name not in ("baselines.csv", "evidence.csv", *AT_LAST)]),
-        (torn_work, "verify", [name for name in FILES if name not in ("evidence.csv", *AT_LAST)]),
-        (torn_figure, "risk.png", [name for name in FILES if name not in AT_LAST]),
-        (torn_write, "run.json", [name for name in FILES if name != "run.json"]),
-    ],
-)
-def test_an_interruption_leaves_complete_files_only(
-    tear: Any, name: str, whole: list[str], tiny: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    tear(monkeypatch, name)
-    outcome = command("run", tiny, *QUICK, "--quiet", "--out", tmp_path)
-    assert outcome.code not in (0, 2) and outcome.out == ""
-    assert "interrupted" in outcome.err and "Traceback" not in outcome.err
-    left, complete = files_in(tmp_path), files_in(quick)
-    assert sorted(left) == whole  # no .part file either
-    assert all(left[file] == complete[file] for file in left)
-
-
-def test_an_interruption_leaves_older_files_whole(
-    tiny: Path, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    shutil.copytree(quick, tmp_path, dirs_exist_ok=True)
-    torn_write(monkeypatch, "folded.safetensors")
-    assert command("run", tiny, *QUICK, "--quiet", "--out", tmp_path).code not in (0, 2)
-    assert files_in(tmp_path) == files_in(quick)
-
-
-def process(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    script = Path(sys.executable).with_name("tl-sparsify")
-    environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(script), *map(str, arguments)], cwd=cwd, env=environ, text=True, **pipes)
-
-
-@pytest.mark.slow
-def test_a_real_process_writes_the_same_files(tiny: Path, quick: Path, tmp_path: Path):
-    running = process("run", tiny, *QUICK, "--out", tmp_path / "out", cwd=tmp_path)
-    out, err = running.communicate()
-    assert (running.returncode, err) == (0, "") and "written to" in out
-    written = files_in(tmp_path / "out")
-    assert tuple(written) == FILES and written["scores.csv"] == files_in(quick)["scores.csv"]
-
-
-@pytest.mark.slow
-def test_a_real_process_refuses_in_one_sentence(tmp_path: Path):
-    running = process("run", "hierarchical_equalty", cwd=tmp_path)
-    out, err = running.communicate()
-    assert (running.returncode, out, len(err.splitlines())) == (2, "", 1)
-    assert "did you mean hierarchical_equality" in err and "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_a_real_process_that_is_interrupted_leaves_complete_files_only(tmp_path: Path):
-    running = process("run", "hierarchical_equality", "--out", tmp_path / "out", cwd=tmp_path)
-    while running.poll() is None and not (tmp_path / "out" / "scores.csv").exists():
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate()
-    assert running.returncode not in (0, 2)
-    assert "interrupted" in err and "Traceback" not in out + err
-    assert list(files_in(tmp_path / "out")) == ["scores.csv"]
-    assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 780
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The main job on the shipped task with default options, and the path that it found."""
-    out, found = tmp_path_factory.mktemp("demo"), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            running, "sparsify", lambda *args, **options: found.append(sparsify(*args, **options)) or found[0]
-        )
-        assert command("run", "hierarchical_equality", "--out", out).code == 0
-    assert tuple(files_in(out)) == FILES
-    return out, found[0]
-
-
-@pytest.fixture(scope="module")
-def shipped() -> tuple[Any, Any]:
-    task = load_task("hierarchical_equality")
-    return task.model(), task.examples(0)
-
-
-@pytest.mark.slow
-def test_a_tenth_of_the_units_with_refitted_constants_answers_as_the_model_does(demo: Any, shipped: Any):
-    model, (train, validation, test) = shipped
-    reduction = constants.refit(model, demo[1].at(0.1), train, validation, progress=False)
-    found = evaluate(model, reduction, test)
-    assert found.kept == 78 and found.kind == "refit"
-    assert found.accuracy >= 0.97
-    assert found.risk.mean <= 0.1
-
-
-@pytest.mark.slow
-def test_the_order_of_variance_with_the_same_refit_does_not(shipped: Any):
-    model, (train, validation, test) = shipped
-    found = score.variance(model, train, heads(model) + neurons(model))
-    start = constants.reduced(model, found.top(0.1), constants.mean(model, train, found.units))
-    assert risk(model, constants.refit(model, start, train, validation, progress=False), test).mean > 0.1
-
-
-@pytest.mark.slow
-def test_the_demos_folded_model_is_the_ablated_one_on_every_test_input(demo: Any, shipped: Any):
-    model, (_, _, test) = shipped
-    folded, reduction = load_folded(demo[0] / "folded"), Reduction.load(demo[0] / "circuit.reduction")
-    assert len(reduction.circuit) == 39
-    with torch.no_grad():
-        small = folded(test.tokens)
-        with intervened(model, ablate(reduction)):
-            assert float((model(test.tokens) - small).abs().max()) <= 1e-4
-    assert sum(p.numel() for p in folded.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.slow
-def test_the_demos_files_agree_with_each_other(demo: Any, shipped: Any):
-    model, (_, _, test) = shipped
-    out, path = demo
-    reduction = Reduction.load(out / "circuit.reduction")
-    found = pd.read_csv(out / "evaluation.csv").iloc[0]
-    assert found.accuracy == evaluate(model, reduction, test).accuracy
-    frame = pd.read_csv(out / "path.csv")
-    assert len(frame) == len(path.rounds) == 20
-    assert frame.measured.tolist() == [step.measured.mean for step in path.rounds]
-    evidence = pd.read_csv(out / "evidence.csv")
-    assert set(evidence.variable) == {"left", "right", "same", "left & right", "(none)"}
-    alignment = load_task("hierarchical_equality").alignment
-    kept = evidence[(evidence.model == "reduced") & (evidence.intervention == "aligned units")]
-    kept = kept[kept.variable.isin(alignment.variables)]
-    for row in kept.itertuples():
-        units = alignment.units[str(row.variable)]
-        assert row.removed == sum(unit.at(None).name not in reduction.circuit for unit in units)
-
-
-@pytest.mark.slow
-def test_the_search_is_the_same_byte_for_byte(shipped: Any, tmp_path: Path):
-    model, (train, validation, _) = shipped
-    for name in ("one", "two"):
-        path = sparsify(
-            model,
-            train,
-            heads(model) + neurons(model),
-            rounds=2,
-            held_out=validation,
-            refitting=Refitting(5),
-            seed=4,
-            progress=False,
-        )
-        constants.refit(model, path.at(0.1), train, validation, steps=5, seed=4, progress=False).save(tmp_path / name)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

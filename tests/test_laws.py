@@ -1,6 +1,7 @@
-"""The laws of the library, on small float64 models: its specification.
+"""The laws of the library, on small float64 models: its specification. Laws 1 to 6: interventions, batches, moments.
 
-Law 3, that folding is ablating, is in test_folding.py and test_folding_architectures.py.
+Law 3, that folding is ablating, is in test_folding.py and test_folding_architectures.py; laws 7 to 11 are in
+test_laws_of_search.py.
 """
 
 from __future__ import annotations
@@ -10,17 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kinds import close
 from helpers.models import (
-    EXCLUSIVE_OR,
     NoCasts,
     bridge,
     examples,
-    exclusive_or,
-    exclusive_or_inputs,
     fresh,
     inputs,
     linear,
-    planted,
     random_mask,
     random_values,
     reduction_of,
@@ -33,27 +31,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_sparsify import constants, score
-from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import run_values
-from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened
+from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import heads
-from tl_sparsify.folding.fold import fold
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.linearisation import linearise
 
 SEEDS = st.integers(0, 2**31)
-
-
-def close(a: Tensor, b: Tensor, relative: float) -> bool:
-    """Whether two tensors agree, relative to the largest number in them."""
-    return bool((a - b).abs().max() <= relative * max(a.abs().max(), b.abs().max()))
 
 
 # 1. Keeping everything changes nothing, bit for bit.
@@ -283,167 +272,3 @@ def test_padding_left_or_right_changes_no_draw():
         for probes in (2, 10):  # sampled and exact
             found.append(score.risk(model, data, units_of(model), probes=probes, seed=1).scores)
     assert close(found[0], found[2], 1e-9) and close(found[1], found[3], 1e-9)
-
-
-# 7. For a linear model and a quadratic divergence, predicted risks equal the measured ones.
-
-
-def difference(logits: Tensor, batch: Examples) -> Tensor:
-    return logits[:, 0] - 2 * logits[:, 1] + 0.5 * logits[:, 2]
-
-
-def without(reduction: Reduction, mask: Tensor) -> Reduction:
-    return reduction.with_circuit(Circuit(reduction.units, reduction.circuit.mask & ~mask))
-
-
-def test_law_7_risk_of_one_unit_is_measured_risk_on_a_linear_model():
-    model, data = linear(), inputs()
-    values = constants.mean(model, data, model.units)
-    scores = score.risk(model, data, model.units, metric=difference)
-    full = Reduction(Circuit.full(model.units), values)
-    for unit, predicted, stderr in zip(model.units.names, scores.scores, scores.stderr, strict=True):
-        alone = without(full, Circuit.of(model.units, [unit]).mask)
-        measured = risk(model, alone, data, metric=difference)
-        assert (measured.mean, measured.stderr) == pytest.approx((float(predicted), float(stderr)), rel=1e-12)
-
-
-@given(SEEDS)
-@settings(max_examples=10)
-def test_law_7_joint_risk_is_measured_risk_on_a_linear_model(seed: int):
-    model, data = linear(seed=seed % 1000), inputs(seed=seed)
-    current = reduction_of(model, random_mask(model.units, seed, 0.7), seed, model.units)
-    removed = random_mask(model.units, seed + 1)
-    predicted = joint_moments(samples(model, data, current, current=current, metric=difference), removed)
-    sketch = linearise(samples(model, data, current, current=current, metric=difference), len(data), seed=0)
-    measured = risk(model, without(current, removed), data, metric=difference)
-    assert float(predicted.mean) == pytest.approx(measured.mean, rel=1e-10, abs=1e-12)
-    assert float(predicted.stderr) == pytest.approx(measured.stderr, rel=1e-9, abs=1e-12)
-    assert sketch.predicted(removed) == pytest.approx(measured.mean, rel=1e-10, abs=1e-12)
-
-
-def test_law_7_every_round_predicts_what_is_measured_on_a_linear_model():
-    model, data = linear(12), inputs(30)
-    path = sparsify(model, data, model.units, rounds=6, smallest=0.1, metric=difference, progress=False)
-    assert len(path.rounds) >= 4 and path.rounds[-1].measured.mean > 0.1
-    for step in path.rounds:
-        assert step.predicted.mean == pytest.approx(step.measured.mean, rel=1e-10)
-        assert step.predicted.stderr == pytest.approx(step.measured.stderr, rel=1e-9)
-
-
-# 8. Rescaling a ReLU neuron and its reader changes no risk and no selection.
-
-
-def rescaled(model: Any, factors: Tensor) -> Any:
-    """The same function: each neuron times its factor, its reader divided by it."""
-    with torch.no_grad():
-        for block, factor in zip(model.blocks, factors, strict=True):
-            getattr(block.mlp, "in").original_component.weight.mul_(factor[:, None])
-            getattr(block.mlp, "in").original_component.bias.mul_(factor)
-            block.mlp.out.original_component.weight.div_(factor)
-    return model
-
-
-def test_law_8_rescaling_a_neuron_changes_no_risk_and_no_selection():
-    factors = torch.exp(torch.randn(2, 5, generator=seeded(0), dtype=torch.float64) * 3)
-    data, answers = examples(N), []
-    for model in (fresh(), rescaled(fresh(), factors)):
-        units = units_of(model)
-        path = sparsify(model, data, units, rounds=4, smallest=0.2, progress=False)
-        refitted = constants.refit(model, path.at(0.4), data, data, steps=5, progress=False)
-        answers.append(
-            {
-                "logits": model(data.tokens),
-                "risk": score.risk(model, data, units).scores,
-                "measured": torch.tensor([r.measured.mean for r in path.rounds], dtype=torch.float64),
-                "refitted": torch.tensor(risk(model, refitted, data).mean, dtype=torch.float64),
-                "order": path.order,
-                "variance": score.variance(model, data, units).order,
-            }
-        )
-    one, two = answers
-    assert torch.equal(one["order"], two["order"])
-    for name, tolerance in (("logits", 1e-12), ("risk", 1e-11), ("measured", 1e-10), ("refitted", 1e-6)):
-        assert close(one[name], two[name], tolerance), name
-    assert not torch.equal(one["variance"], two["variance"])  # which is what variance is fooled by
-
-
-# 9. Interchanging with oneself changes nothing, in both models.
-
-
-def test_law_9_interchange_with_oneself_changes_nothing():
-    model, data = bridge(), examples()
-    small: Any = fold(model, reduction_of(model, random_mask(units_of(model), 4)))
-    for one in (model, small):
-        units = units_of(one)
-        with torch.no_grad(), unchanged(one):
-            expected = one(data.tokens)
-            source = run_values(one, data, units)
-            with intervened(one, interchange(Circuit.full(units), source)):
-                assert torch.equal(one(data.tokens), expected)
-            softly = torch.rand(len(data), len(units), generator=seeded(1))
-            with intervened(one, Intervention(units, softly, source)):
-                torch.testing.assert_close(one(data.tokens), expected, rtol=1e-12, atol=1e-12)
-            with intervened(one, interchange(Circuit.full(units), run_values(one, examples(seed=9), units))):
-                assert not torch.allclose(one(data.tokens), expected)
-
-
-def test_law_9_an_example_that_is_its_own_partner_has_its_plain_risk():
-    model, data = bridge(), examples(1)
-    reduction = reduction_of(model)
-    certain = InterventionDistribution.interchange(1.0)
-    itself = Examples(data.tokens, data.labels, counterfactual_tokens=data.tokens)
-    plain = risk(model, reduction, data).mean
-    assert plain > 1e-3
-    assert risk(model, reduction, data, interventions=certain).mean == pytest.approx(plain, rel=1e-12)
-    paired = InterventionDistribution.interchange(1.0, "counterfactual")
-    assert risk(model, reduction, itself, interventions=paired).mean == pytest.approx(plain, rel=1e-12)
-
-
-# 10. A cycle, a missing mechanism, an unknown unit: refused by name.
-
-
-def test_law_10_unknown_units_are_refused_by_name():
-    units = units_of(bridge())
-    for name, says in [
-        ("L7H0", "layer 7 has 0"),
-        ("L1H2", "layer 1 has 2 of kind head"),
-        ("third head", "no unit name"),
-    ]:
-        for look_up in (lambda name: units[name], lambda name: Circuit.of(units, [name]), units.index):
-            with pytest.raises(KeyError, match=f"{name}.*{says}"):
-                look_up(name)
-    with pytest.raises(KeyError, match="L2H1"):
-        Circuit.of(units, [heads(bridge(n_layers=3))["L2H1"]])  # a unit of another model
-
-
-def test_law_10_cycles_and_missing_mechanisms_are_refused_by_name():
-    with pytest.raises(ValueError, match="left"):
-        CausalModel(("a",), {"left": lambda right: right, "right": lambda left: left}, "left")
-    with pytest.raises(ValueError, match="missing"):
-        CausalModel(("a",), {"left": lambda missing: missing}, "left")
-
-
-# 11. On a hand-built network whose circuit is known, search returns exactly that circuit.
-
-
-@pytest.mark.parametrize("rounds", [1, 3, 20])
-def test_law_11_search_finds_exclusive_or(rounds: int):
-    model, data = exclusive_or(), exclusive_or_inputs(64)
-    known = Circuit.of(model.units, EXCLUSIVE_OR)
-    path = sparsify(model, data, model.units, rounds=rounds, smallest=0.25, progress=False)
-    assert path.at(0.25).circuit == known
-    assert path.within(model, data, 1e-12).circuit == known
-    assert score.risk(model, data, model.units).top(0.25) != known  # no order by single units finds it
-    assert score.variance(model, data, model.units).top(0.25) != known
-
-
-@pytest.mark.parametrize(
-    "kept", [("L0H1", "L0N3", "L1H0", "L1N2"), ("L1H1",), ("L0N0", "L0N4", "L1N0", "L1N1", "L1N3")]
-)
-def test_law_11_search_finds_planted_units(kept: tuple[str, ...]):
-    model, data = planted(kept), examples(24)
-    units = units_of(model)
-    path = sparsify(model, data, units, rounds=5, smallest=len(kept) / len(units), progress=False)
-    assert path.at(len(kept) / len(units)).circuit == Circuit.of(units, kept)
-    assert path.within(model, data, 1e-12).circuit == Circuit.of(units, kept)
-    assert path.rounds[-1].measured.mean <= 1e-12

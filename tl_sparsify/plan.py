@@ -168,6 +168,20 @@ class Request:
         return replace(effort, **{name: value for name, value in given.items() if value is not None})
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name, on which a tensor has been put once.
+
+    Raises:
+        ValueError: there is none, or it does not work here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def cut(splits: tuple[Examples, Examples, Examples], effort: Effort) -> tuple[Examples, Examples, Examples]:
     """The first examples of each split, which are in random order."""
     train, validation, test = splits

@@ -69,6 +69,13 @@ def examples(n: int = 12, seed: int = 0, *, answers: int = 1, choices: tuple[int
     )
 
 
+def values_in(model: Any, tokens: Tensor, units: Units, *interventions: Intervention) -> tuple[Tensor, ...]:
+    """What the model makes of the units under interventions."""
+    with torch.no_grad(), intervened(model, *interventions), recorded(model, units) as recording:
+        model(tokens)
+    return recording.read()
+
+
 def random_values(units: Units, seed: int = 0, width: int = 4) -> Values:
     """Random constants: ``width`` numbers for a head, one for a neuron."""
     generator = seeded(seed)
