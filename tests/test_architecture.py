@@ -22,7 +22,7 @@ ORDER = {
     "beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
     "benchmark",
-    "formats": "rows answers records mib",
+    "formats": "rows answers columns spans checks assembly records mib",
     "presentation": "results sentences diagrams plot printed report",
     "": "__init__ plan run cli __main__",
 }

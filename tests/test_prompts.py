@@ -297,7 +297,7 @@ def test_a_dataset_gives_what_its_columns_give(shape: str | None):
         padding_side="left",
     )
     for (name, mine), (_, theirs) in zip(vars(found).items(), vars(expected).items(), strict=True):
-        assert torch.equal(mine, theirs), name
+        assert mine is theirs or torch.equal(mine, theirs), name
     assert data.format["type"] == shape
     plain = Dataset.from_dict({"prompt": text, "answer": word, "wrong": ["ran", "home"]})
     wrong = Examples.from_dataset(tokenizer, plain, wrong_answer="wrong").counterfactual_labels

@@ -38,7 +38,7 @@ _PUBLIC = {
     "tl_sparsify.comparison.evaluate": ("Evaluation", "evaluate"),
     "tl_sparsify.comparison.methods": ("Method",),
     "tl_sparsify.comparison.resampling": ("Stability", "stability"),
-    "tl_sparsify.core": ("basis",),
+    "tl_sparsify.core": ("basis", "metrics"),
     "tl_sparsify.core.circuit": ("Circuit", "Values"),
     "tl_sparsify.core.distributions": ("InterventionDistribution",),
     "tl_sparsify.core.examples": ("Examples",),

@@ -17,6 +17,7 @@ from tl_sparsify.comparison.methods import Method as Method
 from tl_sparsify.comparison.resampling import Stability as Stability
 from tl_sparsify.comparison.resampling import stability as stability
 from tl_sparsify.core import basis as basis
+from tl_sparsify.core import metrics as metrics
 from tl_sparsify.core.circuit import Circuit as Circuit
 from tl_sparsify.core.circuit import Values as Values
 from tl_sparsify.core.distributions import InterventionDistribution as InterventionDistribution

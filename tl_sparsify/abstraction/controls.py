@@ -126,7 +126,7 @@ def placebo(
     for index, base in pairs.base.batches(batch_size_for(model, pairs.base, batch_size)):
         source = pairs.source[index]
         settings: dict[str, Any] = {"positions": places[index], "batch_size": len(index)}
-        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, pairs.base.spans)),)
         with intervened(model, *removed):
             values = collect_activations(model, site.hook, source.tokens, _task(model, source), **settings)
             for rows, move in zip(found, moves, strict=True):

@@ -106,8 +106,8 @@ def logits(
     model = subject.model
     with torch.no_grad():
         for index, batch in base.batches(batch_size_for(model, base, batch_size)):
-            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
-            taken = _taken(model, swaps, index, removed)
+            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
+            taken = _taken(model, swaps, index, removed, base.spans)
             for number, some in enumerate(swaps):
                 swapped = [part for units, source in some if len(units) for part in taken(units, source)]
                 with intervened(model, *swapped, *removed):
@@ -116,7 +116,11 @@ def logits(
 
 
 def _taken(
-    model: Any, swaps: Sequence[Sequence[Swap]], index: Int[Tensor, "batch"], removed: tuple[Intervention, ...]
+    model: Any,
+    swaps: Sequence[Sequence[Swap]],
+    index: Int[Tensor, "batch"],
+    removed: tuple[Intervention, ...],
+    spans: Mapping[str, Int[Tensor, "n 2"]] | None,
 ) -> Callable[[Sequence[Unit], Examples], list[Intervention]]:
     """How to interchange some units on one batch; every source is run once, with all that is taken from it."""
     sources: dict[int, tuple[Examples, dict[Site, None]]] = {}
@@ -133,7 +137,7 @@ def _taken(
     def swap(units: Sequence[Unit], source: Examples) -> list[Intervention]:
         made: list[Intervention] = []
         for sites, mask in selected_apart(units):
-            here = sites.for_examples(index)
+            here = sites.for_examples(index, spans)
             tensors = tuple(values[id(source)][site] for site in sites.sites)
             made.append(interchange(Circuit(here, mask), Values(here, tensors)))
         return made
@@ -195,7 +199,7 @@ def interchange_gradients(
     """
     model = subject.model
     for index, batch in base.batches(batch_size_for(model, base, batch_size)):
-        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
         with torch.no_grad():
             [taken] = _values(model, source[index], (units,), removed)
         steps: list[Tensor] = []
@@ -244,7 +248,7 @@ def randomly_interchanged(
     found: list[Tensor] = []
     with torch.no_grad():
         for index, batch in base.batches(batch_size_for(subject.model, base, batch_size)):
-            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index)),)
+            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
             swapped: list[Intervention] = []
             values = _values(subject.model, source[index], groups, removed)

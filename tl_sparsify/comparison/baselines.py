@@ -125,7 +125,7 @@ def activation_norm(
     parts: list[Moments] = []
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            here = units.for_examples(index)
+            here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)
             lengths: list[Float[Tensor, "batch some"]] = []
@@ -239,7 +239,7 @@ def activation_patching(
     with torch.no_grad():
         for index, _ in examples.batches(batch_size_for(model, examples, batch_size)):
             near, far = runs(examples, index, source, direction, seed)
-            here = units.for_examples(index)
+            here = units.for_examples(index, examples.spans)
             before = by_example(metric_rows(metric, answer_logits(model, near), near), near).double()
             after = _patched(model, near, run_values(model, far, here), metric, progress)
             parts.append(Moments.of(sign * (before[:, None] - after)))

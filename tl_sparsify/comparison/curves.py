@@ -28,6 +28,7 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify.comparison.resampling import Resampled
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
+from tl_sparsify.core.distributions import check_pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
@@ -130,9 +131,11 @@ class Ablation:
     replacement: Values | Examples
     first_token: FirstToken = "bos"
 
-    def values(self, model: Model, units: Units, index: Int[Tensor, "batch"]) -> Values:
+    def values(
+        self, model: Model, units: Units, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None
+    ) -> Values:
         """The replacements for the examples ``index``. One forward pass for values of a run, none for constants."""
-        here = units.for_examples(index)
+        here = units.for_examples(index, spans)
         if isinstance(self.replacement, Values):
             return Values(here, self.replacement.tensors)
         return run_values(model, self.replacement[index], here)
@@ -167,6 +170,7 @@ class Ablation:
             return Ablation("zero", zero(model, examples, units))
         if kind == "counterfactual":
             if examples.counterfactual_tokens is not None:
+                check_pairs(examples)
                 return Ablation("counterfactual", replace(examples, tokens=examples.counterfactual_tokens))
             if len(examples) == 1:
                 raise ValueError("examples holds one, and no counterfactual_tokens: there is no other input")
@@ -185,11 +189,15 @@ def circuit_of(kept: Circuit | Reduction) -> Circuit:
 
 
 def removal(
-    kept: Circuit | Reduction, index: Int[Tensor, "batch"], values: Values, first_token: FirstToken
+    kept: Circuit | Reduction,
+    index: Int[Tensor, "batch"],
+    values: Values,
+    first_token: FirstToken,
+    spans: Mapping[str, Int[Tensor, "n 2"]] | None,
 ) -> Intervention:
     """What removes the units outside a circuit: a reduction brings its own replacements, a circuit gets ``values``."""
     if isinstance(kept, Reduction):
-        return ablate(kept.for_examples(index))
+        return ablate(kept.for_examples(index, spans))
     return Intervention(values.units, kept.mask.float(), values, first_token=first_token)
 
 
@@ -214,14 +222,14 @@ def measured(
 
     def parts() -> Iterator[tuple[Moments, Resampled]]:
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            values = by.values(model, empty.units, index)
+            values = by.values(model, empty.units, index, examples.spans)
             original = answer_logits(model, batch)
             before = _value(metric, original, batch)
             rows = [_row(original, original, before, before, batch)]
             for kept in (empty, *circuits):
                 reduced = original
                 if not bool(circuit_of(kept).mask.all()):
-                    with intervened(model, removal(kept, index, values, by.first_token)):
+                    with intervened(model, removal(kept, index, values, by.first_token, examples.spans)):
                         reduced = answer_logits(model, batch)
                 rows.append(_row(original, reduced, before, _value(metric, reduced, batch), batch))
             samples = torch.stack(rows).movedim(2, 0)  # every sum then runs over its own line: the same for equal rows

@@ -190,7 +190,9 @@ def edge_attribution(
     total = torch.zeros(len(units), len(names), dtype=torch.float64)
     for index, _ in examples.batches(batch_size_for(model, examples, batch_size)):
         near, far = runs(examples, index, source, direction, seed)
-        total += _edges(model, near, far, units.for_examples(index), weights, readers, steps, metric).cpu()
+        total += _edges(
+            model, near, far, units.for_examples(index, examples.spans), weights, readers, steps, metric
+        ).cpu()
     sign = 1 if direction == "noising" else -1  # a step goes from the far run to the near one
     return Edges(units, names, sign * total / len(examples), 1 + steps, steps)
 
@@ -216,7 +218,8 @@ def runs(
             "direction is 'denoising', and shuffled partners are answered at other positions than their examples: "
             "give counterfactual_tokens, or use direction='noising'"
         )
-    return replace(corrupted, labels=clean.labels), clean
+    sets = {"right_answers": clean.right_answers, "wrong_answers": clean.wrong_answers}
+    return replace(corrupted, labels=clean.labels, **sets), clean
 
 
 def corrupted_run(examples: Examples, source: Run | None) -> Run:

@@ -282,11 +282,12 @@ def _interchanged(
     parts: list[Moments] = []
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            values = by.values(model, reduction.units, index)
-            removed = there = removal(kept, index, values, by.first_token)
+            values = by.values(model, reduction.units, index, examples.spans)
+            removed = there = removal(kept, index, values, by.first_token, examples.spans)
             if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input
                 partners = source_batch(interchange, by.replacement, index, seed)
-                there = removal(kept, index, run_values(model, partners, values.units), by.first_token)
+                taken = run_values(model, partners, values.units)
+                there = removal(kept, index, taken, by.first_token, examples.spans)
             same = (interchange, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = answer_logits(model, batch)

@@ -238,7 +238,7 @@ def _trained(
                 keep = gates(logits, index, step)
             slope = torch.zeros_like(keep)
             for rows in torch.arange(len(index)).split(together):
-                batch, here = examples[index[rows]], units.for_examples(index[rows])
+                batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
                 mine = keep.detach()[rows].requires_grad_()
                 with torch.no_grad():
                     original = answer_logits(model, batch)

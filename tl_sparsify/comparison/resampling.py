@@ -210,7 +210,7 @@ def stability(
     for draw in range(draws):
         index = (_random.uniform(seed, 73, draw, torch.arange(n)) * n).long()
         own = int(_random.bits(seed, 79, draw)) % 2**31
-        found = method(model, examples[index], units.for_examples(index), seed=own, **settings)
+        found = method(model, examples[index], units.for_examples(index, examples.spans), seed=own, **settings)
         if not isinstance(found, Scores | CircuitPath):
             raise ValueError(
                 f"method returned {type(found).__name__}; stability needs one that returns Scores or a CircuitPath"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -94,11 +94,29 @@ def source_batch(
     if distribution.source == "counterfactual":
         if examples.counterfactual_tokens is None:
             raise ValueError("examples have no counterfactual_tokens: use source='shuffled', or give them")
-        batch = examples[index]
-        return Examples(
-            examples.counterfactual_tokens[index], batch.labels, batch.attention_mask, choices=batch.choices
-        )
+        check_pairs(examples)
+        mine = replace(examples[index], tokens=examples.counterfactual_tokens[index])
+        return replace(mine, counterfactual_tokens=None, counterfactual_labels=None, counterfactual_mask=None)
     return examples[_random.shifted_partner(len(examples), seed, 17)[index]]
+
+
+def check_pairs(examples: Examples) -> None:
+    """Refuse pairs of other length, by row, where positions of the one take values of the other.
+
+    Raises:
+        ValueError: such pairs.
+    """
+    if examples.counterfactual_mask is None:
+        return
+    own = examples.attention_mask
+    own = torch.ones_like(examples.counterfactual_mask) if own is None else own
+    rows = (own != examples.counterfactual_mask).any(1).nonzero().flatten().tolist()
+    if rows:
+        some = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise ValueError(
+            f"counterfactual_tokens of {len(rows)} examples have another length, so that positions do not match (rows "
+            f"{some}): leave these out, load_examples(..., pairs='equal', unusable='drop')"
+        )
 
 
 def drawn_interventions(
@@ -113,7 +131,7 @@ def drawn_interventions(
     is now. The same units and sources for every model given the same seed. One forward pass for each part of kind
     ``interchange``."""
     drawn: list[Intervention] = []
-    reduction = reduction.for_examples(index)
+    reduction = reduction.for_examples(index, examples.spans)
     lottery = _random.uniform(seed, 31, index)
     low = 0.0
     for number, (share, part) in enumerate(distribution.components):

@@ -6,7 +6,7 @@ that no answer is read there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -29,9 +29,17 @@ class Examples:
         counterfactual_tokens: a paired source or corrupted input for each example.
         counterfactual_labels: its right answers.
         choices: the answer vocabulary; ``None``: every token.
+        counterfactual_mask: where the counterfactual has input, where that differs: pairs of other length, in which
+            nothing can be interchanged.
+        right_answers: ``[n, rights]`` every right answer to an example, its label among them, filled up with -100;
+            :mod:`metrics` take sums or means of them, the divergence has no need of them.
+        wrong_answers: ``[n, wrongs]`` those that they are held against.
+        spans: ``[n, 2]`` for each name the first position and the one behind the last: ``units.at("S1")``.
+        whole: whether an example's labels are the tokens of one answer, which is right only if all are.
 
     Raises:
-        ValueError: shapes that do not belong together, no label at all, a negative id, a label outside ``choices``.
+        ValueError: shapes that do not belong together, no label at all, a negative id, a label outside ``choices`` or
+            not among the right answers, a span without a position.
 
     Example:
         >>> tls.Examples(torch.tensor([[3, 3, 7, 7, 32]]), torch.tensor([[-100, -100, -100, -100, 33]]))
@@ -44,6 +52,11 @@ class Examples:
     counterfactual_tokens: Shaped[Tensor, "n *rest"] | None = None
     counterfactual_labels: Int[Tensor, "n pos"] | None = None
     choices: Int[Tensor, "k"] | None = None
+    counterfactual_mask: Bool[Tensor, "n pos"] | None = None
+    right_answers: Int[Tensor, "n rights"] | None = None
+    wrong_answers: Int[Tensor, "n wrongs"] | None = None
+    spans: Mapping[str, Int[Tensor, "n 2"]] | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -66,10 +79,12 @@ class Examples:
         for name, ids in [("labels", self.labels[self.labels != NO_LABEL]), ("choices", self.choices)]:
             if ids is not None and bool((ids < 0).any()):
                 raise ValueError(f"{name} holds {int(ids.min())}; token ids are not negative")
+        self._check_sets()
         for name, like in [
             ("attention_mask", self.tokens),
             ("counterfactual_tokens", self.tokens),
             ("counterfactual_labels", self.labels),
+            ("counterfactual_mask", self.tokens),
         ]:
             value = getattr(self, name)
             if value is not None and value.shape != like.shape:
@@ -80,6 +95,25 @@ class Examples:
             known = torch.isin(self.labels, self.choices) | (self.labels == NO_LABEL)
             if not bool(known.all()):
                 raise ValueError(f"labels holds {int(self.labels[~known][0])}, which is not among choices")
+
+    def _check_sets(self) -> None:
+        sets = {"right_answers": self.right_answers, "wrong_answers": self.wrong_answers}
+        for name, some in [(name, some) for name, some in sets.items() if some is not None]:
+            if bool(((self.labels != NO_LABEL).sum(1) != 1).any()):
+                raise ValueError(f"{name} need one labelled position for each example")
+            outside = some != NO_LABEL
+            if len(some) != len(self.tokens) or not bool(outside.any(1).all()):
+                raise ValueError(f"{name} has shape {tuple(some.shape)}; each example needs at least one")
+            if self.choices is not None and not bool((torch.isin(some, self.choices) | ~outside).all()):
+                raise ValueError(f"{name} holds {int(some[outside & ~torch.isin(some, self.choices)][0])}, no choice")
+        if self.right_answers is not None:
+            label = self.labels.max(1, keepdim=True).values
+            missing = (self.right_answers != label).all(1).nonzero().flatten()
+            if len(missing):
+                raise ValueError(f"right_answers of {len(missing)} examples lack the label (first: {int(missing[0])})")
+        for name, places in (self.spans or {}).items():
+            if places.shape != (len(self.tokens), 2) or bool((places[:, 0] >= places[:, 1]).any()):
+                raise ValueError(f"spans[{name!r}] must hold a first position and one behind the last for each example")
 
     @classmethod
     def from_prompts(
@@ -183,7 +217,10 @@ class Examples:
 
     def __getitem__(self, index: slice | Int[Tensor, "some"] | Bool[Tensor, "n"]) -> Examples:
         """The examples at ``index`` (a slice, an index tensor or a mask)."""
-        return replace(self, **{name: value[index] for name, value in self._tensors() if name != "choices"})
+        taken: dict[str, Any] = {name: value[index] for name, value in self._tensors() if name != "choices"}
+        if self.spans is not None:
+            taken["spans"] = {name: places[index] for name, places in self.spans.items()}
+        return replace(self, **taken)
 
     def sample(self, n: int, *, seed: int = 0) -> Examples:
         """A random ``n`` of the examples, in their order; all of them where there are no more."""
@@ -195,7 +232,12 @@ class Examples:
 
     def with_partners(self, partner: Int[Tensor, "n"]) -> Examples:
         """The same examples, each with the one numbered ``partner`` as its counterfactual."""
-        return replace(self, counterfactual_tokens=self.tokens[partner], counterfactual_labels=self.labels[partner])
+        return replace(
+            self,
+            counterfactual_tokens=self.tokens[partner],
+            counterfactual_labels=self.labels[partner],
+            counterfactual_mask=None,
+        )
 
     def batches(self, batch_size: int | None) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
         """Each batch with the indices of its examples, in order; ``None``: everything in one batch."""
@@ -211,7 +253,8 @@ class Examples:
         return replace(self, **{name: value.to(device) for name, value in self._tensors()})
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+        found = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return [(name, value) for name, value in found if isinstance(value, Tensor)]
 
     def __repr__(self) -> str:
         answers = int((self.labels != NO_LABEL).sum())

@@ -96,7 +96,7 @@ def compared(
     parts: list[Moments] = []
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            removed = ablate(reduction.for_examples(index))
+            removed = ablate(reduction.for_examples(index, examples.spans))
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))

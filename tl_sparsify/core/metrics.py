@@ -1,35 +1,126 @@
-"""Metrics: one number for each answer or example, from logits. Per example, never a batch mean."""
+"""Metrics: one number for each answer or example, from logits. Per example, never a batch mean.
+
+Where examples have several right and wrong answers (``right_answers``, ``wrong_answers``), :func:`mean_difference` and
+:func:`probability_difference` take means and sums over them: that a later year is named, whichever, is the second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_index, answer_rows
+from tl_sparsify.core.prompts import NO_LABEL
+
+__all__ = ["correct", "log_odds", "log_probability", "mean_difference", "probability_difference"]
 
 Metric = Callable[[Float[Tensor, "rows choices"], Examples], Float[Tensor, "rows"]]
 """One number for each labelled position, from the logits there (:func:`forward.answer_logits`) and the batch."""
 
 
 def log_odds(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
-    """The right answer's logit minus the log-sum-exp of all others (nats); with two choices the logit difference."""
+    """The right answer's logit minus the log-sum-exp of all others (nats); with two choices the logit difference.
+
+    Example:
+        >>> data = tls.Examples(torch.tensor([[0]]), torch.tensor([[1]]), choices=torch.tensor([1, 2]))
+        >>> tls.metrics.log_odds(torch.tensor([[3.0, 1.0]]), data)
+        tensor([2.])
+    """
     right = answer_index(batch).to(logits.device)[:, None]
     others = logits.scatter(1, right, float("-inf")).logsumexp(1)
     return logits.gather(1, right)[:, 0] - others
 
 
 def log_probability(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
-    """The log-probability of the right answer (nats)."""
+    """The log-probability of the right answer (nats).
+
+    Example:
+        >>> data = tls.Examples(torch.tensor([[0]]), torch.tensor([[1]]), choices=torch.tensor([1, 2]))
+        >>> tls.metrics.log_probability(torch.tensor([[0.0, 0.0]]), data)
+        tensor([-0.6931])
+    """
     return logits.log_softmax(1).gather(1, answer_index(batch).to(logits.device)[:, None])[:, 0]
 
 
+def mean_difference(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """The mean logit of the right answers minus that of the wrong ones: with one of each the logit difference.
+
+    Right and wrong answers are the batch's ``right_answers`` and ``wrong_answers``; where it has none its labels and
+    counterfactual labels.
+
+    Raises:
+        ValueError: examples with neither.
+
+    Example:
+        >>> sets = {"right_answers": torch.tensor([[1, 2]]), "wrong_answers": torch.tensor([[0, -100]])}
+        >>> data = tls.Examples(torch.tensor([[0]]), torch.tensor([[1]]), **sets)
+        >>> tls.metrics.mean_difference(torch.tensor([[1.0, 5.0, 3.0]]), data)
+        tensor([3.])
+    """
+    right, wrong = (some.to(logits) for some in _sets(batch, logits.shape[1]))
+    return (logits * right).sum(1) / right.sum(1) - (logits * wrong).sum(1) / wrong.sum(1)
+
+
+def probability_difference(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """The probability that the answer is a right one minus that it is a wrong one: sums over the sets of
+    :func:`mean_difference`.
+
+    Raises:
+        ValueError: examples with neither.
+
+    Example:
+        >>> sets = {"right_answers": torch.tensor([[1, 2]]), "wrong_answers": torch.tensor([[0]])}
+        >>> data = tls.Examples(torch.tensor([[0]]), torch.tensor([[1]]), **sets)
+        >>> tls.metrics.probability_difference(torch.zeros(1, 4), data)
+        tensor([0.2500])
+    """
+    right, wrong = (some.to(logits) for some in _sets(batch, logits.shape[1]))
+    return (logits.softmax(1) * (right - wrong)).sum(1)
+
+
 def correct(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
-    """1 where the answer with the highest logit is the right one, else 0."""
-    return (logits.argmax(1) == answer_index(batch).to(logits.device)).to(logits.dtype)
+    """1 where the answer with the highest logit is right, else 0: the label, or where there are ``right_answers`` one
+    of them. With ``batch.whole`` 1 at all labelled positions of an example or at none.
+
+    Example:
+        >>> data = tls.Examples(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]), whole=True)
+        >>> tls.metrics.correct(torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0]]), data)
+        tensor([0., 0.])
+    """
+    best = logits.argmax(1)
+    found = best == answer_index(batch).to(logits.device)
+    if batch.right_answers is not None:
+        right = _members(batch, batch.right_answers, logits.shape[1]).to(logits.device)
+        found |= right.gather(1, best[:, None])[:, 0]
+    if not batch.whole:
+        return found.to(logits.dtype)
+    example = answer_rows(batch)[0].to(logits.device)
+    wrong = torch.zeros(len(batch), dtype=torch.long, device=logits.device).index_add(0, example, (~found).long())
+    return (wrong == 0)[example].to(logits.dtype)
+
+
+def _sets(batch: Examples, columns: int) -> tuple[Bool[Tensor, "rows choices"], Bool[Tensor, "rows choices"]]:
+    """For each labelled position which of the columns are right answers, and which are wrong ones."""
+    example, position = answer_rows(batch)
+    right, wrong = batch.right_answers, batch.wrong_answers
+    if wrong is None and batch.counterfactual_labels is not None:
+        wrong = batch.counterfactual_labels[example, position][:, None]
+    if wrong is None:
+        raise ValueError("examples have neither wrong_answers nor counterfactual_labels to hold the right ones against")
+    right = batch.labels[example, position][:, None] if right is None else right
+    return _members(batch, right, columns), _members(batch, wrong, columns)
+
+
+def _members(batch: Examples, answers: Int[Tensor, "rows some"], columns: int) -> Bool[Tensor, "rows choices"]:
+    """Which of the columns are among each row's answers."""
+    if batch.choices is not None:
+        return (answers[:, :, None] == batch.choices).any(1)
+    found = torch.zeros(len(answers), columns + 1, dtype=torch.bool, device=answers.device)
+    return found.scatter(1, torch.where(answers == NO_LABEL, columns, answers), True)[:, :columns]
 
 
 def kl(original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"]) -> Float[Tensor, "rows"]:

@@ -179,7 +179,7 @@ def samples(
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
         same = (interventions, model, removal, examples, index, seed)
-        removed = () if current is None else (ablate(current.for_examples(index)),)
+        removed = () if current is None else (ablate(current.for_examples(index, examples.spans)),)
         with torch.no_grad():
             z = None
             if current is not None:
@@ -188,7 +188,9 @@ def samples(
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
         settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-        part = _linearised(model, batch, index, removal.for_examples(index), removed, drawn, z, settings)
+        part = _linearised(
+            model, batch, index, removal.for_examples(index, examples.spans), removed, drawn, z, settings
+        )
         if current is not None and not restorable:
             mask = current.circuit.mask.to(part.effects)
             part = replace(part, linear=part.linear * mask, effects=part.effects * mask)

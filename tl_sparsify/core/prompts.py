@@ -29,31 +29,31 @@ def encoded(
     """The fields of ``Examples`` for lists of texts: ``prompts``, ``answers`` and, where they are not ``None``,
     ``wrong_answers``, ``counterfactual_prompts``, ``counterfactual_answers`` and ``choices``. The tokenizer is left as
     it is; no model pass."""
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     given = _checked(texts)
     side = getattr(tokenizer, "padding_side", "right") if padding_side is None else padding_side
     if side not in _SIDES:
         raise ValueError(f"padding_side is {side!r}; it is {' or '.join(_SIDES)}")
-    start = _start(source, tokenizer, given["prompts"][0], prepend_bos)
+    start = beginning(source, tokenizer, given["prompts"][0], prepend_bos)
     rows = {name: _rows(tokenizer, name, given[name]) for name in _PROMPTS if name in given}
     full = {name: [row if row[:1] == start else start + row for row in some] for name, some in rows.items()}
-    _check_lengths(full, given, *_limit(source, tokenizer, max_length))
+    _check_lengths(full, given, *length_limit(source, tokenizer, max_length))
     ids = {name: _answers(tokenizer, name, given, rows) for name in given if name not in rows}
     _check_answers(given, ids)
     width = max(map(len, full["prompts"]))
-    fill = _filler(source, tokenizer)
+    fill = filler(source, tokenizer)
 
     def labelled(answers: list[int]) -> Int[Tensor, "n pos"]:
         labels = [[NO_LABEL] * (len(row) - 1) + [answer] for row, answer in zip(full["prompts"], answers, strict=True)]
-        return _padded(labels, width, side, NO_LABEL)
+        return padded(labels, width, side, NO_LABEL)
 
-    mask = _padded([[1] * len(row) for row in full["prompts"]], width, side, 0).bool()
+    mask = padded([[1] * len(row) for row in full["prompts"]], width, side, 0).bool()
     other, wrong = full.get("counterfactual_prompts"), ids.get("counterfactual_answers", ids.get("wrong_answers"))
     return {
-        "tokens": _padded(full["prompts"], width, side, fill),
+        "tokens": padded(full["prompts"], width, side, fill),
         "labels": labelled(ids["answers"]),
         "attention_mask": None if bool(mask.all()) else mask,
-        "counterfactual_tokens": None if other is None else _padded(other, width, side, fill),
+        "counterfactual_tokens": None if other is None else padded(other, width, side, fill),
         "counterfactual_labels": None if wrong is None else labelled(wrong),
         "choices": torch.tensor(ids["choices"]) if "choices" in ids else None,
     }
@@ -73,7 +73,7 @@ def column(dataset: Any, argument: str, name: str | None) -> list[str] | None:
     return list(dataset.with_format(None)[name])
 
 
-def _tokenizer(source: Any) -> Any:
+def tokenizer_of(source: Any) -> Any:
     """The tokenizer that ``source`` is, or has."""
     found = source if hasattr(source, "convert_ids_to_tokens") else getattr(source, "tokenizer", None)
     if found is None or not hasattr(found, "convert_ids_to_tokens"):
@@ -118,7 +118,7 @@ def _rows(tokenizer: Any, name: str, prompts: list[str]) -> list[list[int]]:
     return rows
 
 
-def _start(source: Any, tokenizer: Any, prompt: str, prepend_bos: bool | None) -> list[int]:
+def beginning(source: Any, tokenizer: Any, prompt: str, prepend_bos: bool | None) -> list[int]:
     """What goes before every prompt: the beginning-of-sequence token, or nothing."""
     bos: int | None = tokenizer.bos_token_id
     usable = bos is not None and tokenizer.convert_ids_to_tokens(bos) == tokenizer.bos_token
@@ -132,7 +132,7 @@ def _start(source: Any, tokenizer: Any, prompt: str, prepend_bos: bool | None) -
     return [int(bos)] if prepend_bos else []
 
 
-def _limit(source: Any, tokenizer: Any, max_length: int | None) -> tuple[int, str]:
+def length_limit(source: Any, tokenizer: Any, max_length: int | None) -> tuple[int, str]:
     """How many tokens a prompt may have, and what says so."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be at least 1")
@@ -222,14 +222,14 @@ def _check_answers(given: Mapping[str, list[str]], ids: Mapping[str, list[int]])
                 raise ValueError(f"wrong_answers[{i}] is {given[name][i]!r}, the right answer: give another one")
 
 
-def _filler(source: Any, tokenizer: Any) -> int:
+def filler(source: Any, tokenizer: Any) -> int:
     """What stands where there is no input: masked, so that any token that the model has will do."""
     size = getattr(getattr(source, "cfg", None), "d_vocab", None) or 10**30
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
     return next((token for token in special if token is not None and token < size), 0)
 
 
-def _padded(rows: list[list[int]], width: int, side: str, fill: int) -> Int[Tensor, "n pos"]:
+def padded(rows: list[list[int]], width: int, side: str, fill: int) -> Int[Tensor, "n pos"]:
     gaps = [[fill] * (width - len(row)) for row in rows]
     parts = [gap + row if side == "left" else row + gap for row, gap in zip(rows, gaps, strict=True)]
     return torch.tensor(parts, dtype=torch.long)

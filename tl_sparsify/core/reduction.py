@@ -5,6 +5,7 @@ folding and evaluation take, and what is saved.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,11 @@ class Reduction:
             raise ValueError("mixing was fitted for its own circuit: take another circuit first, then fit neighbours")
         return replace(self, circuit=circuit)
 
-    def for_examples(self, index: Int[Tensor, "batch"]) -> Reduction:
-        """The same reduction, with per-example positions taken for the examples ``index``."""
-        units = self.units.for_examples(index)
+    def for_examples(
+        self, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None = None
+    ) -> Reduction:
+        """The same reduction, with per-example positions, and those of ``spans``, taken for the examples ``index``."""
+        units = self.units.for_examples(index, spans)
         if units is self.units:
             return self
         reference = None if self.reference is None else replace(self.reference, units=units)
@@ -194,7 +197,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "layer": site.layer,
         "hook": site.hook,
         "size": site.size,
-        "positions": None if site.positions is None else list(site.positions),  # type: ignore[arg-type]
+        "positions": list(site.positions) if isinstance(site.positions, tuple) else site.positions,
         "also": list(site.also),
     }
 

@@ -8,7 +8,7 @@ least-squares coordinates: how much of ``x`` each direction accounts for, given 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Positions = None | int | slice | Sequence[int] | Tensor
-"""Where a unit is meant: everywhere (``None``), at one or several positions, or at one position per example."""
+Positions = None | int | slice | str | Sequence[int] | Tensor
+"""Where a unit is meant: everywhere (``None``), at one or several positions, at one position per example, or at a span
+that the examples have by this name."""
 
 LETTER = {
     "head": "H",
@@ -111,6 +112,8 @@ class Site:
             return ""
         if isinstance(where, Tensor):
             return "@each"
+        if isinstance(where, str):
+            return f"@{where}"
         if isinstance(where, slice):
             return f"@{'' if where.start is None else where.start}:{'' if where.stop is None else where.stop}"
         return "@" + ",".join(str(position) for position in where)  # type: ignore[union-attr]
@@ -213,6 +216,11 @@ class Site:
         where = self.positions
         if where is None:
             return None
+        if isinstance(where, str):
+            raise ValueError(
+                f"positions of {self.hook} are the span {where!r}, and the examples have no spans: load_examples(..., "
+                "spans=...) gives them some, and outside a search units.for_examples(index, examples.spans) places it"
+            )
         if isinstance(where, slice):
             mask = torch.zeros(1, pos, dtype=torch.bool)
             mask[:, where] = True
@@ -229,6 +237,20 @@ class Site:
             raise ValueError(f"positions {self.suffix[1:]} of {self.hook} lie outside an input of length {pos}")
         return torch.zeros(index.shape[0], pos, dtype=torch.bool).scatter_(1, index.cpu() % pos, True)
 
-    def for_examples(self, index: Int[Tensor, "batch"]) -> Site:
-        """The same site with per-example positions taken for the examples ``index``."""
-        return replace(self, positions=self.positions[index]) if isinstance(self.positions, Tensor) else self
+    def for_examples(self, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None = None) -> Site:
+        """The same site with per-example positions, or those of one of ``spans``, taken for the examples ``index``.
+
+        Raises:
+            ValueError: a span that the examples do not have.
+        """
+        where = self.positions
+        if isinstance(where, Tensor):
+            return replace(self, positions=where[index])
+        if not isinstance(where, str) or spans is None:
+            return self
+        if where not in spans:
+            known = ", ".join(spans)
+            raise ValueError(f"positions of {self.hook} are the span {where!r}, and the examples have {known}")
+        start, stop = spans[where][index].unbind(1)
+        steps = torch.arange(int((stop - start).max()))
+        return replace(self, positions=torch.minimum(start[:, None] + steps, stop[:, None] - 1))

@@ -77,7 +77,7 @@ class Units:
     """A flat index over the units of several sites: unit ``i`` is one entry of every ``[units]`` tensor.
 
     ``units["L1H3"]`` and ``units[17]`` give a :class:`Unit`, ``units + units`` concatenates, ``units.at(4)``
-    restricts all of them to a position.
+    restricts all of them to a position, ``units.at("S1")`` to a span that the examples have by this name.
 
     Example:
         >>> both = tls.heads(model) + tls.neurons(model)
@@ -164,11 +164,15 @@ class Units:
         """The same units at the given positions only."""
         return Units(tuple(replace(site, positions=positions) for site in self.sites))
 
-    def for_examples(self, index: Int[Tensor, "batch"]) -> Units:
-        """The same units, with per-example positions taken for the examples ``index``."""
-        if not any(isinstance(site.positions, Tensor) for site in self.sites):
+    def for_examples(self, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None = None) -> Units:
+        """The same units, with per-example positions, and those of ``spans``, taken for the examples ``index``.
+
+        Raises:
+            ValueError: units at a span that is not among ``spans``.
+        """
+        if not any(isinstance(site.positions, Tensor | str) for site in self.sites):
             return self
-        return Units(tuple(site.for_examples(index) for site in self.sites))
+        return Units(tuple(site.for_examples(index, spans) for site in self.sites))
 
     def split(self, flat: Shaped[Tensor, "*batch units"]) -> tuple[Shaped[Tensor, "*batch some"], ...]:
         """Cut a tensor over all units into one per site."""
@@ -202,9 +206,11 @@ def _parse_positions(text: str) -> Positions:
         if ":" in text:
             start, _, stop = text.partition(":")
             return slice(int(start) if start else None, int(stop) if stop else None)
+        if text[:1].isalpha():
+            return text
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise KeyError(f"positions {text!r} do not parse; write @4, @1,3 or @0:4") from None
+        raise KeyError(f"positions {text!r} do not parse; write @4, @1,3, @0:4 or @S1") from None
 
 
 def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:

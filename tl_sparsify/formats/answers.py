@@ -1,4 +1,4 @@
-"""Answers as people write them down, words or token ids, as the one token that comes next after each prompt.
+"""Answers as people write them down, words or token ids, as the tokens that come next after each prompt.
 
 The rules are those of :meth:`Examples.from_prompts`, for a list at a time: what is no answer is said with a reason
 instead of an error.
@@ -28,11 +28,17 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def following(
-    tokenizer: Any, what: str, prompts: Sequence[str], answers: Sequence[Answer], vocabulary: int
-) -> list[int | Problem]:
-    """The token by which each answer follows its prompt, or what is wrong with it. ``what`` names it in reasons. Four
-    calls of the tokenizer, whatever the number of rows."""
-    found: list[int | Problem] = [Problem(f"no {what}", f"{what} is empty")] * len(answers)
+    tokenizer: Any,
+    what: str,
+    prompts: Sequence[str],
+    answers: Sequence[Answer],
+    vocabulary: int,
+    *,
+    several: bool = False,
+) -> list[list[int] | Problem]:
+    """The token (with ``several`` the tokens) by which each answer follows its prompt, or what is wrong with it.
+    ``what`` names it in reasons. Five calls of the tokenizer, whatever the number of rows."""
+    found: list[list[int] | Problem] = [Problem(f"no {what}", f"{what} is empty")] * len(answers)
     words: list[int] = []
     for i, answer in enumerate(answers):
         if isinstance(answer, str):
@@ -40,28 +46,36 @@ def following(
         elif answer is not None:
             detail = f"{what} is {answer}, the vocabulary has {vocabulary:,} tokens"
             known = 0 <= answer < vocabulary
-            found[i] = answer if known else Problem(f"{what} is no token id of the model", detail)
+            found[i] = [answer] if known else Problem(f"{what} is no token id of the model", detail)
     texts = [(prompts[i], str(answers[i])) for i in words]
-    rows = ids_of(tokenizer, [prompt for prompt, _ in texts])
+    once = list(dict.fromkeys(prompt for prompt, _ in texts))
+    of = dict(zip(once, ids_of(tokenizer, once), strict=True))
     joined = ids_of(tokenizer, [prompt + word for prompt, word in texts])
     left: list[int] = []
-    for place, (i, row, ids) in enumerate(zip(words, rows, joined, strict=True)):
-        if ids[:-1] == row and ids:
-            found[i] = ids[-1]
+    for place, (i, (prompt, _), ids) in enumerate(zip(words, texts, joined, strict=True)):
+        row = of[prompt]
+        if ids[: len(row)] == row and (len(ids) > len(row) if several else len(ids) == len(row) + 1):
+            found[i] = ids[len(row) :]
         else:
             left.append(place)
-    some = [(words[place], *texts[place], rows[place], joined[place]) for place in left]
+    some = [(words[place], *texts[place], of[texts[place][0]], joined[place]) for place in left]
     alone = ids_of(tokenizer, [word for _, _, word, _, _ in some])
     ended = ids_of(tokenizer, [f"{prompt} " for _, prompt, _, _, _ in some])
     apart = ids_of(tokenizer, [f"{prompt} {word.lstrip()}" for _, prompt, word, _, _ in some])
     for (i, _, word, row, ids), one, end, spaced in zip(some, alone, ended, apart, strict=True):
-        if len(one) == 1 and end == row and spaced == row + one:  # a tokenizer that drops spaces
-            found[i] = one[0]
+        if (several or len(one) == 1) and end == row and one and spaced == row + one:  # a tokenizer that drops spaces
+            found[i] = one
         else:
             found[i] = _problem(tokenizer, what, word, row, ids, spaced)
     unknown = getattr(tokenizer, "unk_token_id", None)
     for i, (_, word) in zip(words, texts, strict=True):
-        if unknown is not None and found[i] == unknown and word.strip() != tokenizer.unk_token:
+        tokens = found[i]
+        if (
+            unknown is not None
+            and isinstance(tokens, list)
+            and unknown in tokens
+            and word.strip() != tokenizer.unk_token
+        ):
             detail = f"{what} is {word!r}, which becomes {tokenizer.unk_token!r}"
             found[i] = Problem(f"{what} is a word that the tokenizer does not know", detail)
     return found

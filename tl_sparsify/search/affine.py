@@ -213,7 +213,7 @@ def _rows(
         for index, batch in examples.batches(batch_size_for(model, examples, passes["batch_size"])):
             with torch.no_grad():
                 drawn = drawn_interventions(passes["interventions"], model, reduction, examples, index, seed)
-            here = reduction.for_examples(index).units
+            here = reduction.for_examples(index, examples.spans).units
             gradients: list[tuple[Tensor, ...]] = []
             if probing is None:
                 with torch.no_grad(), intervened(model, *drawn), recorded(model, here) as recording:

@@ -106,11 +106,13 @@ def alone(
     probes = 0
     for index, batch in examples.batches(batch_size):
         left = room if index[0] == 0 and len(batch) < len(examples) else None
-        here = units.for_examples(index)
+        here = units.for_examples(index, examples.spans)
         parts, center, terms, probes = _batch(model, batch, index, here, center, len(examples), left, settings)
         if not terms:
             rest = torch.arange(len(batch), len(examples))
-            others = unit_moments(model, examples[rest], units.for_examples(rest), batch_size=batch_size)
+            others = unit_moments(
+                model, examples[rest], units.for_examples(rest, examples.spans), batch_size=batch_size
+            )
             return mean_of(tuple(a + b for a, b in zip(parts, others, strict=True)), model, units), None, 0
         moments = [a + b for a, b in zip(moments, parts, strict=True)] if moments else parts
         found = [a + b for a, b in zip(found, terms, strict=True)] if found else terms  # type: ignore[operator]

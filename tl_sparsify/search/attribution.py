@@ -157,8 +157,9 @@ def exact(
             for first in bar(firsts, f"removing units one by one, batch {number + 1} of {len(batches)}", progress):
                 last = min(first + together, len(units))
                 copies = index.repeat(last - first)
+                here = units.for_examples(copies, examples.spans)
                 again = (_copied(part, copies) for part in drawn)
-                with intervened(model, *again, _each_alone(units, values_here, copies, first, last)):
+                with intervened(model, *again, _each_alone(here, values_here, first, last, len(index))):
                     removed = answer_logits(model, examples[copies])
                 drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
                 effects.append(drop.double().view(last - first, len(index)).T)
@@ -197,15 +198,13 @@ def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
     return replace(drawn, units=here, keep=drawn.keep.repeat(times, 1), values=Values(here, tiled))
 
 
-def _each_alone(units: Units, values: Values, copies: Int[Tensor, "rows"], first: int, last: int) -> Intervention:
-    """In the first copy of the batch remove unit ``first`` alone, in the next copy the next unit, ..."""
-    size = len(copies) // (last - first)
-    here = units.for_examples(copies)
+def _each_alone(units: Units, values: Values, first: int, last: int, size: int) -> Intervention:
+    """In the first copy of the batch of ``size`` remove unit ``first`` alone, in the next copy the next unit, ..."""
     touched = [i for i, part in enumerate(units.slices) if part.start < last and first < part.stop]
     keep = torch.ones(last - first, units.slices[touched[-1]].stop - units.slices[touched[0]].start)
     number = torch.arange(last - first)
     keep[number, number + first - units.slices[touched[0]].start] = 0
-    chosen = Units(tuple(here.sites[i] for i in touched))
+    chosen = Units(tuple(units.sites[i] for i in touched))
     tensors = [values.tensors[i] for i in touched]
     tiled = tuple(v if v.ndim == 2 else v.repeat(last - first, 1, 1, 1) for v in tensors)
     return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled), first_token="bos")
@@ -250,7 +249,7 @@ def _line(
     for all units."""
     parts: list[Moments] = []
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-        here = units.for_examples(index)
+        here = units.for_examples(index, examples.spans)
         values = Values(here, replacement(index).tensors)
         slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
         parts.append(Moments.of(torch.stack(slopes).double().mean(0)))

@@ -190,7 +190,7 @@ def _banks(
     readers, squares = [z.clone() for z in zeros], [z.clone() for z in zeros]
     sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], [0.0 for _ in zeros]
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-        here = current.for_examples(index)
+        here = current.for_examples(index, examples.spans)
         with torch.no_grad(), intervened(model, ablate(here)):
             drawn = drawn_interventions(interventions, model, current, examples, index, settings["seed"])
         with frozen(model), torch.enable_grad(), intervened(model, *drawn, ablate(here)):

@@ -68,7 +68,7 @@ def _moments(model: Model, examples: Examples, units: Units, batch_size: int) ->
             with recorded(model, units) as recording:
                 output(model, batch)
             parts: list[Moments] = []
-            for site, v in zip(units.for_examples(index).sites, recording.read(), strict=True):
+            for site, v in zip(units.for_examples(index, examples.spans).sites, recording.read(), strict=True):
                 if not bool(torch.isfinite(v).all()):
                     raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
                 parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
@@ -215,7 +215,7 @@ def refit(
             index = order[(step % per_epoch) * size :][:size].sort().values
             gradients = [torch.zeros_like(parameter) for parameter in theta]
             for part in index.split(together):
-                batch, here = train[part], at(theta).for_examples(part)
+                batch, here = train[part], at(theta).for_examples(part, train.spans)
                 same = (interventions, model, reduction, train, part, seed + step)
                 with torch.no_grad():
                     with intervened(model, *drawn_interventions(*same)):
@@ -379,7 +379,7 @@ def _gradients(
     check_model(model)
     labels = settings.pop("labels", False)
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-        here = units.for_examples(index)
+        here = units.for_examples(index, examples.spans)
         with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
             logits = answer_logits(model, batch)
             vectors = output_probes(logits.detach(), batch, index, **settings)

@@ -121,7 +121,7 @@ def _risks(
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             original = answer_logits(model, batch)
             for number, circuit in enumerate(circuits):
-                with intervened(model, ablate(reduction.with_circuit(circuit).for_examples(index))):
+                with intervened(model, ablate(reduction.with_circuit(circuit).for_examples(index, examples.spans))):
                     reduced = answer_logits(model, batch)
                 total[number] += divergence(original, reduced, batch, metric).double().sum().cpu()
     return total / len(examples)

@@ -232,7 +232,7 @@ def _spread(
     sums = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
-            here = units.for_examples(index)
+            here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)
             q: list[Float[Tensor, "batch some"]] = []

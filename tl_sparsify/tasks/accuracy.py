@@ -8,7 +8,7 @@ import torch
 
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model
-from tl_sparsify.core.metrics import correct
+from tl_sparsify.core.metrics import by_example, correct
 from tl_sparsify.core.units import Model
 
 ENOUGH = 0.7
@@ -36,19 +36,19 @@ class Accuracy:
 
 
 def accuracy(model: Model, examples: Examples, *, batch_size: int | None = None) -> Accuracy:
-    """The model's accuracy over labelled positions. One forward pass.
+    """The model's accuracy: of each example's labelled positions the share that is right (all or none of an answer of
+    several tokens), and the mean of these. One forward pass.
 
     Raises:
         ValueError: a model in training mode, a NaN or infinite output.
     """
     check_model(model)
-    every, among, rows = 0.0, 0.0, 0
+    every, among = 0.0, 0.0
     with torch.no_grad():
         for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             whole = replace(batch, choices=None)
             logits = answer_logits(model, whole)
-            right = correct(logits, whole)
-            every, rows = every + float(right.sum()), rows + len(right)
             chosen = logits if batch.choices is None else logits[:, batch.choices.to(logits.device)]
-            among += float(correct(chosen, batch).sum())
-    return Accuracy(every / rows, among / rows, len(examples))
+            every += float(by_example(correct(logits, whole), batch).sum())
+            among += float(by_example(correct(chosen, batch), batch).sum())
+    return Accuracy(every / len(examples), among / len(examples), len(examples))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tl_sparsify.core.forward import answer_logits, batch_size_for
-from tl_sparsify.core.metrics import correct
+from tl_sparsify.core.metrics import by_example, correct
 from tl_sparsify.core.units import heads, neurons
 from tl_sparsify.tasks.task import Task
 
@@ -43,7 +43,7 @@ def overview(task: Task, *, seed: int = 0, batch_size: int | None = None) -> Ove
     right, answers = 0.0, 0
     with torch.no_grad():
         for _, batch in test.batches(batch_size_for(model, test, batch_size)):
-            found = correct(answer_logits(model, batch), batch)
+            found = by_example(correct(answer_logits(model, batch), batch), batch)
             right, answers = right + float(found.sum()), answers + len(found)
     return Overview(
         task.name,
