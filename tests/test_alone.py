@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparsify import constants, score
 from tl_sparsify.core.circuit import Circuit
-from tl_sparsify.core.intervene import first_tokens
+from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction

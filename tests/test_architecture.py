@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "random files progress versions directory storage checksum",
-    "core": "site units prompts examples circuit reduction moments intervene memory forward metrics distributions "
-    "measure probes basis",
+    "_internal": "checks random files progress versions directory storage checksum",
+    "core": "site units prompts examples circuit first_token reduction moments intervene memory forward metrics "
+    "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection shrinkage joint "
     "compensating exchanges",
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
-    "abstraction": "causal_model verdicts evidence interchange controls certificates verify das align",
+    "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das align",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
     "beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "

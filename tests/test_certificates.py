@@ -218,7 +218,7 @@ def test_a_grid_of_nothing_is_refused():
 def least_over_a_fine_grid(margins: Tensor, squared_distance: float) -> float:
     e = torch.logspace(-4, 3, 20_001, dtype=torch.float64)
     at_most = (margins.double()[:, None] <= 2 * e).double().mean(0)
-    return min(1.0, float((at_most + squared_distance / e**2).min()))
+    return min(1.0, float((at_most + squared_distance / (2 * e**2)).min()))
 
 
 @settings(max_examples=60)
@@ -252,11 +252,22 @@ def test_answers_differ_no_more_often_than_the_margin_bound(
     assert differ <= margin_bound(best[:, 0] - best[:, 1], float((original - reduced).square().sum(1).mean())) + 1e-12
 
 
+def test_the_margin_bound_is_reached():
+    """A logit that falls by half of the margin while the next one rises by it: the answers differ on a quarter of the
+    draws, and no smaller bound would be right."""
+    original = torch.tensor([[3.0, 1.0, 0.0]] * 8, dtype=torch.float64)
+    reduced = original.clone()
+    reduced[:2] += torch.tensor([-1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64)
+    assert float((original.argmax(1) != reduced.argmax(1)).double().mean()) == 0.25
+    best, squared = original.topk(2).values, float((original - reduced).square().sum(1).mean())
+    assert margin_bound(best[:, 0] - best[:, 1], squared) == pytest.approx(0.25, rel=1e-6)
+
+
 def test_the_margin_bound_at_its_ends():
     assert margin_bound(torch.ones(5), 0.0) == 0
     assert margin_bound(torch.tensor([0.0, 1.0, 2.0, 3.0]), 0.0) == 0.25
     assert margin_bound(torch.zeros(5), 0.1) == margin_bound(torch.ones(5), 100.0) == 1
-    assert margin_bound(torch.full((9,), 8.0), 0.16) == pytest.approx(0.01)  # e = 4
+    assert margin_bound(torch.full((9,), 8.0), 0.16) == pytest.approx(0.005)  # e = 4
     assert margin_bound(torch.ones(3), float("inf")) == 1
 
 

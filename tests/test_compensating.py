@@ -13,6 +13,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import output
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.units import heads
 from tl_sparsify.search.compensating import sparsify_affine
 
 
@@ -93,6 +94,22 @@ def test_units_always_kept_stay_and_bad_sizes_are_refused():
     many = Circuit(units, torch.arange(14) < 10)
     with pytest.raises(ValueError, match="always_keep comes to 10, the smallest size leaves 7: keep fewer"):
         sparsify_affine(model, batch, units, sizes=[0.8, 0.5], always_keep=many, progress=False)
+    with pytest.raises(ValueError, match=r"always_keep is a circuit over Units\(4: 4 heads\), not over"):
+        sparsify_affine(model, batch, units, sizes=[0.5], always_keep=Circuit.full(heads(model)), progress=False)
     with pytest.raises(ValueError, match=r"sizes is \[0\.1, 0\.5\]"):
         sparsify_affine(model, batch, units, sizes=[0.1, 0.5], progress=False)
     assert bool(torch.isfinite(output(model, batch)).all())
+
+
+def test_predictions_are_in_nats_and_on_the_examples_that_risk_is_measured_on():
+    """The order is found at temperature 3; what stands beside the measured risk is at 1, on the same examples."""
+    model, batch, other = network(), inputs(n=60), inputs(n=300, seed=1)
+    with torch.no_grad():
+        model.w_out *= 0.02  # so that the second order is all that there is
+    shared = {"sizes": [3 / 7], "ridge": 1e-9, "probes": 3, "progress": False}
+    for held_out in (None, other):
+        [only] = sparsify_affine(model, batch, model.units, held_out=held_out, **shared).rounds
+        assert only.predicted.n == only.measured.n == (60 if held_out is None else 300)
+        assert only.predicted.unit == only.measured.unit == "nats"
+        # the maps are fitted on the other examples, where those that are predicted would be fitted anew
+        assert only.measured.mean == pytest.approx(only.predicted.mean, rel=0.05 if held_out is None else 0.3)

@@ -17,13 +17,14 @@ from tl_sparsify import Alignment, Examples, Pairs, Site, Unit, directions, fing
 from tl_sparsify.abstraction.controls import (
     everything,
     made_up,
+    others,
     outside,
     placebo,
     random_units,
     random_weights,
     streams,
 )
-from tl_sparsify.abstraction.interchange import TestedModel
+from tl_sparsify.abstraction.interchange import TestedModel as Subject
 
 SITE = Site("neuron", 0, "blocks.0.mlp.hook_post", 5)
 
@@ -94,24 +95,49 @@ def test_weights_that_nobody_resets_keep_their_entries_in_another_order():
 
 def test_random_units_are_as_many_of_the_same_site_and_position():
     chosen = [Unit(SITE, 1).at(2), Unit(SITE, 3).at(2), Unit(SITE, 0), heads(bridge())["L1H0"]]
+    free = others(Subject("original", bridge()), Alignment({"a": chosen}), chosen, (4, 5))
     for draw in range(10):
-        found = random_units(chosen, 7, draw)
+        found = random_units(chosen, free, 7, draw)
         assert [unit.site for unit in found] == [chosen[0].site] * 2 + [SITE, chosen[3].site]
         assert len(set(found)) == 4 and set(found).isdisjoint(chosen)
-    assert random_units(chosen, 7, 0) == random_units(chosen, 7, 0)
-    assert len({tuple(u.name for u in random_units(chosen, 7, draw)) for draw in range(10)}) > 3
+    assert random_units(chosen, free, 7, 0) == random_units(chosen, free, 7, 0)
+    assert len({tuple(u.name for u in random_units(chosen, free, 7, draw)) for draw in range(10)}) > 3
 
 
-def test_random_units_are_drawn_evenly_from_outside_and_then_from_inside():
+def test_random_units_are_drawn_evenly_from_outside_and_never_from_inside():
     counts = torch.zeros(5)
     for draw in range(600):
-        for unit in random_units([Unit(SITE, 0), Unit(SITE, 1)], 0, draw):
+        for unit in random_units([Unit(SITE, 0), Unit(SITE, 1)], {SITE: [2, 3, 4]}, 0, draw):
             counts[unit.index] += 1
     assert bool((counts[:2] == 0).all()) and bool(((counts[2:] - 400).abs() < 60).all())
     four = [Unit(SITE, i) for i in range(4)]
     for draw in range(20):
-        found = {unit.index for unit in random_units(four, 0, draw)}
-        assert len(found) == 4 and 4 in found
+        assert random_units(four, {SITE: [4]}, 0, draw) == [Unit(SITE, 4)]
+        assert random_units(four, {}, 0, draw) == []
+
+
+def test_candidates_are_units_that_the_model_has_and_no_variable_at_these_positions():
+    model, units = bridge(), units_of(bridge())
+    own = [units["L0N0"].at(2), units["L0N1"].at(2)]
+    rest = {
+        "b": [units["L0N2"].at((1, 2))],  # there as well
+        "c": [units["L0N3"].at(1)],  # elsewhere
+        "d": [units["L1N4"]],  # in another layer
+    }
+    site = own[0].site
+    original = Subject("original", model)
+    assert others(original, Alignment({"a": own} | rest), own, (4, 5)) == {site: [3, 4]}
+    assert others(original, Alignment({"a": own, "e": [units["L0N4"]]} | rest), own, (4, 5)) == {site: [3]}
+    assert others(original, Alignment({"a": own, "e": [units["L0N3"].at(-3)]}), own, (4, 5)) == {site: [2, 4]}
+    each = torch.tensor([0, 1, 2, 3])
+    assert others(original, Alignment({"a": own, "e": [units["L0N3"].at(each)]}), own, (4, 5)) == {site: [2, 4]}
+    removed = reduction_of(model, torch.tensor([name not in ("L0N3", "L0N4") for name in units.names]))
+    for subject in (
+        Subject("reduced", model, removal=removed),
+        Subject("reduced", fold(model, removed), own_names={v: k for k, v in fold(model, removed).units.items()}),
+    ):
+        assert others(subject, Alignment({"a": own}), own, (4, 5)) == {site: [2]}
+        assert others(subject, Alignment({"a": own} | rest), own, (4, 5)) == {}
 
 
 def test_everything_is_all_heads_and_neurons():
@@ -209,7 +235,7 @@ def test_the_placebo_moves_as_far_as_the_directions_and_reads_each_examples_own_
     basis = torch.linalg.qr(basis)[0] if orthonormal else basis
     units = [unit.at(2) for unit in directions(model, "blocks.0.hook_resid_post", basis)][:2]
     with unchanged(model):
-        found = placebo(TestedModel("original", model), pairs(), units, draws=2, seed=6, batch_size=size)
+        found = placebo(Subject("original", model), pairs(), units, draws=2, seed=6, batch_size=size)
     assert len(found) == 2
     for seed, answers in enumerate(found):
         other = torch.linalg.qr(torch.randn(8, 2, generator=seeded(6 + seed)))[0].double()
@@ -221,7 +247,7 @@ def test_the_placebo_moves_as_far_as_the_directions_and_reads_each_examples_own_
 def test_no_draws_no_placebo():
     model = bridge()
     units = [unit.at(2) for unit in directions(model, "blocks.0.hook_resid_post", torch.eye(8, 2))]
-    assert placebo(TestedModel("original", model), pairs(), units, draws=0, seed=0) == []
+    assert placebo(Subject("original", model), pairs(), units, draws=0, seed=0) == []
 
 
 def test_the_placebo_of_a_reduced_model_is_of_the_reduced_model():
@@ -231,9 +257,9 @@ def test_the_placebo_of_a_reduced_model_is_of_the_reduced_model():
     found = [
         placebo(subject, pairs(), units, draws=2, seed=6)
         for subject in (
-            TestedModel("reduced", model, removal=reduction),
-            TestedModel("reduced", fold(model, reduction), own_names={}),
-            TestedModel("original", copy.deepcopy(model)),
+            Subject("reduced", model, removal=reduction),
+            Subject("reduced", fold(model, reduction), own_names={}),
+            Subject("original", copy.deepcopy(model)),
         )
     ]
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))

@@ -250,7 +250,7 @@ def test_padding_reaches_the_model():
 def test_padding_and_the_first_token_are_no_input():
     tokens = torch.tensor([[7, 1, 7, 2], [0, 7, 3, 7], [0, 0, 0, 7], [1, 2, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]).bool()
-    data = Examples(tokens, tokens, mask)
+    data = Examples(tokens, tokens.where(mask, -100), mask)
     model = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=7))
     expected = mask.clone()
     expected[0, 0] = expected[1, 1] = False  # the first token only, and never all that an example has

@@ -51,7 +51,8 @@ def test_random_weights_are_judged_on_all_pairs():
     evidence = verify(Network(), EQUALITY, TRUE, pairs_of(base, source))
     frame = rows_of(evidence, model="random weights")
     assert set(frame.intervention) == {"aligned units", "aligned units, a source each", "do nothing"}
-    assert (frame.pairs == 400).all() and (frame.retained < 1).all()
+    assert [*frame.pairs] == [400 // (1 + ("each" in name)) for name in frame.intervention]  # two pairs are one draw
+    assert (frame.retained < 1).all()
     assert (rows_of(evidence, model="random weights", intervention="aligned units").accuracy < 0.9).all()
 
 
@@ -62,12 +63,24 @@ def test_random_units_are_as_many_of_the_same_site_outside_the_alignment():
     assert (random.units, random.pairs, random.accuracy) == (2, 3 * 400, nothing.accuracy)
 
 
-def test_random_units_are_aligned_ones_where_there_are_no_others():
-    alignment = Alignment({"left": LEFT + RIGHT})
-    evidence = verify(Network(), EQUALITY, alignment, pairs_of(*drawn()), draws=4)
-    found = row(evidence, "left", intervention="random units")
-    assert (found.units, found.pairs) == (6, 4 * 400)
-    assert found.accuracy != row(evidence, "left", intervention="do nothing").accuracy
+def test_random_units_are_outside_of_every_variable():
+    evidence = verify(Network(), EQUALITY, TRUE, pairs_of(*drawn()), draws=4)
+    found, nothing = (row(evidence, "left", intervention=name) for name in ("random units", "do nothing"))
+    # of eight units of the site three carry this variable and three another one: two are left, and nothing reads them
+    assert FIRST.size - len(LEFT) - len(RIGHT) == found.units < len(LEFT)
+    assert (found.pairs, found.accuracy) == (4 * 400, nothing.accuracy)
+
+
+def test_random_units_are_those_of_the_model_that_is_tested():
+    model = Network()
+    alone = Alignment({"left": LEFT})
+    for gone, units in ((RIGHT[:1], 3), (RIGHT, 2), ([*RIGHT, *LEFT[:2]], 1)):
+        evidence = verify(model, EQUALITY, alone, pairs_of(*drawn(40)), reduced=removal(model, gone), draws=3)
+        found = row(evidence, "left", "reduced", intervention="random units")
+        assert (found.units, row(evidence, "left", intervention="random units").units) == (units, 3)
+    every = [Unit(FIRST, i) for i in range(FIRST.size) if Unit(FIRST, i) not in LEFT]
+    evidence = verify(model, EQUALITY, alone, pairs_of(*drawn(40)), reduced=removal(model, every), draws=3)
+    assert rows_of(evidence, model="reduced", intervention="random units").empty
 
 
 def test_no_draws_no_random_control():

@@ -49,8 +49,8 @@ def test_the_same_seed_gives_the_same_evidence_and_another_one_other_controls():
 @pytest.mark.parametrize("draws", [0, 3])
 def test_forward_passes_are_those_that_are_promised(draws: int):
     n, model, variables = 30, Network(), 3
-    per_model = 2 + variables * (2 + draws) + (2 + 2) + (2 + draws)
-    random = 2 + variables * 2 + (2 + 2)
+    per_model = 2 + variables * (2 + draws) + (2 + 3 / 2) + (2 + draws)
+    random = 2 + variables * 2 + (2 + 3 / 2)
     _, rows = counted(model, lambda: verify(model, EQUALITY, TRUE, pairs_of(*drawn(n)), draws=draws))
     assert rows == n * (per_model + random)
     reduced = removal(model, LEFT[:1])
@@ -64,8 +64,8 @@ def test_forward_passes_of_a_transformer_with_directions():
     n, model, layers, draws = 20, native(), 2, 3
     alignment = Alignment({"odd": stream_units(2, 0, 3), "more": stream_units(2, 1, slice(1, 3))})
     # all directions of each site are aligned, so there are no random ones
-    per_model = 2 + 2 * (2 + layers) + (1 + draws) + (2 + 2) + (2 + draws)
-    random = 2 + 2 * 2 + (2 + 2)
+    per_model = 2 + 2 * (2 + layers) + (1 + draws) + (2 + 3 / 2) + (2 + draws)
+    random = 2 + 2 * 2 + (2 + 3 / 2)
     _, rows = counted(model, lambda: verify(model, PARITY, alignment, native_pairs(n), draws=draws, batch_size=7))
     assert rows == n * (per_model + random)
 

@@ -137,6 +137,7 @@ def test_a_hugging_face_model_is_held_against_random_weights_of_its_architecture
         frames = [verify(model, PARITY, alignment, pairs, seed=seed).to_frame() for seed in (0, 0, 1)]
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
     random = [frame[frame.model == "random weights"] for frame in frames]
-    assert (random[0].pairs == 40).all() and (random[0].retained < 1).all()
+    assert [*random[0].pairs] == [40 // (1 + ("each" in name)) for name in random[0].intervention]
+    assert (random[0].retained < 1).all()
     assert not random[0].accuracy.equals(random[2].accuracy)
     assert (frames[0][frames[0].model == "original"].retained == 1).all()

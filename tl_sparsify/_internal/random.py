@@ -6,6 +6,9 @@ number of processes. The generator is SplitMix64 (Steele, Lea and Flood, 2014), 
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,9 +30,24 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return x ^ _shift(x, 31)
 
 
+def check_seed(seed: Any) -> int:
+    """The seed, where it is one.
+
+    Raises:
+        ValueError: no whole number of 64 bits; a generator has a state that draws would change.
+    """
+    try:
+        number = None if isinstance(seed, bool) else operator.index(seed)
+    except (TypeError, RuntimeError):
+        number = None
+    if number is None or not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of at most 63 bits, such as 0")
+    return number
+
+
 def bits(seed: int, *counters: Int[Tensor, "..."] | int) -> Int[Tensor, "..."]:
     """64 random bits for each element of the broadcast counters; same seed and counters, same bits."""
-    state = _mix(torch.tensor(seed, dtype=torch.int64))
+    state = _mix(torch.tensor(check_seed(seed), dtype=torch.int64))
     for counter in counters:
         state = _mix(state ^ torch.as_tensor(counter, dtype=torch.int64).cpu())
     return state
@@ -50,9 +68,13 @@ def permutation(n: int, seed: int, *counters: int) -> Int[Tensor, "n"]:
     return bits(seed, *counters, torch.arange(n)).argsort(stable=True)
 
 
-def shifted_partner(n: int, seed: int, *counters: int) -> Int[Tensor, "n"]:
-    """For each of ``n`` examples another one of the split (itself only when ``n == 1``): one random cycle."""
+def shifted_partner(n: int, seed: int, *counters: int, group: Int[Tensor, "n"] | None = None) -> Int[Tensor, "n"]:
+    """For each of ``n`` examples another one (of its ``group``, where these are given; itself only where there is no
+    other): one random cycle in each group."""
     order = permutation(n, seed, *counters)
+    within = torch.zeros_like(order) if group is None else group[order]
     partner = torch.empty_like(order)
-    partner[order] = order.roll(1)
+    for name in within.unique():
+        members = order[within == name]
+        partner[members] = members.roll(1)
     return partner

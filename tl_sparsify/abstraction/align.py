@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -145,7 +146,8 @@ def align(
     forward, backward = 5 + len(LEVELS), len(LEVELS) * len(wanted)
     share = max(6, min(32, (exhaustive // 5 - forward - _STAGES) // len(wanted) - 2)) if trials is None else trials
     searches = {v: _Search(subject, causal_model, trying, v, tolerance, batch_size) for v in wanted}
-    groups = {v: _groups(everywhere, maps[v], subject) for v in wanted}
+    held = _held(pairs, held_out)
+    groups = {v: _groups(everywhere, maps[v], subject, held) for v in wanted}
     tried, spent = _tried(searches, {v: _candidates(groups[v]) for v in wanted}, share * len(wanted) * 2 // 3)
     forward += spent
     chosen: dict[str, list[Unit]] = {}
@@ -155,7 +157,7 @@ def align(
         forward += spent
         if subspace is not None:
             wishes = ranking.expected(causal_model, (variable,))
-            learnt = das_directions(subject, ranking, wishes, subspace, seed=seed, batch_size=batch_size)
+            learnt = das_directions(subject, ranking, wishes, subspace, held, seed=seed, batch_size=batch_size)
             [score] = search.scores([learnt])
             forward, backward = forward + len(LEVELS) + EPOCHS + 4, backward + len(LEVELS) + EPOCHS
             if score > searched[variable] + tolerance:
@@ -192,6 +194,15 @@ def _exhaustive(subject: TestedModel, units: Units, effects: Sequence[Float[Tens
     """One pass for each unit at each of its positions, and one over the sources."""
     had = [(_places(site, len(effect)), site) for site, effect in zip(units.sites, effects, strict=True)]
     return 1 + sum(len(places) * sum(subject.has(Unit(site, i)) for i in range(site.size)) for places, site in had)
+
+
+def _held(*several: Pairs) -> Bool[Tensor, "#pos"]:
+    """The positions that are input in every pair: elsewhere a unit has no value that means anything."""
+    sides = [side.attention_mask for pairs in several for side in (pairs.base, pairs.source)]
+    masks = [mask.cpu() for mask in sides if mask is not None]
+    if len({mask.shape[1:] for mask in masks}) > 1:
+        raise ValueError("pairs and held_out are of different widths: pad both to one")
+    return torch.cat(masks).all(0) if masks else torch.ones(1, dtype=torch.bool)
 
 
 def _places(site: Site, length: int) -> list[int]:
@@ -243,14 +254,17 @@ class Group:
     whole: list[Unit]
 
 
-def _groups(units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: TestedModel) -> list[Group]:
-    """Sites at each position and at all of them, in the order of what their promising units promise together; the one
-    of the highest effect where none is positive."""
+def _groups(
+    units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: TestedModel, held: Bool[Tensor, "#pos"]
+) -> list[Group]:
+    """Sites at each position that every pair has, and at all of them, in the order of what their promising units
+    promise together; the one of the highest effect where none is positive."""
     found: list[tuple[float, Group]] = []
     for site, effect in zip(units.sites, effects, strict=True):
         had = [i for i in range(site.size) if subject.has(Unit(site, i))]
         places = _places(site, len(effect))
-        rows = {site.positions if len(effect) == 1 else position: effect[position] for position in places}
+        each = [place for place in places if bool(held.expand(len(effect))[place])]
+        rows = {site.positions if len(effect) == 1 else position: effect[position] for position in each}
         total = effect[places].clamp_min(0).sum()
         if len(places) > 1 and effect[places].clamp_min(0).sum(1).max() < 0.9 * total:  # else the one place says it all
             rows[site.positions] = effect[places].sum(0)

@@ -104,10 +104,10 @@ def decided(
 
 def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
     """An upper bound on how often, over some draws, two models' answers differ: the least over ``e`` of
-    ``Pr(m <= 2 e) + squared_distance / e**2`` (at most 1).
+    ``Pr(m <= 2 e) + squared_distance / (2 e**2)`` (at most 1).
 
-    If no logit moves by more than ``e``, an answer whose margin is above ``2 e`` stays; how often one does is bounded
-    by Chebyshev's inequality. A margin of 0 is a tie and counts as another answer.
+    An answer whose margin is above ``2 e`` changes only where the logits move by more than ``2 e**2``, squared and
+    summed; how often they do is bounded by Markov's inequality. A margin of 0 is a tie and counts as another answer.
 
     Args:
         margins: by how much the original's best logit exceeds the second, for each draw.
@@ -128,7 +128,10 @@ def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
         raise ValueError(f"squared_distance is {squared_distance}; a mean of squares is at least 0")
     if squared_distance == 0:
         return float((m <= 0).double().mean())
+    # Let i be the answer, j another one after the change d: z[i] - z[j] >= m and z[j] + d[j] >= z[i] + d[i], so that
+    # d[j] - d[i] >= m. Since (d[j] - d[i])^2 <= 2 (d[i]^2 + d[j]^2) <= 2 |d|^2, then |d|^2 >= m^2 / 2 > 2 e^2 where
+    # m > 2 e; and Pr(|d|^2 > 2 e^2) <= E |d|^2 / (2 e^2).
     # between two margins the bound falls with e: the least value is met just before a margin is reached
     reached = torch.searchsorted(m, m)
-    bound = (reached.double() / len(m) + squared_distance / (m / 2).square())[m > 0]
+    bound = (reached.double() / len(m) + squared_distance / (m.square() / 2))[m > 0]
     return min([1.0, *bound.tolist()])

@@ -62,22 +62,42 @@ def _shuffled(model: Any, seed: int) -> Any:
     return clone.eval()
 
 
-def random_units(chosen: Sequence[Unit], seed: int, draw: int) -> list[Unit]:
-    """As many units of the same sites (and positions), outside ``chosen`` while there are any."""
+def random_units(chosen: Sequence[Unit], candidates: Mapping[Site, Sequence[int]], seed: int, draw: int) -> list[Unit]:
+    """As many units of the same sites (and positions) among the ``candidates``, or all where these are fewer."""
     picked: list[Unit] = []
     parts = [
         part for sites, mask in selected_apart(chosen) for part in zip(sites.sites, sites.split(mask), strict=True)
     ]
     for number, (site, taken) in enumerate(parts):
-        order = _random.permutation(site.size, seed, 53, draw, number)
-        outside = torch.cat([order[~taken[order]], order[taken[order]]])
-        picked += [Unit(site, int(i)) for i in outside[: int(taken.sum())]]
+        among = set(candidates.get(site, ()))
+        order = [i for i in _random.permutation(site.size, seed, 53, draw, number).tolist() if i in among]
+        picked += [Unit(site, i) for i in order[: int(taken.sum())]]
     return picked
 
 
-def has_others(chosen: Sequence[Unit]) -> bool:
-    """Whether the sites of some units have others: if not, random units would be the same ones again."""
-    return any(not bool(mask.all()) for _, mask in selected_apart(chosen))
+def others(
+    subject: TestedModel, alignment: Alignment, chosen: Sequence[Unit], shape: tuple[int, int]
+) -> dict[Site, list[int]]:
+    """For each site of ``chosen`` its units that this model has and no variable is aligned with at these positions, for
+    inputs of a shape; none for a site without any."""
+    aligned: dict[Unit, list[Site]] = {}
+    for unit in (unit for units in alignment.units.values() for unit in units):
+        aligned.setdefault(unit.at(None), []).append(unit.site)
+
+    def free(unit: Unit) -> bool:
+        return not any(_meet(unit.site, site, shape) for site in aligned.get(unit.at(None), ()))
+
+    every = {site: [Unit(site, i) for i in range(site.size)] for site in dict.fromkeys(unit.site for unit in chosen)}
+    found = {site: [unit.index for unit in units if subject.has(unit) and free(unit)] for site, units in every.items()}
+    return {site: numbers for site, numbers in found.items() if numbers}
+
+
+def _meet(one: Site, two: Site, shape: tuple[int, int]) -> bool:
+    """Whether two sites name a position in common, for some example."""
+    if one == two or one.positions is None or two.positions is None:
+        return True
+    masks = [site.position_mask(*shape) for site in (one, two)]
+    return any(mask is None for mask in masks) or bool((masks[0] & masks[1]).any())  # type: ignore[operator]
 
 
 def everything(model: Any, alignment: Alignment) -> list[Unit]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.tools.analysis.interchange import fit_das
 
@@ -32,18 +32,20 @@ def das_directions(
     ranking: Pairs,
     expected: Int[Tensor, "n"],
     rank: int,
+    held: Bool[Tensor, "#pos"],
     *,
     seed: int,
     batch_size: int | None = None,
 ) -> list[Unit]:
-    """Directions of the residual stream, at the place where the gradients promise most, trained so that interchanging
-    them gives the ``expected`` answers (TransformerLens's DAS).
+    """Directions of the residual stream, at the place where the gradients promise most (of those ``held``, the
+    positions that every pair has), trained so that interchanging them gives the ``expected`` answers (TransformerLens's
+    DAS).
 
     Forward and backward passes over the pairs: one for each of :data:`LEVELS`, :data:`EPOCHS` for the learning; two
     forward passes more for the sources.
     """
     base, n = ranking.base, len(ranking)
-    hook, position = _promising(subject, ranking, expected, rank, batch_size)
+    hook, position = _promising(subject, ranking, expected, rank, held, batch_size)
     known = torch.tensor(sorted(set(ranking.answers.values()))) if base.choices is None else base.choices.cpu()
     targets = (expected[:, None] == known).int().argmax(1)
 
@@ -72,7 +74,12 @@ def das_directions(
 
 
 def _promising(
-    subject: TestedModel, ranking: Pairs, expected: Int[Tensor, "n"], rank: int, batch_size: int | None
+    subject: TestedModel,
+    ranking: Pairs,
+    expected: Int[Tensor, "n"],
+    rank: int,
+    held: Bool[Tensor, "#pos"],
+    batch_size: int | None,
 ) -> tuple[str, int]:
     """The hook point and position of the residual stream where the best subspace promises most, to first order.
 
@@ -88,7 +95,7 @@ def _promising(
     promises: dict[tuple[str, int], float] = {}
     for layer, site in enumerate(stream.sites):
         g, step = (torch.cat([found[layer][k][:, :, 0].double().cpu() for found in batches]) for k in range(2))
-        for position in range(g.shape[1]):
+        for position in held.expand(g.shape[1]).nonzero().flatten().tolist():
             both = torch.cat([g[:, position], step[:, position]])
             basis = torch.linalg.qr(both.T).Q  # nothing happens outside of it
             m = (g[:, position] @ basis).T @ (step[:, position] @ basis)

@@ -22,6 +22,8 @@ NOTHING = "(none)"
 """Stands for the variable where units are interchanged that carry none: the answer should stay."""
 ALIGNED_UNITS = "aligned units"
 """What the interchange of the alignment itself is called in tables."""
+RANDOM_UNITS = "random units"
+"""What that of as many others is called; how many these are stands wherever the line is shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,12 @@ class Pairs:
         n = len(self.base)
         if len(self.source) != n:
             raise ValueError(f"source has {len(self.source)} examples, base {n}: pairs need equal numbers")
+        if self.base.tokens.shape != self.source.tokens.shape:
+            shapes = tuple(self.base.tokens.shape), tuple(self.source.tokens.shape)
+            raise ValueError(
+                f"base has tokens of shape {shapes[0]}, source {shapes[1]}: pad both to one width (make the "
+                "examples of both together)"
+            )
         for side in ("base_inputs", "source_inputs"):
             for name, values in getattr(self, side).items():
                 if len(values) != n:

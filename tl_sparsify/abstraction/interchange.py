@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
-from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.abstraction.between import between, step
+from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, frozen, output
-from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened, recorded
+from tl_sparsify.core.intervene import Intervention, ablate, intervened, recorded
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
@@ -107,7 +108,7 @@ def logits(
     with torch.no_grad():
         for index, batch in base.batches(batch_size_for(model, base, batch_size)):
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
-            taken = _taken(model, swaps, index, removed, base.spans)
+            taken = _taken(model, swaps, base, index, removed)
             for number, some in enumerate(swaps):
                 swapped = [part for units, source in some if len(units) for part in taken(units, source)]
                 with intervened(model, *swapped, *removed):
@@ -118,9 +119,9 @@ def logits(
 def _taken(
     model: Any,
     swaps: Sequence[Sequence[Swap]],
+    base: Examples,
     index: Int[Tensor, "batch"],
     removed: tuple[Intervention, ...],
-    spans: Mapping[str, Int[Tensor, "n 2"]] | None,
 ) -> Callable[[Sequence[Unit], Examples], list[Intervention]]:
     """How to interchange some units on one batch; every source is run once, with all that is taken from it."""
     sources: dict[int, tuple[Examples, dict[Site, None]]] = {}
@@ -130,16 +131,16 @@ def _taken(
     values: dict[int, dict[Site, Tensor]] = {}
     for key, (source, sites) in sources.items():
         groups = _named_apart(sites)
-        taken = _values(model, source[index], groups, removed)
+        taken = _values(model, source[index], [group.for_examples(index, base.spans) for group in groups], removed)
         read = (value for part in taken for value in part.tensors)
         values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
 
     def swap(units: Sequence[Unit], source: Examples) -> list[Intervention]:
         made: list[Intervention] = []
         for sites, mask in selected_apart(units):
-            here = sites.for_examples(index, spans)
+            here = sites.for_examples(index, base.spans)
             tensors = tuple(values[id(source)][site] for site in sites.sites)
-            made.append(interchange(Circuit(here, mask), Values(here, tensors)))
+            made += between(here, (~mask).float(), Values(here, tensors), base[index], source[index])
         return made
 
     return swap
@@ -205,11 +206,11 @@ def interchange_gradients(
         steps: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
         for level in levels:
-            mixed = Intervention(units, torch.full((len(units),), level), taken)
-            with frozen(model), torch.enable_grad(), intervened(model, *removed, mixed):
+            mixed = between(units, torch.full((len(units),), level), taken, batch, source[index])
+            with frozen(model), torch.enable_grad(), intervened(model, *removed, *mixed):
                 with recorded(model, units, gradients=True) as recording:
                     found = answer_logits(model, batch)
-            steps = steps or [s.to(v) - v.detach() for s, v in zip(taken.tensors, recording.read(), strict=True)]
+            steps = steps or step(units, recording.read(), taken, batch, source[index])
             activations = list(recording.activations.values())
             for number, (variable, answer) in enumerate(expected.items()):
                 odds = _log_odds(found, batch, answer[index]).sum()
@@ -254,8 +255,8 @@ def randomly_interchanged(
             values = _values(subject.model, source[index], groups, removed)
             for group, place, taken in zip(groups, places, values, strict=True):
                 keep = torch.ones(len(index), len(group))
-                keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).float()
-                swapped.append(Intervention(group, keep, taken))
+                keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).to(keep)
+                swapped += between(group, keep, taken, batch, source[index])
             with intervened(subject.model, *swapped, *removed):
                 found.append(answer_logits(subject.model, batch).cpu())
     return torch.cat(found)

@@ -25,7 +25,9 @@ class Role(StrEnum):
     Attributes:
         ALIGNED: it decides on a variable (in an untrained model it is a control).
         CONTROL: it need not be good; where it is, the aligned units' accuracy shows nothing.
-        CEILING: the most that one layer at the alignment's positions can carry; it should not fail.
+        CEILING: the whole residual stream at the alignment's positions, at the layer where that is best: everything
+            there is interchanged, other variables with this one, so that it bounds the variable's accuracy only where
+            it is the only one.
         UNALIGNED: every unit that no variable is aligned with; the answer should stay.
         CHECK: other interchanges under which the answer should stay.
     """
@@ -45,7 +47,8 @@ class Verdict:
         model, variable: what is judged; `` (a source each)`` is added to a set whose variables have separate sources.
         accuracy, changed, lower: interchange accuracy, the same where the answer should change, and its lower bound.
         accepted: whether both accuracies reach :data:`GOAL` and :data:`GOAL_CHANGED`.
-        control, control_accuracy: the best of its controls; empty and NaN where there is none.
+        control, control_accuracy, control_units: the best of its controls, with the units that it interchanges; empty
+            and NaN where there is none.
         passing: the controls that would be accepted too.
         units, removed: units interchanged, and aligned units that this model no longer has.
         retained: the share of pairs that count.
@@ -59,6 +62,7 @@ class Verdict:
     accepted: bool
     control: str
     control_accuracy: float
+    control_units: float
     passing: tuple[str, ...]
     units: float
     removed: int
@@ -93,6 +97,7 @@ def judged(evidence: Frame) -> list[Verdict]:
                 accepted=accepted(row.accuracy, row.accuracy_changed),
                 control="" if best is None else best.intervention,
                 control_accuracy=float("nan") if best is None else float(best.accuracy),
+                control_units=float("nan") if best is None else float(best.units),
                 passing=tuple(c.intervention for c in beside.itertuples() if accepted(c.accuracy, c.accuracy_changed)),
                 units=row.units,
                 removed=row.removed,

@@ -23,15 +23,15 @@ from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.abstraction.controls import (
     everything,
-    has_others,
     made_up,
+    others,
     outside,
     placebo,
     random_units,
     random_weights,
     streams,
 )
-from tl_sparsify.abstraction.evidence import ALIGNED_UNITS, NOTHING, Alignment, Evidence, Pairs, Row
+from tl_sparsify.abstraction.evidence import ALIGNED_UNITS, NOTHING, RANDOM_UNITS, Alignment, Evidence, Pairs, Row
 from tl_sparsify.abstraction.interchange import (
     Swap,
     TestedModel,
@@ -80,23 +80,25 @@ def verify(
         level: of the confidence sequences.
 
     Jointly: all variables that no other aligned variable is an ancestor of, from one source and (unless units have a
-    position for each pair) from a source each.
+    position for each pair) from a source each: of as many pairs as there are variables one draw is made.
 
     Controls, each under the same rule: ``do nothing`` (the base's own answer), ``random units`` (as many units of the
-    same sites at the same positions, outside the alignment; where these sites have others), ``norm-matched random
-    subspace`` (for directions at one position: TransformerLens's placebo), ``arbitrary labels`` (the aligned units held
-    against made-up answers), ``whole residual stream`` (the best layer's, at the alignment's positions; for models
-    with blocks), and the alignment on a model with ``random weights``. With the variable ``(none)`` the answer should
-    stay: ``unaligned units, at random`` (as many as the alignment has, at all positions) and ``all unaligned units``
-    (what feeds an aligned unit is among them: only a model whose every step is aligned passes). ``random kept units``
-    holds the reduced model against the original's own answers, with risk in nats and the margin bound, when every unit
-    that both have is interchanged with probability 0.1.
+    same sites at the same positions, of those that the model has and no variable is aligned with there; fewer where
+    there are fewer, no line where there are none), ``norm-matched random subspace`` (for directions at one position:
+    TransformerLens's placebo), ``arbitrary labels`` (the aligned units held against made-up answers), ``whole residual
+    stream`` (the best layer's, at the alignment's positions; for models with blocks; it takes whatever else is there
+    along, so that it is no ceiling for one variable of several), and the alignment on a model with ``random weights``.
+    With the variable ``(none)`` the answer should stay: ``unaligned units, at random`` (as many as the alignment has,
+    at all positions) and ``all unaligned units`` (what feeds an aligned unit is among them: only a model whose every
+    step is aligned passes). ``random kept units`` holds the reduced model against the original's own answers, with risk
+    in nats and the margin bound, when every unit that both have is interchanged with probability 0.1. Units at all
+    positions are taken where both inputs have one, counted from the end.
 
     Forward passes over the pairs, for the original and the reduced model each: two; for each variable two, one for each
-    draw and each layer, and for directions at one position one more and one for each draw; jointly two and one for each
-    variable (without a source each: two); for unaligned units two and one for each draw; two to compare the models. For
-    random weights: two, two for each variable, and jointly as before. With ``goal``, for the original and the reduced
-    model, three and one for each variable come first.
+    draw and each layer, and for directions at one position one more and one for each draw; jointly two, and with a
+    source each, over one pair for as many as there are variables, one and one for each variable; for unaligned units
+    two and one for each draw; two to compare the models. For random weights: two, two for each variable, and jointly as
+    before. With ``goal``, for the original and the reduced model, three and one for each variable come first.
 
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
@@ -238,8 +240,10 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     chosen = list(check.alignment.units[variable])
     own = subject.own(chosen)
     trained = not subject.untrained
-    draws = check.draws if trained and has_others(chosen) else 0
-    random = [subject.own(random_units(chosen, check.seed, draw)) for draw in range(draws)]
+    kept = [unit for unit in chosen if subject.has(unit)]
+    free = others(subject, check.alignment, kept, (len(pairs), pairs.base.labels.shape[1])) if trained else {}
+    draws = check.draws if free else 0
+    random = [subject.own(random_units(kept, free, check.seed, draw)) for draw in range(draws)]
     everywhere = any(unit.site.positions is None for unit in chosen)
     places = [None] if everywhere else [unit.site.positions for unit in chosen]
     whole = [
@@ -256,7 +260,7 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     if not trained:
         return
     if random:
-        yield row("random units", given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
+        yield row(RANDOM_UNITS, given[1 : 1 + len(random)], sum(map(len, random)) / len(random))
     moved = placebo(subject, pairs, own, draws=check.draws, seed=check.seed, batch_size=check.batch_size)
     if moved:
         yield row("norm-matched random subspace", moved, float(len(own)))
@@ -271,30 +275,30 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
 
 
 def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
-    """All first variables at once, from one source and (at places that do not depend on the pair) from a source
-    each."""
+    """All first variables at once, from one source and (at places that do not depend on the pair) from a source each,
+    which no two draws share."""
     variables = check.together
     names = " & ".join(variables)
     chosen = [unit for variable in variables for unit in check.alignment.units[variable]]
     own = {variable: check.subject.own(check.alignment.units[variable]) for variable in variables}
-    others = {v: pairs.with_sources_of(number) if number else pairs for number, v in enumerate(variables)}
-    one = [(own[variable], pairs.source) for variable in variables]
-    each = [(own[variable], others[variable].source) for variable in variables]
-    apart = not any(isinstance(unit.site.positions, Tensor) for unit in chosen)
-    given = check.answers(pairs.base, [one, each] if apart else [one])
+    given = check.answers(pairs.base, [[(own[variable], pairs.source) for variable in variables]])
     units = sum(map(len, own.values()))
     settings: dict[str, Any] = {"units": float(units), "removed": len(chosen) - units}
     expected = pairs.expected(check.causal_model, variables)
     yield _row(check, (ALIGNED_UNITS, names, Role.ALIGNED), plain, pairs, given[:1], expected, **settings)
-    if not apart:
+    first = torch.arange(0, len(pairs) - len(variables) + 1, len(variables))
+    if any(isinstance(unit.site.positions, Tensor) for unit in chosen) or not len(first):
         return
-    inputs = {variable: other.source_inputs for variable, other in others.items()}
-    expected = pairs.expected(check.causal_model, variables, inputs)
-    right = plain.right.clone()
-    for number in range(len(variables)):
-        right &= plain.source_right.roll(-number)
+    # one base and its sources from as many pairs of their own: no pair is in two draws, so that draws are independent
+    some, check = pairs[first], check.on(first)
+    apart = {variable: pairs[first + number] for number, variable in enumerate(variables)}
+    each = [(own[variable], apart[variable].source) for variable in variables]
+    given = check.answers(some.base, [each])
+    inputs = {variable: other.source_inputs for variable, other in apart.items()}
+    expected = some.expected(check.causal_model, variables, inputs)
+    right = plain.right[first] & torch.stack([plain.source_right[first + n] for n in range(len(variables))]).all(0)
     name = (f"{ALIGNED_UNITS}, a source each", names, Role.ALIGNED)
-    yield _row(check, name, plain, pairs, given[1:], expected, **settings, right=right, sources_apart=True)
+    yield _row(check, name, plain, some, given, expected, **settings, right=right, sources_apart=True)
 
 
 def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:

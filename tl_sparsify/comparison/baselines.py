@@ -58,18 +58,18 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
     answer_rows,
-    batch_size_for,
-    check_model,
+    batches_of,
+    check_call,
     device_of,
     output,
     run_values,
     unit_positions,
 )
 from tl_sparsify.core.intervene import recorded
-from tl_sparsify.core.metrics import Metric, by_example, log_odds
+from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.search.attribution import exact, gradient, metric_rows
+from tl_sparsify.search.attribution import exact, gradient
 from tl_sparsify.search.constants import zero
 from tl_sparsify.search.score import scaled_variance, variance
 from tl_sparsify.search.scores import Scores
@@ -121,10 +121,10 @@ def activation_norm(
         >>> tls.baselines.activation_norm(model, train, units).forward_passes
         1
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     parts: list[Moments] = []
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)
@@ -159,7 +159,7 @@ def exact_zero(
         >>> tls.baselines.exact_zero(model, train, units, progress=False).forward_passes
         13
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     found = exact(model, examples, units, values=zero(model, examples, units), **settings)
     return replace(found, name="exact, zero")
@@ -226,7 +226,7 @@ def activation_patching(
         >>> found.absolute.top(0.25)  # signed: an order by size takes `absolute`
         Circuit(3 of 12 units: 3 heads)
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     for site in units.sites:
         if _PATCHED.fullmatch(site.hook) is None or site.kind not in ("head", "neuron", "mlp", "attention"):
             raise ValueError(
@@ -237,10 +237,10 @@ def activation_patching(
     sign = 1 if direction == "noising" else -1
     parts: list[Moments] = []
     with torch.no_grad():
-        for index, _ in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, _ in batches_of(model, examples, batch_size):
             near, far = runs(examples, index, source, direction, seed)
             here = units.for_examples(index, examples.spans)
-            before = by_example(metric_rows(metric, answer_logits(model, near), near), near).double()
+            before = by_example(measured_by(metric, answer_logits(model, near), near), near).double()
             after = _patched(model, near, run_values(model, far, here), metric, progress)
             parts.append(Moments.of(sign * (before[:, None] - after)))
     total = Moments.merge(parts)
@@ -278,7 +278,7 @@ def _patched(
         rows = logits[example.to(logits.device), position.to(logits.device)]
         rows = rows if batch.choices is None else rows[:, batch.choices.to(rows.device)]
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        found.append(by_example(metric_rows(metric, rows, batch), batch).double())
+        found.append(by_example(measured_by(metric, rows, batch), batch).double())
         return found[-1].mean()  # what TransformerLens keeps, in float32
 
     def patch(activation: Tensor, index: list[int], new: dict[int, Tensor]) -> Tensor:
@@ -336,6 +336,7 @@ def attribution_patching(
         >>> found.forward_passes, found.backward_passes
         (2, 1)
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     run = corrupted_run(examples, source)
     found = gradient(model, examples, units, source=run, metric=metric, seed=seed, batch_size=batch_size)
     return replace(found, name="attribution patching")

@@ -25,14 +25,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparsify._internal import random as _random
 from tl_sparsify.comparison.resampling import Resampled
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
-from tl_sparsify.core.distributions import check_pairs
+from tl_sparsify.core.distributions import check_pairs, checked_partners
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
+from tl_sparsify.core.forward import answer_logits, batches_of, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
-from tl_sparsify.core.metrics import Metric, by_example, correct, kl
+from tl_sparsify.core.metrics import Metric, by_example, correct, kl, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model, Units
@@ -159,8 +158,8 @@ class Ablation:
 
         Raises:
             ValueError: an unknown kind; ``mean`` without means, since the means over the examples evaluated on would be
-                fitted to them; values of other units, of a run, or beside another kind; a single example without a
-                counterfactual.
+                fitted to them; values of other units, of a run, or beside another kind; examples without a
+                counterfactual of which one has no other of its length.
         """
         if kind not in _KINDS:
             raise ValueError(f"ablation is {kind!r}; it is {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
@@ -174,7 +173,7 @@ class Ablation:
                 return Ablation("counterfactual", replace(examples, tokens=examples.counterfactual_tokens))
             if len(examples) == 1:
                 raise ValueError("examples holds one, and no counterfactual_tokens: there is no other input")
-            return Ablation("shuffled", examples[_random.shifted_partner(len(examples), seed, 83)])
+            return Ablation("shuffled", examples[checked_partners(examples, seed, 83)])
         means = baseline if values is None else values
         if means is None:
             raise ValueError("ablation='mean' needs values: give constants.mean(model, train, units)")
@@ -221,32 +220,22 @@ def measured(
     empty = Circuit.empty(circuits[0].units)
 
     def parts() -> Iterator[tuple[Moments, Resampled]]:
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             values = by.values(model, empty.units, index, examples.spans)
             original = answer_logits(model, batch)
-            before = _value(metric, original, batch)
+            before = measured_by(metric, original, batch).double()
             rows = [_row(original, original, before, before, batch)]
             for kept in (empty, *circuits):
                 reduced = original
                 if not bool(circuit_of(kept).mask.all()):
                     with intervened(model, removal(kept, index, values, by.first_token, examples.spans)):
                         reduced = answer_logits(model, batch)
-                rows.append(_row(original, reduced, before, _value(metric, reduced, batch), batch))
+                rows.append(_row(original, reduced, before, measured_by(metric, reduced, batch).double(), batch))
             samples = torch.stack(rows).movedim(2, 0)  # every sum then runs over its own line: the same for equal rows
             yield Moments.of(samples), Resampled.of(samples, index, bootstrap, seed)
 
     with torch.no_grad():
         return reduce(lambda one, other: (one[0] + other[0], one[1] + other[1]), parts())
-
-
-def _value(metric: Metric, logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
-    found = metric(logits, batch)
-    if found.shape != logits.shape[:1]:
-        raise ValueError(
-            f"metric gave shape {tuple(found.shape)} for {len(logits)} rows of logits: "
-            "it must give one number for each labelled position"
-        )
-    return found.double()
 
 
 def _row(

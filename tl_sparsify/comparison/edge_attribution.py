@@ -23,17 +23,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify.comparison.edge_readers import Reader, Slopes, readers_of, taps
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, run_values
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, run_values
 from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
-from tl_sparsify.core.metrics import Metric, by_example, log_odds
+from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.search.attribution import metric_rows
 from tl_sparsify.search.scores import Scores
 
 Direction = Literal["noising", "denoising"]
@@ -182,13 +182,14 @@ def edge_attribution(
         >>> tls.baselines.edge_attribution(model, train, units, steps=2).backward_passes
         2
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one is needed")
     weights, readers = _writing(model, units), readers_of(model)
     names = tuple(name for reader in readers for name in reader.names)
     total = torch.zeros(len(units), len(names), dtype=torch.float64)
-    for index, _ in examples.batches(batch_size_for(model, examples, batch_size)):
+    for index, _ in batches_of(model, examples, batch_size):
         near, far = runs(examples, index, source, direction, seed)
         total += _edges(
             model, near, far, units.for_examples(index, examples.spans), weights, readers, steps, metric
@@ -304,7 +305,7 @@ def _slopes(
             recorded(model, units, gradients=True) as own,
             recorded(model, taps(model, readers), gradients=True) as rest,
         ):
-            value = by_example(metric_rows(metric, answer_logits(model, batch), batch), batch).sum()
+            value = by_example(measured_by(metric, answer_logits(model, batch), batch), batch).sum()
         activations = own.activations | rest.activations
         found = torch.autograd.grad(value, list(activations.values()), allow_unused=True)
     gradients = {

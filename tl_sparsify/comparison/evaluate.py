@@ -10,7 +10,7 @@ Where the true units are known, :func:`auroc` and :func:`average_precision` hold
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import torch
@@ -37,9 +37,9 @@ from tl_sparsify.comparison.curves import (
 )
 from tl_sparsify.comparison.resampling import check_bootstrap
 from tl_sparsify.core.circuit import Circuit, Values
-from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions, source_batch
+from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions, lone, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call, check_model, run_values
 from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
 from tl_sparsify.core.moments import Estimate, Moments
@@ -67,7 +67,8 @@ class Evaluation:
         agreement: the share of answers that are the same in both.
         faithfulness, completeness: see the module; NaN where full and empty model do not differ.
         minimality: the least drop in faithfulness from removing one kept unit more (``None`` unless asked for).
-        interchange_risk, interchange_agreement: under random interchange of kept units with ``probability``.
+        interchange_risk, interchange_agreement: under random interchange of kept units with ``probability``, over the
+            ``interchange_risk.n`` examples that have a partner of their own length (NaN where none has).
         intervals: of risk, accuracy, agreement, faithfulness and completeness, by name.
 
     Example:
@@ -215,6 +216,7 @@ def evaluate(
         >>> tls.evaluate(model, path, test, sizes=(0.5, 0.75), bootstrap=0).kept
         (6, 9)
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     check_bootstrap(bootstrap, level)
     if not isinstance(reduction, Reduction | CircuitPath | Scores):
         what = type(reduction).__name__
@@ -278,10 +280,19 @@ def _interchanged(
     seed: int,
 ) -> Moments:
     """The moments of risk and agreement under random interchange of kept units: each model takes its own values of the
-    partners' inputs. Four forward passes over the data, six where removed units take their values from runs."""
+    partners' inputs; of the examples that have a partner of their length. Four forward passes over the data, six where
+    removed units take their values from runs."""
+    if interchange.probability > 0 and bool((alone := lone(examples)).any()):
+        paired = (~alone).nonzero().flatten()
+        if not len(paired):
+            none = torch.zeros(2, dtype=torch.float64)
+            return Moments(none, none + float("nan"), none)
+        examples, reduction = examples[paired], reduction.for_examples(paired)
+        kept = kept.for_examples(paired) if isinstance(kept, Reduction) else kept
+        by = replace(by, replacement=by.replacement[paired]) if isinstance(by.replacement, Examples) else by
     parts: list[Moments] = []
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             values = by.values(model, reduction.units, index, examples.spans)
             removed = there = removal(kept, index, values, by.first_token, examples.spans)
             if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input

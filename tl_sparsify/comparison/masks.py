@@ -23,10 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, device_of, frozen
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, device_of, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric, divergence
@@ -148,7 +149,7 @@ def top_k_gate(
         >>> tls.baselines.top_k_gate(model, train, units, steps=3, progress=False).top(0.25)
         Circuit(3 of 12 units: 3 heads)
     """
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be positive")
     least, most = kept_count(len(units), smallest, "smallest"), len(units)
 
@@ -213,11 +214,11 @@ def _trained(
     name: str,
 ) -> Scores:
     """The logits after training."""
-    check_model(model)
+    check_call(model, examples, seed=seed)
     for what, given in (("steps", steps), ("per_step", per_step)):
-        if given is not None and given < 1:
+        if given is not None and check_count(what, given, least=None, most=MOST) < 1:
             raise ValueError(f"{what} is {given}; at least one is needed")
-    if not learning_rate > 0:
+    if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate}; it must be positive")
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
     if constants.units != units or not constants.constant:

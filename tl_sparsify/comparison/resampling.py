@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.checks import MOST, check_count
+from tl_sparsify._internal.random import check_seed
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.units import Model, Units
@@ -202,6 +204,8 @@ def stability(
         >>> tls.stability(tls.score.variance, model, train, units, fraction=0.25, draws=3)
         Stability(3 of 12 units, 3 draws: Jaccard ...)
     """
+    check_count("draws", draws, least=None, most=MOST)
+    check_seed(seed)
     if draws < 2:
         raise ValueError(f"draws is {draws}; circuits are compared in pairs, so give at least 2")
     kept_count(len(units), fraction)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import check_call
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -56,6 +58,8 @@ def in_rounds(
         >>> tls.baselines.in_rounds(tls.score.variance, model, train, units, rounds=3, progress=False).top(0.25)
         Circuit(3 of 12 units: 3 heads)
     """
+    check_call(model, examples, seed=seed)
+    check_count("rounds", rounds, least=None, most=MOST)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one is needed")
     least = kept_count(len(units), smallest, "smallest")

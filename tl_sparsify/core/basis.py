@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batch_size_for, check_model, output, valid_positions
+from tl_sparsify.core.forward import batches_of, check_model, output, valid_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
@@ -35,7 +35,7 @@ def pca(
     whole = Units((Site(kind="residual", layer=0, hook=hook, size=1),))
     count, total, square, dtype = 0, torch.zeros(()), torch.zeros(()), torch.float32
     with torch.no_grad():
-        for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for _, batch in batches_of(model, examples, batch_size):
             with recorded(model, whole) as recording:
                 output(model, batch)
             found = recording.activations[hook]

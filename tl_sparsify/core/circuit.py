@@ -42,6 +42,11 @@ class Circuit:
     mask: Bool[Tensor, "units"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
+            what = (
+                f"a tensor of {self.mask.dtype}" if isinstance(self.mask, Tensor) else f"a {type(self.mask).__name__}"
+            )
+            raise ValueError(f"mask is {what}; it must be a bool tensor, one for each unit: give mask.bool()")
         if self.mask.shape != (len(self.units),):
             raise ValueError(f"mask has shape {tuple(self.mask.shape)}; {self.units!r} needs ({len(self.units)},)")
 
@@ -132,6 +137,12 @@ class Values:
     kind: str = "given"
 
     def __post_init__(self) -> None:
+        for tensor in self.tensors:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"tensors hold a {type(tensor).__name__}; values are tensors, one for each site")
+        if any(tensor.is_inference() for tensor in self.tensors):  # made under inference_mode: of no use to gradients
+            with torch.inference_mode(False):
+                object.__setattr__(self, "tensors", tuple(tensor.clone() for tensor in self.tensors))
         if len(self.tensors) != len(self.units.sites):
             raise ValueError(f"{len(self.tensors)} tensors for the {len(self.units.sites)} sites of {self.units!r}")
         for site, tensor in zip(self.units.sites, self.tensors, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
@@ -26,7 +26,7 @@ class InterventionDistribution:
             paired source input: each model its own value), ``mean`` (it takes its mean), or ``mixture``.
         probability: of each unit, independently, for each example.
         source: ``counterfactual`` pairs each example with its counterfactual input, ``shuffled`` with another
-            example of the whole split.
+            example of the whole split that is as long.
         of: the units of ``kept`` ones only, or of ``all``: the reduced model then gets the interventions on the
             units that it still has.
         parts: of a mixture, each with its weight; every example draws one of them.
@@ -87,17 +87,66 @@ class InterventionDistribution:
 NONE = InterventionDistribution()
 
 
+def partners(examples: Examples, seed: int, counter: int) -> Int[Tensor, "n"]:
+    """For each example another one of the split with input at the same positions (equally long, padded on the same
+    side), itself where there is none (:func:`lone`): in each such group one random cycle. What pads, and how far, does
+    not change it. No model pass."""
+    return _random.shifted_partner(len(examples), seed, counter, group=_lengths(examples))
+
+
+def lone(examples: Examples) -> Bool[Tensor, "n"]:
+    """The examples that have input at positions where no other has it: without an interchange partner."""
+    kind = _lengths(examples)
+    return torch.bincount(kind)[kind] == 1
+
+
+def _lengths(examples: Examples) -> Int[Tensor, "n"]:
+    """The same number for examples with input at the same positions, from 0 on."""
+    mask = examples.attention_mask
+    if mask is None:
+        return torch.zeros(len(examples), dtype=torch.long)
+    mask, places = mask.cpu(), torch.arange(mask.shape[1])
+    first, count = mask.int().argmax(1), mask.sum(1)
+    whole = (places >= first[:, None]) & (places < (first + count)[:, None])
+    if torch.equal(mask, whole):  # padded at an end, or at both: two numbers say where
+        return (first * (len(places) + 1) + count).unique(return_inverse=True)[1]
+    return mask.unique(dim=0, return_inverse=True)[1]
+
+
+def checked_partners(examples: Examples, seed: int, counter: int) -> Int[Tensor, "n"]:
+    """:func:`partners`, where every example has one.
+
+    Raises:
+        ValueError: an example that has none: at padding, and beyond the end of a shorter input, there is nothing to
+            take a unit's value from.
+    """
+    alone = lone(examples).nonzero().flatten()
+    if len(alone):
+        first, mask = int(alone[0]), examples.attention_mask
+        length = examples.labels.shape[1] if mask is None else int(mask[first].sum())
+        raise ValueError(
+            f"examples: {len(alone)} of {len(examples)} have no partner of their own length to be interchanged with "
+            f"(first: number {first}, {length} positions): give another one of that length, leave them out "
+            "(examples[index]), or pair each example yourself (counterfactual_tokens)"
+        )
+    return partners(examples, seed, counter)
+
+
 def source_batch(
     distribution: InterventionDistribution, examples: Examples, index: Int[Tensor, "batch"], seed: int
 ) -> Examples:
-    """The source inputs of the examples ``index``; partners come from the whole split."""
+    """The source inputs of the examples ``index``; partners come from the whole split, and are equally long.
+
+    Raises:
+        ValueError: no counterfactuals where they are the source; where it is another example, one without a partner.
+    """
     if distribution.source == "counterfactual":
         if examples.counterfactual_tokens is None:
             raise ValueError("examples have no counterfactual_tokens: use source='shuffled', or give them")
         check_pairs(examples)
         mine = replace(examples[index], tokens=examples.counterfactual_tokens[index])
         return replace(mine, counterfactual_tokens=None, counterfactual_labels=None, counterfactual_mask=None)
-    return examples[_random.shifted_partner(len(examples), seed, 17)[index]]
+    return examples[checked_partners(examples, seed, 17)[index]]
 
 
 def check_pairs(examples: Examples) -> None:

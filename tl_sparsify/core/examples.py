@@ -59,7 +59,9 @@ class Examples:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        n = len(self.tokens)
+        for name in ("tokens", "labels", "attention_mask", "counterfactual_tokens", "counterfactual_labels", "choices"):
+            object.__setattr__(self, name, _typed(name, getattr(self, name)))
+        n = len(self.tokens) if self.tokens.ndim else 0
         if n == 0:
             raise ValueError("tokens has no example")
         if self.labels.ndim != 2 or len(self.labels) != n:
@@ -89,7 +91,13 @@ class Examples:
             value = getattr(self, name)
             if value is not None and value.shape != like.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(like.shape)}")
+        if self.attention_mask is not None:
+            self._check_mask(self.attention_mask)
         if self.choices is not None:
+            if self.choices.ndim != 1 or not len(self.choices):
+                raise ValueError(
+                    f"choices has shape {tuple(self.choices.shape)}; it must be [k], a token for each answer"
+                )
             if len(self.choices.unique()) != len(self.choices):
                 raise ValueError(f"choices holds an id twice: {self.choices.tolist()}")
             known = torch.isin(self.labels, self.choices) | (self.labels == NO_LABEL)
@@ -114,6 +122,22 @@ class Examples:
         for name, places in (self.spans or {}).items():
             if places.shape != (len(self.tokens), 2) or bool((places[:, 0] >= places[:, 1]).any()):
                 raise ValueError(f"spans[{name!r}] must hold a first position and one behind the last for each example")
+
+    def _check_mask(self, mask: Bool[Tensor, "n pos"]) -> None:
+        none = (~mask.flatten(1).any(1)).nonzero().flatten()
+        if len(none):
+            raise ValueError(
+                f"attention_mask is false everywhere in {len(none)} of {len(mask)} examples (first: {int(none[0])}): "
+                "true is where there is input"
+            )
+        if mask.shape != self.labels.shape:
+            return  # of a model with one answer for each input
+        hidden = ((self.labels != NO_LABEL) & ~mask.to(self.labels.device)).any(1).nonzero().flatten()
+        if len(hidden):
+            raise ValueError(
+                f"attention_mask hides the labelled position of {len(hidden)} of {len(mask)} examples (first: "
+                f"{int(hidden[0])}): an answer is read where there is input; is it padded on the other side?"
+            )
 
     @classmethod
     def from_prompts(
@@ -232,11 +256,13 @@ class Examples:
 
     def with_partners(self, partner: Int[Tensor, "n"]) -> Examples:
         """The same examples, each with the one numbered ``partner`` as its counterfactual."""
+        mask = self.attention_mask
+        other = None if mask is None or torch.equal(mask, mask[partner]) else mask[partner]
         return replace(
             self,
             counterfactual_tokens=self.tokens[partner],
             counterfactual_labels=self.labels[partner],
-            counterfactual_mask=None,
+            counterfactual_mask=other,  # pairs of other length
         )
 
     def batches(self, batch_size: int | None) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
@@ -260,3 +286,31 @@ class Examples:
         answers = int((self.labels != NO_LABEL).sum())
         paired = "" if self.counterfactual_tokens is None else ", with counterfactuals"
         return f"Examples({len(self):,} of shape {tuple(self.tokens.shape[1:])}, {answers:,} answers{paired})"
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A part of the type that it is used in: ids and labels as int64, a mask as bool.
+
+    Raises:
+        ValueError: no tensor, or one of numbers that are none of these.
+    """
+    if value is None and name not in ("tokens", "labels"):
+        return None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor: give torch.tensor({name})")
+    if name == "attention_mask":
+        if value.dtype in _WHOLE and bool(((value == 0) | (value == 1)).all()):
+            return value.bool()  # a tokenizer's
+        if value.dtype != torch.bool:
+            raise ValueError(f"attention_mask is of {value.dtype}; it must be bool, or whole numbers that are 0 or 1")
+        return value
+    if name.endswith("tokens"):
+        if value.dtype in (torch.bool, torch.uint8) or value.is_complex():
+            raise ValueError(f"{name} is of {value.dtype}; token ids are int64: give {name}.long()")
+        return value
+    if value.dtype not in _WHOLE:
+        raise ValueError(f"{name} is of {value.dtype}; token ids are whole numbers: give {name}.long()")
+    return value.long()

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import check_count, check_is_model
+from tl_sparsify._internal.random import check_seed
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
 from tl_sparsify.core.memory import rows_for
 from tl_sparsify.core.prompts import NO_LABEL
-from tl_sparsify.core.site import Site
+from tl_sparsify.core.site import Site, input_at
 from tl_sparsify.core.units import Model, Units
 
 T = TypeVar("T")
@@ -25,6 +27,11 @@ T = TypeVar("T")
 def frozen(model: Model) -> Iterator[None]:
     """Switch the parameters' gradients off, and afterwards on again where they were: only activations are
     differentiated here, and the weights' part of the graph would cost memory."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "torch.inference_mode() is on, and what is made under it has no gradients: call this outside of it "
+            "(torch.no_grad() does no harm)"
+        )
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanted:
@@ -36,12 +43,37 @@ def frozen(model: Model) -> Iterator[None]:
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model in training mode: dropout and batch statistics would make every number a random one."""
+    """Refuse what is no model, and one in training mode: dropout and batch statistics would make every number a random
+    one."""
+    check_is_model(model)
     roots = [("", model), ("original_model.", getattr(model, "original_model", None))]
     for prefix, root in roots:
         for name, module in root.named_modules() if isinstance(root, torch.nn.Module) else ():
             if module.training:
                 raise ValueError(f"model is in training mode (at {prefix}{name or 'its root'}): call model.eval()")
+
+
+def check_examples(examples: Any, name: str = "examples") -> None:
+    """Refuse what is no :class:`Examples`.
+
+    Raises:
+        ValueError: anything else, with how to make examples.
+    """
+    if not isinstance(examples, Examples):
+        raise ValueError(
+            f"{name} is a {type(examples).__name__}, not Examples: make them of tensors, tls.Examples(tokens, labels), "
+            "or of text, tls.Examples.from_prompts(model, prompts, answers)"
+        )
+
+
+def check_call(model: Any, examples: Any, *, seed: Any = 0, batch_size: Any = None) -> None:
+    """What every entry that runs a model on examples refuses at once: :func:`check_model`, :func:`check_examples`, a
+    seed or a batch size that is none."""
+    check_model(model)
+    check_examples(examples)
+    check_seed(seed)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
 
 
 def device_of(model: Model) -> torch.device:
@@ -62,11 +94,9 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
         if low < 0 or high >= len(embedding):
             bad = low if low < 0 else high
             raise ValueError(f"tokens holds id {bad}; the model's vocabulary has ids 0 to {len(embedding) - 1}")
-    tokens = batch.tokens.to(device)
-    if batch.attention_mask is None:
-        logits = model(tokens)
-    else:
-        logits = model(tokens, attention_mask=batch.attention_mask.to(device).long())
+    tokens, mask = batch.tokens.to(device), batch.attention_mask
+    with input_at(mask):
+        logits = model(tokens) if mask is None else model(tokens, attention_mask=mask.to(device).long())
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         raise ValueError(f"the model returned {type(logits).__name__}, not logits [batch, pos, vocab]")
     return logits if logits.ndim == 3 else logits[:, None]
@@ -128,18 +158,27 @@ def answer_index(batch: Examples) -> Int[Tensor, "rows"]:
 def run_values(model: Model, batch: Examples, units: Units) -> Values:
     """The units' values on a batch: the source of an interchange. One forward pass, no gradients.
 
+    Raises:
+        ValueError: a model in training mode, NaN or infinite values.
+
     Example:
         >>> tls.run_values(model, test, units)
         Values(of a run for Units(12: 12 heads))
     """
+    check_model(model)
     with torch.no_grad(), recorded(model, units) as recording:
         output(model, batch)
-    return Values(units, recording.read())
+    values = recording.read()
+    for site, value in zip(units.sites, values, strict=True):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"activations at hook point {site.hook} are NaN or infinite: they are no values to take")
+    return Values(units, values)
 
 
 def batch_size_for(model: Model, examples: Examples, batch_size: int | None) -> int:
     """The given batch size, or one that fits (:mod:`tl_sparsify.core.memory`), at most all examples."""
     if batch_size is not None:
+        check_count("batch_size", batch_size)
         return batch_size
     return min(len(examples), rows_for(model, examples, narrow=narrows(model)))
 
@@ -155,6 +194,19 @@ def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_siz
             size //= 2  # the next try begins when the exception, and what it holds, is gone
         torch.cuda.empty_cache()
     return run(size)
+
+
+def batches_of(
+    model: Model, examples: Examples, batch_size: int | None
+) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
+    """Each batch of the examples with their indices, of a size as :func:`batch_size_for` says.
+
+    Raises:
+        ValueError: what is no model or no examples, or a batch size below one.
+    """
+    check_model(model)
+    check_examples(examples)
+    return examples.batches(batch_size_for(model, examples, batch_size))
 
 
 def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
@@ -173,8 +225,11 @@ def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
 def unit_positions(
     model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]
 ) -> Bool[Tensor, "batch pos"]:
-    """Positions that hold input and at which the site is meant."""
+    """Positions that hold input and at which the site is meant: the beginning-of-sequence token only where an example
+    has no other."""
     valid = valid_positions(model, batch)
     wanted = valid if valid.shape == v.shape[:2] else torch.ones(v.shape[:2], dtype=torch.bool)
     where = site.position_mask(*v.shape[:2])
-    return (wanted if where is None else wanted & where).to(v.device)
+    if where is None:
+        return wanted.to(v.device)
+    return torch.where((wanted & where).any(1, keepdim=True), wanted & where, where).to(v.device)

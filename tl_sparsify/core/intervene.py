@@ -2,26 +2,30 @@
 
 Under an intervention a unit's value ``v`` becomes ``lerp(value, v, keep)``: 1 keeps it, 0 sets it to ``value``.
 Ablation takes constants for ``value``, interchange the values of a source run, and ``keep`` may be anything between.
-Interventions nest: the inner context sees the values that the outer one left.
+Interventions nest: the inner context sees the values that the outer one left. They are those of the thread that makes
+them: another one that intervenes on the same model waits, and one that only runs it sees the model as it is.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
+from tl_sparsify.core.first_token import watching_first_tokens
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.site import Site
+from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
 
 
@@ -79,6 +83,28 @@ def interchange(circuit: Circuit, source: Values) -> Intervention:
     return Intervention(circuit.units, (~circuit.mask).float(), source)
 
 
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+@contextmanager
+def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """The model with these hooks, for this thread: another one that wants hooks on it waits, and what another one runs
+    on it meanwhile does not see them."""
+    with _LOCKING:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    mine = threading.get_ident()
+
+    def here(act: Callable[..., Any]) -> Callable[..., Any]:
+        def only_here(activation: Any, hook: Any) -> Any:
+            return act(activation, hook=hook) if threading.get_ident() == mine else None
+
+        return only_here
+
+    with lock, model.hooks(fwd_hooks=[(name, here(hook)) for name, hook in hooks]):
+        yield
+
+
 def _canonical(model: Model, hook: str) -> str:
     """The hook point's own name: under an alias, compatibility mode would call a hook twice."""
     if hook not in model.hook_dict:
@@ -96,8 +122,15 @@ def _apply(
     hook: Any,
 ) -> Float[Tensor, "..."]:
     v = site.read(activation)
+    check_places(site, activation)
     if keep.ndim == 2 and len(keep) != len(activation):
         raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
+    if value.ndim == 4 and value.shape[:2] != v.shape[:2]:
+        there, here = tuple(value.shape[:2]), tuple(v.shape[:2])
+        raise ValueError(
+            f"values of {site.hook} are those of a run of shape {there}, this one has {here}: "
+            "base and source need equal shapes (pad both to one width)"
+        )
     weight = keep.to(v)[..., None] if keep.ndim == 1 else keep.to(v)[:, None, :, None]
     target = value.to(v).expand_as(v)
     if mixing is not None:
@@ -120,7 +153,8 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
     No model pass of its own.
 
     Raises:
-        ValueError: a hook point that the model lacks, or (when the model runs) an activation of another shape.
+        ValueError: a model in training mode, a hook point that it lacks, or (when it runs) an activation of another
+            shape, or a named position that is padding.
 
     Example:
         >>> before = model(test.tokens)
@@ -129,10 +163,11 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         >>> torch.equal(ablated, before), torch.equal(model(test.tokens), before)
         (False, True)
     """
-    hooks: list[tuple[str, Callable[..., Any]]] = []
+    if model.training:
+        raise ValueError("model is in training mode: call model.eval()")
+    hooks: list[tuple[Any, Callable[..., Any]]] = []
     seen: dict[str, Bool[Tensor, "batch pos"] | None] = {}
     rules: list[FirstToken] = [part.first_token for part in interventions if part.first_token != "none"]
-    watching = _watching_first_tokens(model, rules, seen) if rules else nullcontext()
     for intervention in interventions:
         spared = partial(seen.get, intervention.first_token)
         parts = zip(
@@ -146,37 +181,9 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
             if keep.requires_grad or bool((keep != 1).any()):
                 for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
                     hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing, spared)))
-    with watching, model.hooks(fwd_hooks=hooks):
+    watching = watching_first_tokens(model, rules, seen) if rules else nullcontext()
+    with _hooked(model, hooks), watching:
         yield
-
-
-@contextmanager
-def _watching_first_tokens(
-    model: Any, rules: Iterable[FirstToken], seen: dict[str, Bool[Tensor, "batch pos"] | None]
-) -> Iterator[None]:
-    """Note, whenever the model runs, where each rule leaves the first token alone: only the call knows its input."""
-    own = model.__dict__.get("forward")
-    forward = model.forward  # run_with_hooks calls it as well, past any hook on the module
-
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        tokens = args[0] if args else kwargs.get("input")
-        cache = kwargs.get("past_key_values")
-        later = cache is not None and cache.get_seq_length() > 0  # the first token was in an earlier call
-        mask = kwargs.get("attention_mask")
-        for rule in rules:
-            seen[rule] = None
-            if isinstance(tokens, Tensor) and tokens.ndim == 2 and not later:
-                seen[rule] = first_tokens(model, tokens, mask, rule)
-        return forward(*args, **kwargs)
-
-    object.__setattr__(model, "forward", noting)
-    try:
-        yield
-    finally:
-        if own is None:
-            object.__delattr__(model, "forward")
-        else:
-            object.__setattr__(model, "forward", own)
 
 
 @contextmanager
@@ -191,29 +198,8 @@ def streaming(
         return torch.where(where.to(x.device)[..., None], stream[layer].to(x), x)
 
     names = [_canonical(model, f"blocks.{layer}.hook_resid_post") for layer in range(len(stream))]
-    with model.hooks(fwd_hooks=[(name, partial(set_to, layer=layer)) for layer, name in enumerate(names)]):
+    with _hooked(model, [(name, partial(set_to, layer=layer)) for layer, name in enumerate(names)]):
         yield
-
-
-def first_tokens(
-    model: Any,
-    tokens: Shaped[Tensor, "batch pos"],
-    attention_mask: Shaped[Tensor, "batch pos"] | None,
-    rule: FirstToken,
-) -> Bool[Tensor, "batch pos"] | None:
-    """Where ``rule`` leaves units alone: the first position of each row that is no padding, if its token is one that
-    the rule names; ``None``: nowhere. A model without a tokenizer has no beginning-of-sequence token."""
-    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-    if rule == "none" or tokens.is_floating_point() or (rule == "bos" and bos is None):
-        return None
-    valid = (
-        torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device) > 0
-    )
-    first = valid & (valid.long().cumsum(1) == 1)
-    if rule == "any":
-        return first
-    first &= tokens == bos
-    return first if bool(first.any()) else None
 
 
 def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
@@ -269,6 +255,9 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
     recording = Recording(units, {})
 
     def keep(activation: Float[Tensor, "..."], hook: Any, name: str) -> Float[Tensor, "..."] | None:
+        for site in units.sites:
+            if name in site.hook_names:
+                check_places(site, activation)
         if not gradients:
             recording.activations[name] = activation.detach()
             return None
@@ -277,7 +266,7 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
         recording.activations[name] = activation
         return activation
 
-    with model.hooks(fwd_hooks=[(_canonical(model, name), partial(keep, name=name)) for name in recording.hooks]):
+    with _hooked(model, [(_canonical(model, name), partial(keep, name=name)) for name in recording.hooks]):
         yield recording
 
 
@@ -321,7 +310,7 @@ def narrowed(
         index = (example * labelled + position).to(stream.device)
         return stream.flatten(0, 1).index_select(0, index)[:, None]
 
-    with model.hooks(fwd_hooks=[(_canonical(model, _STREAM), narrow)]):
+    with _hooked(model, [(_canonical(model, _STREAM), narrow)]):
         yield times
 
 
@@ -338,6 +327,6 @@ def first_bad_hook(model: Model, run: Callable[[], Any]) -> str:
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # hook points that are switched off
-        with model.hooks(fwd_hooks=[(watched, look)]):
+        with _hooked(model, [(watched, look)]):
             run()
     return f"first at hook point {bad[0]}" if bad else "at no hook point before the output"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model
+from tl_sparsify.core.forward import answer_logits, answer_rows, batches_of, check_call
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments
@@ -61,7 +61,7 @@ def remembered(
     start = count.cumsum(0) - count
     kept: list[Float[Tensor, "rows choices"]] = []
     with torch.no_grad():
-        for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for _, batch in batches_of(model, examples, batch_size):
             kept.append(answer_logits(model, batch))
             if kept[0].shape[1] * int(count.sum()) > numbers:
                 return None
@@ -91,11 +91,11 @@ def compared(
     Two forward passes over the data (one where ``recall`` knows the original's logits from an earlier call under the
     same interventions); two more for each ``interchange`` in the distribution.
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     check_fingerprint(model, reduction)
     parts: list[Moments] = []
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             removed = ablate(reduction.for_examples(index, examples.spans))
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):

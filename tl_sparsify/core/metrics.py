@@ -123,6 +123,12 @@ def _members(batch: Examples, answers: Int[Tensor, "rows some"], columns: int) -
     return found.scatter(1, torch.where(answers == NO_LABEL, columns, answers), True)[:, :columns]
 
 
+def cross_entropy_slope(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows choices"]:
+    """The derivative of the negative log-probability of the right answer by each logit."""
+    right = answer_index(batch).to(logits.device)[:, None]
+    return logits.softmax(1).scatter_add(1, right, -torch.ones_like(logits[:, :1]))
+
+
 def kl(original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"]) -> Float[Tensor, "rows"]:
     """KL(original || reduced) in nats for each row of logits, in float64: confident answers differ by very little."""
     p = original.double().log_softmax(1)
@@ -138,7 +144,28 @@ def divergence(
     """``D`` for each example: KL (nats), or half the squared error of ``metric``."""
     if metric is None:
         return by_example(kl(original, reduced), batch)
-    return by_example((metric(original, batch) - metric(reduced, batch)).square() / 2, batch)
+    return by_example((measured_by(metric, original, batch) - measured_by(metric, reduced, batch)).square() / 2, batch)
+
+
+def measured_by(metric: Metric, logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
+    """What a metric gives.
+
+    Raises:
+        ValueError: not one finite number for each labelled position.
+    """
+    found = metric(logits, batch)
+    if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"metric gave shape {shape} for {len(logits)} rows of logits: "
+            "it must give one number for each labelled position"
+        )
+    if not bool((bad := ~torch.isfinite(found.detach())).any()):
+        return found
+    raise ValueError(
+        f"metric gave NaN or infinite numbers for {int(bad.sum())} of {len(logits)} rows of logits: it must be finite "
+        "(log_odds is not, where choices has one answer)"
+    )
 
 
 def by_example(rows: Float[Tensor, "rows"], batch: Examples) -> Float[Tensor, "batch"]:

@@ -30,8 +30,9 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
-from tl_sparsify.core.intervene import Intervention, Recording, ablate, first_tokens, intervened, recorded
+from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Moments
@@ -271,9 +272,8 @@ def pulled(
     hooks = list(activations)
     for number, xi in enumerate(vectors):
         last = number == len(vectors) - 1
-        gradients = torch.autograd.grad(
-            (xi * logits).sum(), [activations[hook] for hook in hooks], retain_graph=not last, allow_unused=True
-        )
+        inputs = [activations[hook] for hook in hooks]
+        gradients = torch.autograd.grad(logits, inputs, xi.to(logits), retain_graph=not last, allow_unused=True)
         yield recording.pull(
             {
                 hook: torch.zeros_like(activations[hook]) if gradient is None else gradient

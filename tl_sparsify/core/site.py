@@ -8,7 +8,10 @@ least-squares coordinates: how much of ``x`` each direction accounts for, given 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -67,10 +70,7 @@ class Site:
             raise ValueError(f"kind is {self.kind!r}; the known kinds are {', '.join(LETTER)}")
         if self.size < 1:
             raise ValueError(f"size of {self.hook} is {self.size}; a site has at least one unit")
-        if isinstance(self.positions, int):
-            object.__setattr__(self, "positions", (self.positions,))
-        elif isinstance(self.positions, list):
-            object.__setattr__(self, "positions", tuple(self.positions))
+        object.__setattr__(self, "positions", _checked(self.positions, self.hook))
         if (self.basis is not None) != (self.kind in BASED):
             raise ValueError(f"{self.kind} units of {self.hook} {'need a' if self.kind in BASED else 'have no'} basis")
         if self.basis is not None and self.basis.shape[-1] != self.size:
@@ -224,6 +224,10 @@ class Site:
         if isinstance(where, slice):
             mask = torch.zeros(1, pos, dtype=torch.bool)
             mask[:, where] = True
+            if not bool(mask.any()):
+                raise ValueError(
+                    f"positions {self.suffix[1:]} of {self.hook} select nothing of an input of length {pos}"
+                )
             return mask
         index = where if isinstance(where, Tensor) else torch.tensor([where])
         if isinstance(where, Tensor):
@@ -236,6 +240,36 @@ class Site:
         if bool(((index < -pos) | (index >= pos)).any()):
             raise ValueError(f"positions {self.suffix[1:]} of {self.hook} lie outside an input of length {pos}")
         return torch.zeros(index.shape[0], pos, dtype=torch.bool).scatter_(1, index.cpu() % pos, True)
+
+    def check_input(self, held: Bool[Tensor, "batch pos"]) -> None:
+        """Refuse positions at which an example holds padding. A slice's open ends are those of the input; the ends that
+        it names must be input.
+
+        Raises:
+            ValueError: such a position, with the mend.
+        """
+        where = self.positions
+        if where is None or isinstance(where, str):
+            return  # a span that nothing has placed: position_mask says so
+        named = self
+        if isinstance(where, slice):
+            chosen = range(held.shape[1])[where]
+            if not chosen:
+                return  # position_mask says so
+            ends = (where.start and chosen[0], None if where.stop is None or where.stop > held.shape[1] else chosen[-1])
+            inside = tuple(end for end in ends if end is not None)
+            if not inside:
+                return
+            named = replace(self, positions=inside)
+        mask = named.position_mask(*held.shape)
+        padding = (mask & ~held.to("cpu", torch.bool)).any(1) if mask is not None else held.new_zeros(1)
+        if bool(padding.any()):
+            first, many = int(padding.nonzero()[0]), int(padding.sum())
+            raise ValueError(
+                f"positions {self.suffix[1:]} of {self.hook} are padding in {many} of {len(held)} examples (first: "
+                f"number {first} of the batch): pad on the other side (padding_side), or give one position per "
+                "example, units.at(tensor [n])"
+            )
 
     def for_examples(self, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None = None) -> Site:
         """The same site with per-example positions, or those of one of ``spans``, taken for the examples ``index``.
@@ -254,3 +288,65 @@ class Site:
         start, stop = spans[where][index].unbind(1)
         steps = torch.arange(int((stop - start).max()))
         return replace(self, positions=torch.minimum(start[:, None] + steps, stop[:, None] - 1))
+
+
+def _checked(positions: Any, hook: str) -> Positions:
+    """The positions as they are kept: a tuple of integers, a slice of them, a tensor with places for each example, or
+    a span's name.
+
+    Raises:
+        ValueError: none at all, or what is no integer.
+    """
+    if positions is None:
+        return None
+    wrong = ValueError(
+        f"positions of {hook} are {positions!r}: give an integer, several, a slice of integers, or an integer tensor "
+        "[n] or [n, places] with the places of each example, or the name of a span"
+    )
+    if isinstance(positions, Tensor):
+        if positions.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or positions.ndim not in (1, 2):
+            raise wrong
+        if not positions.numel():
+            raise wrong
+        return positions
+    if isinstance(positions, slice):
+        parts = (positions.start, positions.stop, positions.step)
+        if any(part is not None and not _whole(part) for part in parts):
+            raise wrong
+        return positions
+    if isinstance(positions, str) and positions:
+        return positions
+    several: Any = (positions,) if _whole(positions) else positions
+    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
+        raise wrong
+    several = tuple(several)
+    if not several or not all(_whole(part) for part in several):
+        raise wrong
+    return tuple(operator.index(part) for part in several)
+
+
+def _whole(part: Any) -> bool:
+    return hasattr(part, "__index__") and not isinstance(part, bool) and not isinstance(part, Tensor)
+
+
+_HELD: ContextVar[Bool[Tensor, "batch pos"] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def input_at(mask: Bool[Tensor, "batch pos"] | None) -> Iterator[None]:
+    """Say where the forward pass inside the context has input: units that are meant elsewhere are refused there."""
+    before = _HELD.set(mask)
+    try:
+        yield
+    finally:
+        _HELD.reset(before)
+
+
+def check_places(site: Site, activation: Float[Tensor, "..."]) -> None:
+    """Refuse an activation in which a position that the site names has no input, as :func:`input_at` says."""
+    held, where = _HELD.get(), site.positions
+    if held is None or where is None or activation.shape[:2] != held.shape:
+        return
+    if isinstance(where, Tensor) and len(where) != len(held):
+        return  # recorded whole, and read for some examples
+    site.check_input(held)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.checks import check_is_model
 from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
@@ -224,6 +225,7 @@ def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
 
 
 def _blocks(model: Any) -> list[tuple[int, Any]]:
+    check_is_model(model)
     if not hasattr(model, "blocks"):
         raise ValueError(
             f"{type(model).__name__} has no blocks; name its hook points yourself: "
@@ -239,13 +241,31 @@ def _sites(model: Any, kind: str, part: str, hook: str, weight: str | None) -> U
         module = getattr(block, part, None) if part else block
         if module is None or name not in model.hook_dict:
             continue
-        # Sizes come from the weights: a folded model's layers differ, and its cfg fits none of them.
-        size = 1 if weight is None else getattr(module, weight).shape[0]
+        # Sizes come from the layers: a folded model's differ, and its cfg fits none of them.
+        size = 1 if weight is None else _size(module, kind, weight, name)
         if size:
             sites.append(Site(kind=kind, layer=layer, hook=name, size=size))
     if not sites:
         raise ValueError(f"{type(model).__name__} has no hook point blocks.*.{hook}: it has no {kind} units")
     return Units(tuple(sites))
+
+
+def _size(module: Any, kind: str, weight: str, hook: str) -> int:
+    """How many units a layer has: the rows of its output weight or, where that is packed or elsewhere (quantised,
+    offloaded), what its output projection says that it takes in."""
+    try:
+        return getattr(module, weight).shape[0]
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        projection = getattr(module, "o" if kind == "head" else "out", None)
+        linear = getattr(projection, "original_component", projection)
+        inputs = getattr(linear, "in_features", getattr(linear, "nx", None))  # nx: transformers' Conv1D
+        if inputs is None:
+            what = type(getattr(module, "original_component", module)).__name__
+            raise ValueError(
+                f"{hook} has no {kind} units: its layer is a {what}, which has no one output weight (a mixture of "
+                "experts?): use heads(model), attentions(model) or mlps(model)"
+            ) from error
+        return inputs // module.config.d_head if kind == "head" else inputs
 
 
 def heads(model: Any) -> Units:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from tl_sparsify._internal.directory import directory
 from tl_sparsify._internal.files import read_tensors, write_tensors
-from tl_sparsify.core.intervene import first_tokens, streaming
+from tl_sparsify.core.first_token import first_tokens
+from tl_sparsify.core.intervene import streaming
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify.folding.rebuild import assign, build, describe, numbers
 from tl_sparsify.folding.stream_writes import describe_points, make_points

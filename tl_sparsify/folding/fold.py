@@ -90,6 +90,11 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
         ...     torch.allclose(small(test.tokens), model(test.tokens), atol=1e-4)
         True
     """
+    with torch.inference_mode(False):  # parameters made under it could never be differentiated
+        return _folded(model, reduction)
+
+
+def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
     _check_model(model)
     check_fingerprint(model, reduction)
     if reduction.first_token == "any" and not bool(reduction.circuit.mask.all()):

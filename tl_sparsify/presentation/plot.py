@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tl_sparsify._internal.files import write_bytes
-from tl_sparsify.abstraction.evidence import NOTHING, Evidence
+from tl_sparsify.abstraction.evidence import NOTHING, RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.presentation.diagrams import causal_graph, circuit, head_map, neuron_density, unit_map
 from tl_sparsify.search.path import CircuitPath
@@ -253,7 +253,9 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
     axes.set_xticks([x + 0.5 for x in place.values()], list(place), fontsize=9)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
-    axes.set_title("interchange accuracy (in brackets: where the answer should change)", fontsize=10)
+    axes.set_title(
+        "interchange accuracy (in brackets: where the answer should change; random units: how many)", fontsize=10
+    )
     return figure
 
 
@@ -377,5 +379,6 @@ def _cell(axes: Axes, row: Any, x: float, y: float, shades: Any) -> None:
     changed = float(row.accuracy_changed)
     text = "none retained" if np.isnan(value) else f"{value:.3f}"
     text += "" if np.isnan(changed) else f" ({changed:.3f})"
+    text += f", {row.units:g}" if row.intervention == RANDOM_UNITS and "units" in row._fields else ""
     ink = "white" if value > 0.65 else "0.1"
     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=ink)

@@ -6,7 +6,7 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-from tl_sparsify.abstraction.evidence import Evidence
+from tl_sparsify.abstraction.evidence import RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
 
 _SIZES = ("heads", "neurons", "parameters")
@@ -31,6 +31,7 @@ def evidence(found: Evidence) -> tuple[Table, str]:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in found.rows:
         cell = f"{row.accuracy:.3f} ({row.accuracy_changed:.3f})"
+        cell += f", {row.units:g} units" if row.intervention == RANDOM_UNITS else ""
         lines.setdefault((row.variable, row.intervention), {})[row.model] = cell
     for names, cells in lines.items():
         made.add_row(*map(escape, names), *(cells.get(model, "") for model in models))

@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tl_sparsify._internal.files import write_text
+from tl_sparsify.abstraction.evidence import RANDOM_UNITS
 from tl_sparsify.abstraction.verdicts import verdicts
 from tl_sparsify.presentation import plot, sentences
 from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, RunResults, missing, read_table
@@ -168,8 +169,9 @@ def _of_run(run: RunResults, folder: Path) -> list[str]:
             _table(_verdicts(run.evidence)),
             _figure(
                 plot.evidence(run.evidence),
-                "Interchange accuracy of the aligned units, beside controls. The whole residual stream is a ceiling "
-                "for one layer at the aligned positions, not a control that should fail.",
+                "Interchange accuracy of the aligned units, beside controls. The whole residual stream takes "
+                "all that is at the aligned positions along: no control that should fail, and no ceiling for one "
+                "variable of several.",
             ),
         ]
     body += [
@@ -231,11 +233,16 @@ def _verdicts(evidence: Frame) -> pd.DataFrame:
             "where it should change": _decimals(table.changed),
             "lower bound": _decimals(table.lower),
             "best control": [
-                f"{row.control_accuracy:.3f} ({row.control})" if row.control else "" for row in table.itertuples()
+                f"{row.control_accuracy:.3f} ({row.control}{_number(row)})" if row.control else ""
+                for row in table.itertuples()
             ],
             "verdict": ["accepted" if fine else "rejected" for fine in table.accepted],
         }
     )
+
+
+def _number(row: Any) -> str:
+    return f": {row.control_units:g}" if row.control == RANDOM_UNITS else ""
 
 
 def _decimals(column: Frame) -> list[str]:

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, output, unit_positions
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, output, unit_positions
 from tl_sparsify.core.intervene import intervened, recorded
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Moments
@@ -79,13 +80,16 @@ def neighbours(
         >>> tls.constants.neighbours(model, half, train)
         Reduction(Circuit(384 of 768 units: 384 neurons), neighbours values)
     """
-    check_model(model)
+    check_call(model, train, seed=seed, batch_size=batch_size)
     check_fingerprint(model, reduction)
+    check_count("draws", draws, least=None, most=MOST)
+    check_count("probes", probes, most=MOST)
+    check_temperature(temperature)
     if nearest is not None and nearest < 1:
         raise ValueError(f"nearest is {nearest}; a removed unit needs at least one neighbour")
     if draws < 1:
         raise ValueError(f"draws is {draws}; interventions are drawn at least once")
-    if not ridge > 0:
+    if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge is {ridge}; it must be positive")
     if weighting not in get_args(Weighting):
         raise ValueError(f"weighting is {weighting!r}; it is {' or '.join(get_args(Weighting))}")
@@ -210,7 +214,7 @@ def _rows(
     kept = reduction.units.split(reduction.circuit.mask)
     for draw in range(passes["draws"]):
         seed = passes["seed"] + draw
-        for index, batch in examples.batches(batch_size_for(model, examples, passes["batch_size"])):
+        for index, batch in batches_of(model, examples, passes["batch_size"]):
             with torch.no_grad():
                 drawn = drawn_interventions(passes["interventions"], model, reduction, examples, index, seed)
             here = reduction.for_examples(index, examples.spans).units

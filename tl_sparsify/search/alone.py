@@ -20,8 +20,9 @@ from torch import Tensor
 
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
-from tl_sparsify.core.intervene import first_tokens, recorded
+from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.probes import output_probes, pulled
 from tl_sparsify.core.site import Site

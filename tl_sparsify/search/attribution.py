@@ -13,25 +13,26 @@ steps, and a metric's drop nothing about outputs that the metric does not see.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, run_values
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, run_values
 from tl_sparsify.core.intervene import Intervention, intervened, narrows
 from tl_sparsify.core.memory import rows_for
-from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
+from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Unit, Units, select
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
@@ -102,6 +103,7 @@ def integrated(
         >>> tls.score.integrated(model, train, units, steps=3).absolute.top(0.25).names
         ('L0H0', 'L0H2', 'L1H1')
     """
+    check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated needs at least one")
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
@@ -113,7 +115,7 @@ def integrated(
 def exact(
     model: Model,
     examples: Examples,
-    units: Units,
+    units: Units | Sequence[Unit],
     *,
     values: Values | None = None,
     source: Source = "constant",
@@ -127,16 +129,20 @@ def exact(
     output in nats, or with ``metric`` its signed drop. With ``interventions`` both models are under them, as in
     :func:`tl_sparsify.search.score.risk`.
 
-    Arguments and errors as in :func:`gradient`. Several units share a forward pass, each with a copy of the batch:
-    ``batch_size`` is the number of rows of a pass, copies included (as many as fit where not given).
+    Arguments and errors as in :func:`gradient`; ``units`` may also be some single ones, ``[units["L1H3"], ...]``: then
+    only these are removed, and the score of the others at their hook points is NaN. Several units share a forward pass,
+    each with a copy of the batch: ``batch_size`` is the number of rows of a pass, copies included (as many as fit where
+    not given).
 
-    One forward pass over the data for each unit and one for the original; one more for the means or the other run. With
-    ``interventions`` one more for their means and one for each ``interchange``.
+    One forward pass over the data for each unit that is scored and one for the original; one more for the means or the
+    other run. With ``interventions`` one more for their means and one for each ``interchange``.
 
     Example:
         >>> tls.score.exact(model, train, units, values=means, progress=False).top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
     """
+    units, mask = (units, torch.ones(len(units))) if isinstance(units, Units) else _some(units)
+    wanted = mask.nonzero().flatten()
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
     batches = list(examples.batches(min(rows, len(examples))))
@@ -147,7 +153,7 @@ def exact(
     parts: list[Moments] = []
     for number, (index, batch) in enumerate(batches):
         together = max(1, rows // len(index))
-        firsts = range(0, len(units), together)
+        firsts = range(0, len(wanted), together)
         effects: list[Float[Tensor, "batch some"]] = []
         with torch.no_grad():
             values_here = replacement(index)
@@ -155,18 +161,30 @@ def exact(
             with intervened(model, *drawn):
                 original = answer_logits(model, batch)
             for first in bar(firsts, f"removing units one by one, batch {number + 1} of {len(batches)}", progress):
-                last = min(first + together, len(units))
-                copies = index.repeat(last - first)
+                some = wanted[first : first + together]
+                copies = index.repeat(len(some))
                 here = units.for_examples(copies, examples.spans)
                 again = (_copied(part, copies) for part in drawn)
-                with intervened(model, *again, _each_alone(here, values_here, first, last, len(index))):
+                with intervened(model, *again, _each_alone(here, values_here, some, len(index))):
                     removed = answer_logits(model, examples[copies])
-                drop = _drop(original.repeat(last - first, 1), removed, examples[copies], metric)
-                effects.append(drop.double().view(last - first, len(index)).T)
+                drop = _drop(original.repeat(len(some), 1), removed, examples[copies], metric)
+                effects.append(drop.double().view(len(some), len(index)).T)
         parts.append(Moments.of(torch.cat(effects, 1)))
     total = Moments.merge(parts)
     measured_in = "nats" if metric is None else "units of the metric"
-    return Scores(units, total.mean, total.stderr, "exact", measured_in, len(units) + 1 + passes, 0)
+    scores, stderr = (
+        torch.full((len(units),), float("nan"), dtype=part.dtype, device=part.device).index_copy(
+            0, wanted.to(part.device), part
+        )
+        for part in (total.mean, total.stderr)
+    )
+    return Scores(units, scores, stderr, "exact", measured_in, len(wanted) + 1 + passes, 0)
+
+
+def _some(chosen: Sequence[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
+    if not len(chosen) or not all(isinstance(unit, Unit) for unit in chosen):
+        raise ValueError(f'units is {chosen!r}; give Units, or at least one of them: [units["L1H3"], ...]')
+    return select(chosen)
 
 
 def _drop(
@@ -177,17 +195,7 @@ def _drop(
 ) -> Float[Tensor, "batch"]:
     if metric is None:
         return by_example(kl(original, removed), batch)
-    return by_example(metric_rows(metric, original, batch) - metric_rows(metric, removed, batch), batch)
-
-
-def metric_rows(metric: Metric, logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows"]:
-    found = metric(logits, batch)
-    if found.shape != logits.shape[:1]:
-        raise ValueError(
-            f"metric gave shape {tuple(found.shape)} for {len(logits)} rows of logits: "
-            "it must give one number for each labelled position"
-        )
-    return found
+    return by_example(measured_by(metric, original, batch) - measured_by(metric, removed, batch), batch)
 
 
 def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
@@ -198,15 +206,14 @@ def _copied(drawn: Intervention, copies: Int[Tensor, "rows"]) -> Intervention:
     return replace(drawn, units=here, keep=drawn.keep.repeat(times, 1), values=Values(here, tiled))
 
 
-def _each_alone(units: Units, values: Values, first: int, last: int, size: int) -> Intervention:
-    """In the first copy of the batch of ``size`` remove unit ``first`` alone, in the next copy the next unit, ..."""
-    touched = [i for i, part in enumerate(units.slices) if part.start < last and first < part.stop]
-    keep = torch.ones(last - first, units.slices[touched[-1]].stop - units.slices[touched[0]].start)
-    number = torch.arange(last - first)
-    keep[number, number + first - units.slices[touched[0]].start] = 0
+def _each_alone(units: Units, values: Values, some: Int[Tensor, "some"], size: int) -> Intervention:
+    """In the first copy of the batch of ``size`` remove the first of ``some`` alone, in the next copy the next, ..."""
+    touched = [i for i, part in enumerate(units.slices) if bool(((some >= part.start) & (some < part.stop)).any())]
+    column = torch.cat([torch.arange(units.slices[i].start, units.slices[i].stop) for i in touched])
+    keep = (some[:, None] != column).to(torch.get_default_dtype())
     chosen = Units(tuple(units.sites[i] for i in touched))
     tensors = [values.tensors[i] for i in touched]
-    tiled = tuple(v if v.ndim == 2 else v.repeat(last - first, 1, 1, 1) for v in tensors)
+    tiled = tuple(v if v.ndim == 2 else v.repeat(len(some), 1, 1, 1) for v in tensors)
     return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled), first_token="bos")
 
 
@@ -220,7 +227,7 @@ def _replacement(
     batch_size: int | None,
 ) -> tuple[Callable[[Int[Tensor, "batch"]], Values], int]:
     """What replaces the units of the examples with an index, and the forward passes over the data that it takes."""
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; it is {', '.join(_SOURCES[:-1])} or {_SOURCES[-1]}")
     if source == "constant":
@@ -233,7 +240,9 @@ def _replacement(
     if values is not None:
         raise ValueError(f"values are given, and source is {source!r}: give one of them")
     paired = InterventionDistribution.interchange(1.0, source)
-    return lambda index: run_values(model, source_batch(paired, examples, index, seed), units), 1
+    return lambda index: run_values(
+        model, source_batch(paired, examples, index, seed), units.for_examples(index, examples.spans)
+    ), 1
 
 
 def _line(
@@ -248,7 +257,7 @@ def _line(
     """The moments over examples of ``d metric / d keep``, averaged over the points at which ``keep`` has these levels
     for all units."""
     parts: list[Moments] = []
-    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+    for index, batch in batches_of(model, examples, batch_size):
         here = units.for_examples(index, examples.spans)
         values = Values(here, replacement(index).tensors)
         slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
@@ -266,4 +275,4 @@ def _slopes(
     with frozen(model), torch.enable_grad():
         with intervened(model, Intervention(units, keep, values, first_token="bos")):
             logits = answer_logits(model, batch)
-        return torch.autograd.grad(by_example(metric_rows(metric, logits, batch), batch).sum(), keep)[0]
+        return torch.autograd.grad(by_example(measured_by(metric, logits, batch), batch).sum(), keep)[0]

@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, frozen, unit_positions
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call, check_examples, frozen, unit_positions
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric
@@ -55,7 +56,7 @@ class _Bank:
     alive: Bool[Tensor, "units"]
 
     def costs(self) -> Float[Tensor, "units"]:
-        """What each unit costs next (nats); infinite for one that is gone or always_keep."""
+        """What each unit costs next (nats); infinite for one that is gone or always kept."""
         cost = self.alone
         if cost is None:
             # 1 / P[u, u] is the variance of u that the units left cannot explain: the error of the affine replacement.
@@ -107,21 +108,26 @@ def sparsify_affine(
 
     Returns:
         A path; ``round.reduction`` holds the fitted maps, ``path.at`` gives circuits with constants (fit neighbours
-        anew for a size between rounds). ``predicted`` is what the rounds' removals sum to.
+        anew for a size between rounds). ``predicted`` is what the rounds' removals sum to, at temperature 1 and on the
+        examples that ``measured`` is taken on.
 
     Cost in passes over the data: per round three forward and twice ``probes`` backward on ``train`` (two forward more
-    for each ``interchange``) and two forward on ``held_out``; one forward for the means. ``O(size**2)`` memory and
-    ``O(size**3)`` operations for each hook point.
+    for each ``interchange``), three forward and ``probes`` backward on ``held_out``; one forward for the means.
+    ``O(size**2)`` memory and ``O(size**3)`` operations for each hook point.
 
     Raises:
         ValueError: a model in training mode, sizes that are not falling fractions, units to be kept always that are
-            more than the smallest size keeps.
+            others or more than the smallest size keeps.
 
     Example:
         >>> tls.sparsify_affine(model, train, tls.neurons(model), sizes=(0.5, 0.2), progress=False)
         CircuitPath(2 rounds, 768 to 154 units, risk at the end ... nats (n=64))
     """
-    check_model(model)
+    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_examples(train if held_out is None else held_out, "held_out")
+    check_count("probes", probes, most=MOST)
+    check_temperature(temperature)
+    check_positive("ridge", ridge)
     if not sizes or list(sizes) != sorted(sizes, reverse=True):
         raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
     if always_keep is not None and always_keep.units != units:
@@ -131,14 +137,16 @@ def sparsify_affine(
     constant = reduced(model, Circuit.full(units), mean(model, train, units, batch_size=batch_size))
     current, judged = constant, train if held_out is None else held_out
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+    plain = settings | {"temperature": 1.0}
     order: list[Int[Tensor, "picked"]] = []
     rounds: list[Round] = []
     total = 0.0
     for size in bar(list(sizes), "removing units", progress):
         count = len(current.circuit) - kept_count(len(units), size)
         banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
-        picks, cost = _removed(banks, units, count)
-        total += cost
+        picks = _removed(banks, units, count)
+        banks = _banks(model, judged, current, always_keep, interventions, ridge, batch_size, plain)
+        total += _cost(banks, units, picks)
         mask = current.circuit.mask.index_fill(0, picks, False)
         constant = constant.with_circuit(Circuit(units, mask))
         fit = settings | {"ridge": ridge, "interventions": interventions, "batch_size": batch_size}
@@ -147,28 +155,37 @@ def sparsify_affine(
             model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
         )
         order.append(picks)
-        rounds.append(Round(current, Estimate(total, float("nan"), len(train), measured.unit), measured, 0.0))
+        rounds.append(Round(current, Estimate(total, float("nan"), len(judged), measured.unit), measured, 0.0))
     banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
-    rest, _ = _removed(banks, units, sum(int(bank.alive.sum()) for bank in banks))
+    rest = _removed(banks, units, sum(int(bank.alive.sum()) for bank in banks))
     order.append(rest)
     left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)
     return CircuitPath(units, torch.cat([*order, left.nonzero().flatten()]), tuple(rounds), values=constant.values)
 
 
-def _removed(banks: list[_Bank], units: Units, count: int) -> tuple[Int[Tensor, "count"], float]:
-    """The next ``count`` units, cheapest first over all hook points, and what they cost together."""
+def _removed(banks: list[_Bank], units: Units, count: int) -> Int[Tensor, "count"]:
+    """The next ``count`` units, cheapest first over all hook points."""
     costs = [bank.costs() for bank in banks]
     picks: list[int] = []
-    total = 0.0
     for _ in range(count):
         lowest = [float(cost.min()) for cost in costs]
         site = min(range(len(banks)), key=lowest.__getitem__)
         unit = int(costs[site].argmin())
-        total += lowest[site]
         banks[site].remove(unit)
         costs[site] = banks[site].costs()
         picks.append(units.offsets[site] + unit)
-    return torch.tensor(picks, dtype=torch.long), total
+    return torch.tensor(picks, dtype=torch.long)
+
+
+def _cost(banks: list[_Bank], units: Units, picks: Int[Tensor, "count"]) -> float:
+    """What it costs to remove these units one after the other (nats where the probes are at temperature 1)."""
+    total = 0.0
+    for pick in picks.tolist():
+        site = next(i for i, part in enumerate(units.slices) if pick < part.stop)
+        unit = pick - units.offsets[site]
+        total += float(banks[site].costs()[unit])
+        banks[site].remove(unit)
+    return total
 
 
 def _banks(
@@ -189,7 +206,7 @@ def _banks(
     ]
     readers, squares = [z.clone() for z in zeros], [z.clone() for z in zeros]
     sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], [0.0 for _ in zeros]
-    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+    for index, batch in batches_of(model, examples, batch_size):
         here = current.for_examples(index, examples.spans)
         with torch.no_grad(), intervened(model, ablate(here)):
             drawn = drawn_interventions(interventions, model, current, examples, index, settings["seed"])

@@ -14,18 +14,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
-    answer_index,
     answer_logits,
     batch_size_for,
+    batches_of,
+    check_call,
+    check_examples,
     check_model,
     fitting,
     frozen,
@@ -34,7 +37,7 @@ from tl_sparsify.core.forward import (
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import computed, remembered, remembering, risk
-from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.probes import output_probes, pulled
 from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
@@ -64,11 +67,12 @@ def unit_moments(
 def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
     totals: list[Moments] | None = None
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size):
-            with recorded(model, units) as recording:
+        for index, batch in batches_of(model, examples, batch_size):
+            here = units.for_examples(index, examples.spans)
+            with recorded(model, here) as recording:
                 output(model, batch)
             parts: list[Moments] = []
-            for site, v in zip(units.for_examples(index, examples.spans).sites, recording.read(), strict=True):
+            for site, v in zip(here.sites, recording.read(), strict=True):
                 if not bool(torch.isfinite(v).all()):
                     raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
                 parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
@@ -162,8 +166,11 @@ def refit(
         >>> tls.risk(model, fitted, train).mean < tls.risk(model, reduction, train).mean
         True
     """
-    check_model(model)
+    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_examples(validation, "validation")
     check_fingerprint(model, reduction)
+    check_count("steps", steps, least=None, most=MOST)
+    check_positive("learning_rate", learning_rate)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
     if per_step is not None and per_step < 1:
@@ -281,7 +288,7 @@ def curvature_weighted(
     square: list[Tensor] = []
     weighted: list[Tensor] = []
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+    for values, gradients, _ in _gradients(model, examples, units, batch_size, settings):
         g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
         v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
         outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
@@ -331,23 +338,18 @@ def newton(
         ...     tls.constants.newton(model, train, units, probes=1)
         Values(constant for Units(12: 12 heads))
     """
-    if damping < 0:
-        raise ValueError(f"damping is {damping}; it must not be negative")
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping is {damping}; it must not be negative, and finite")
     totals: list[list[Tensor]] = []
     settings = {"probes": probes, "temperature": 1.0, "metric": None, "seed": seed, "labels": True}
-    for values, gradients in _gradients(model, examples, units, batch_size, settings):
+    for values, gradients, where in _gradients(model, examples, units, batch_size, settings):
         for site, value in enumerate(values):
             v = value.double()
             h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
-            low, high = v.flatten(0, 1).amin(0), v.flatten(0, 1).amax(0)
-            new = [
-                (h * v).sum((0, 1)),
-                gradients[-1][site].double().sum((0, 1)),
-                h.sum((0, 1)),
-                h.amax((0, 1)),
-                low,
-                high,
-            ]
+            seen = v[where[site]]
+            low, high = seen.amin(0), seen.amax(0)
+            slope = gradients[-1][site].double().sum((0, 1))
+            new = [(h * v).sum((0, 1)), slope, h.sum((0, 1)), h.amax((0, 1)), low, high]
             if site == len(totals):
                 totals.append(new)
                 continue
@@ -373,18 +375,20 @@ def newton(
 
 def _gradients(
     model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
-) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]]:
-    """For each batch the units' values per site, and for each probe (with ``labels`` at last for the cross-entropy) the
-    gradients per site; zero at positions where a unit is not meant."""
-    check_model(model)
+) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]], list[Bool[Tensor, "batch pos"]]]]:
+    """For each batch the units' values per site, for each probe (with ``labels`` at last for the cross-entropy) the
+    gradients per site, zero at positions where a unit is not meant, and per site the positions that hold input."""
+    check_call(model, examples, seed=settings["seed"], batch_size=batch_size)
+    check_count("probes", settings["probes"], most=MOST)
+    check_temperature(settings["temperature"])
     labels = settings.pop("labels", False)
-    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+    for index, batch in batches_of(model, examples, batch_size):
         here = units.for_examples(index, examples.spans)
         with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
             logits = answer_logits(model, batch)
             vectors = output_probes(logits.detach(), batch, index, **settings)
             if labels:
-                vectors = [*vectors, _cross_entropy_slope(logits.detach(), batch)]
+                vectors = [*vectors, cross_entropy_slope(logits.detach(), batch)]
             masks = [site.position_mask(*v.shape[:2]) for site, v in zip(here.sites, recording.read(), strict=True)]
             found = [
                 tuple(
@@ -392,9 +396,5 @@ def _gradients(
                 )
                 for part in pulled(recording, logits, vectors)
             ]
-        yield tuple(v.detach() for v in recording.read()), found
-
-
-def _cross_entropy_slope(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "rows choices"]:
-    right = answer_index(batch).to(logits.device)[:, None]
-    return logits.softmax(1).scatter_add(1, right, -torch.ones_like(logits[:, :1]))
+        values = tuple(v.detach() for v in recording.read())
+        yield values, found, [unit_positions(model, batch, s, v) for s, v in zip(here.sites, values, strict=True)]

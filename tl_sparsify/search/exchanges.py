@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model
+from tl_sparsify.core.forward import answer_logits, batches_of, check_call
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.probes import samples
@@ -59,7 +60,10 @@ def polish(
         >>> len(better.circuit), tls.risk(model, better, train).mean <= tls.risk(model, reduction, train).mean
         (6, True)
     """
-    check_model(model)
+    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_count("passes", passes, least=None)
+    check_count("probes", probes, most=MOST)
+    check_temperature(temperature)
     check_fingerprint(model, reduction)
     if passes < 20:
         raise ValueError(f"passes is {passes}; polishing needs at least 20")
@@ -118,7 +122,7 @@ def _risks(
     """The measured risk of each circuit. One forward pass, and one for each circuit."""
     total = torch.zeros(len(circuits), dtype=torch.float64)
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             original = answer_logits(model, batch)
             for number, circuit in enumerate(circuits):
                 with intervened(model, ablate(reduction.with_circuit(circuit).for_examples(index, examples.spans))):

@@ -26,10 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batch_size_for, fitting, output, unit_positions
+from tl_sparsify.core.forward import batches_of, check_call, fitting, output, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
@@ -86,6 +87,9 @@ def risk(
         >>> scores.measured_in, scores.top(0.25).names
         ('3^2 nats', ('L0H2', 'L1H0', 'L1H1'))
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_count("probes", probes, least=None, most=MOST)
+    check_temperature(temperature)
     settings: dict[str, Any] = {"probes": probes, "temperature": temperature, "metric": metric}
     unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
     forward = 1
@@ -124,6 +128,7 @@ def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, b
         >>> tls.score.variance(model, train, units).top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     same = tuple(torch.ones(site.size, dtype=torch.float64) for site in units.sites)
     scores, stderr = _spread(model, examples, units, same, batch_size)
     return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
@@ -161,6 +166,7 @@ def scaled_variance(
         >>> tls.score.scaled_variance(model, train, units).top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
     readers = readers or {}
     hooks = {site.hook for site in units.sites}
     for hook in readers:
@@ -199,6 +205,8 @@ def additivity(
         >>> tls.score.additivity(model, train, reduction).mean < 0.5  # these heads nearly add up
         True
     """
+    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_count("probes", probes, least=None, most=MOST)
     check_fingerprint(model, reduction)
     if reduction.mixing is not None:
         raise ValueError("reduction has affine replacements: additivity is that of units set to constants")
@@ -231,7 +239,7 @@ def _spread(
     means = [part.mean for part in unit_moments(model, examples, units, batch_size=batch_size)]
     sums = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
     with torch.no_grad():
-        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+        for index, batch in batches_of(model, examples, batch_size):
             here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)

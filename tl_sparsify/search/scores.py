@@ -94,7 +94,7 @@ class Scores:
         )
 
     def __repr__(self) -> str:
-        best = self.units[int(self.order[-1])].name
+        best = self.units[int(self.scores.where(~self.scores.isnan(), float("-inf")).argmax())].name
         return f"Scores({self.name}, {self.measured_in}: {len(self.units):,} units, largest {best})"
 
 

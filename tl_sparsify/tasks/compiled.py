@@ -28,7 +28,7 @@ from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for
+from tl_sparsify.core.forward import answer_logits, batches_of
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import by_example, kl
 from tl_sparsify.core.site import Site
@@ -312,5 +312,5 @@ def _worst(
 
 def _logits(model: Any, examples: Examples, *interventions: Any) -> Float[Tensor, "rows choices"]:
     with torch.no_grad(), intervened(model, *interventions):
-        batches = examples.batches(batch_size_for(model, examples, None))
+        batches = batches_of(model, examples, None)
         return torch.cat([answer_logits(model, batch) for _, batch in batches])

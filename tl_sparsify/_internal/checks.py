@@ -1,0 +1,72 @@
+"""Checks of numbers that a caller gives: what is no number, or one that no call would come back from, is named."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+
+MOST = 10**6
+"""More steps, rounds or draws than this are taken for a mistake: they would take years."""
+
+
+def check_count(name: str, value: Any, *, least: int | None = 1, most: int | None = None) -> int:
+    """The value, where it is a whole number within the bounds that are given.
+
+    Raises:
+        ValueError: anything else, with the argument's name.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        number = None
+    if number is None:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {number}; more than {most:,} would never end")
+    return number
+
+
+def check_positive(name: str, value: Any, *, least: float = 0.0, most: float = math.inf) -> float:
+    """The value, where it is a positive finite number between two bounds.
+
+    Raises:
+        ValueError: anything else, with the argument's name.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name} is {value}; it must be positive and finite")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}; it must lie between {least:g} and {most:g}")
+    return float(value)
+
+
+def check_temperature(value: Any) -> float:
+    """A temperature of probes: beyond these bounds they are all zero, or infinite.
+
+    Raises:
+        ValueError: a temperature that is no number from 0.001 to 1,000.
+    """
+    return check_positive("temperature", value, least=1e-3, most=1e3)
+
+
+def check_is_model(model: Any) -> None:
+    """Refuse what has no hook points.
+
+    Raises:
+        ValueError: anything but a bridge or a ``HookedRootModule``, with how to get one.
+    """
+    if isinstance(model, torch.nn.Module) and hasattr(model, "hooks"):
+        return
+    what = f"the text {model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
+    get = "TransformerBridge.boot_transformers(name)"
+    if callable(getattr(model, "model", None)):
+        get = "task.model()"
+    elif isinstance(model, torch.nn.Module):
+        get = "a bridge around it, TransformerBridge.boot_transformers(name, hf_model=model)"
+    raise ValueError(f"model is {what}, which has no hook points: give a TransformerLens model, {get}")
