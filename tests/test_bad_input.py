@@ -17,6 +17,7 @@ from torch import nn
 import tl_sparsify as tls
 from tl_sparsify import Circuit, Examples, baselines, constants, curvature, fold, score
 from tl_sparsify._internal import random as _random
+from tl_sparsify.core.distributions import check_pairs
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.metrics import log_odds
 
@@ -199,9 +200,9 @@ def test_labels_of_another_whole_type_are_taken():
 
 def test_partners_of_other_length_are_refused():
     data = Examples(TOKENS, LABELS, torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]))
-    assert data.with_partners(torch.tensor([0, 2, 1])).counterfactual_tokens is not None
-    with pytest.raises(ValueError, match="partner of example 0 is number 1, which has input at other positions"):
-        data.with_partners(torch.tensor([1, 0, 2]))
+    check_pairs(data.with_partners(torch.tensor([0, 2, 1])))
+    with pytest.raises(ValueError, match=r"counterfactual_tokens of 2 examples have another length.*rows 0, 1"):
+        check_pairs(data.with_partners(torch.tensor([1, 0, 2])))
 
 
 @pytest.mark.parametrize("mask", [torch.ones(14, dtype=torch.long), torch.ones(14), [True] * 14])

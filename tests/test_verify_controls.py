@@ -16,6 +16,7 @@ from helpers.equality import (
     drawn,
     named,
     pairs_of,
+    removal,
 )
 from helpers.verification import (
     PARITY,
