@@ -22,7 +22,8 @@ ORDER = {
     "beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
     "benchmark",
-    "formats": "rows answers columns spans checks assembly records mib",
+    "formats": "rows answers columns spans checks assembly records mib_names mib_files "
+    "mib_graph mib_scores mib_tasks mib importers",
     "presentation": "results sentences diagrams plot printed report",
     "": "__init__ plan run cli __main__",
 }

@@ -62,7 +62,7 @@ _PUBLIC = {
     "tl_sparsify.folding.bridge": ("load_folded", "save_folded"),
     "tl_sparsify.folding.export": ("export_hf",),
     "tl_sparsify.folding.fold": ("fold",),
-    "tl_sparsify.formats": ("mib",),
+    "tl_sparsify.formats": ("importers", "mib"),
     "tl_sparsify.formats.records": ("LoadedExamples", "load_examples"),
     "tl_sparsify.presentation": ("plot", "report"),
     "tl_sparsify.search": ("constants", "curvature", "score"),

@@ -47,6 +47,7 @@ from tl_sparsify.folding.bridge import load_folded as load_folded
 from tl_sparsify.folding.bridge import save_folded as save_folded
 from tl_sparsify.folding.export import export_hf as export_hf
 from tl_sparsify.folding.fold import fold as fold
+from tl_sparsify.formats import importers as importers
 from tl_sparsify.formats import mib as mib
 from tl_sparsify.formats.records import LoadedExamples as LoadedExamples
 from tl_sparsify.formats.records import load_examples as load_examples

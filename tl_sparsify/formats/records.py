@@ -14,7 +14,7 @@ from tl_sparsify.formats import checks
 from tl_sparsify.formats.answers import Problem
 from tl_sparsify.formats.assembly import Usable, assembled
 from tl_sparsify.formats.columns import AUTO, listed_choices, named_columns, table
-from tl_sparsify.formats.rows import read_rows
+from tl_sparsify.formats.rows import read_rows, value
 from tl_sparsify.formats.spans import Span, token_spans
 
 
@@ -65,6 +65,7 @@ def load_examples(
     answer_tokens: Literal["one", "several"] = "one",
     spans: str | Mapping[str, str] | None = None,
     pairs: Literal["equal", "any"] = "equal",
+    left_out: str | None = None,
     unusable: Literal["refuse", "drop"] = "refuse",
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
@@ -99,6 +100,7 @@ def load_examples(
             that it touches are found by the tokenizer; the counterfactual's are the same.
         pairs: ``any`` keeps counterfactual prompts of another length, for what only runs them; where a position takes
             its value from them, such rows are refused by number.
+        left_out: a column that says why a row is not wanted, empty where it is.
         unusable: what is done with rows that cannot be used: ``refuse`` them all in one error, or ``drop`` them.
         prepend_bos, padding_side, max_length: as in :meth:`Examples.from_prompts`.
         limit: at most so many rows are read.
@@ -138,6 +140,9 @@ def load_examples(
     vocabulary = int(getattr(getattr(tokenizer_or_model, "cfg", None), "d_vocab", 0) or len(tokenizer))
 
     problems = checks.prompt_problems(tokenizer_or_model, tokenizer, said, pairs == "any", settings)
+    if left_out is not None:
+        reasons = {i: value(row, left_out) for i, row in enumerate(rows)}
+        problems |= {i: Problem("left out", str(why)) for i, why in reasons.items() if why is not None}
     fine = [i for i in range(len(rows)) if i not in problems]
     prompts = [said.prompts[i] for i in fine]
     options = None

@@ -1,0 +1,208 @@
+"""Standing in the Mechanistic Interpretability Benchmark: its areas, and the folder of circuits that it takes.
+
+With ``f`` the faithfulness of the circuit at each size, ``(m(C) - m(0)) / (m(M) - m(0))`` for the difference of the
+logits of right and wrong answer, and ``x`` the edges in it over all edges,
+
+    CPR = area under f, for circuits by signed scores,      CMD = area under |1 - f|, for circuits by absolute scores,
+
+by the trapezoidal rule. What is not in a circuit takes its value of the counterfactual's run, and ``m(0)`` is measured
+there: nothing of the example itself is left, not even its embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_sparsify._internal.directory import directory
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import InterventionDistribution, source_batch
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
+from tl_sparsify.core.intervene import Intervention, intervened
+from tl_sparsify.core.metrics import Metric, by_example, mean_difference
+from tl_sparsify.core.units import heads, mlps
+from tl_sparsify.formats.mib_graph import Graph, graph
+from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.scores import Scores
+
+PERCENTAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The benchmark's sizes; the last is the whole model, for which nobody sends a circuit."""
+MODELS = ("gpt2", "qwen2.5", "gemma2", "llama3", "interpbench")
+TASKS = ("ioi", "mcqa", "arithmetic_addition", "arithmetic_subtraction", "arc_easy", "arc_challenge")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How circuits of the benchmark's sizes do by its own rule.
+
+    Attributes:
+        edges: how many edges each circuit has, rising; the last is the whole model.
+        faithfulness: of each.
+        area: under it, over the share of edges.
+        area_from_1: under its distance from 1.
+
+    Example:
+        >>> tls.mib.Standing((5, 10), (0.5, 1.0), *tls.mib.areas([5, 10], [0.5, 1.0]))
+        Standing(edges=(5, 10), faithfulness=(0.5, 1.0), area=0.375, area_from_1=0.125)
+    """
+
+    edges: tuple[int, ...]
+    faithfulness: tuple[float, ...]
+    area: float
+    area_from_1: float
+
+
+def areas(edges: Sequence[float | int], faithfulness: Sequence[float | int]) -> tuple[float, float]:
+    """CPR and CMD: the areas under ``f`` and under ``|1 - f|`` over the share of edges, from the smallest circuit to
+    the last, which counts as the whole.
+
+    Raises:
+        ValueError: lists of other lengths, of less than two sizes, or numbers of edges that do not rise.
+
+    Example:
+        >>> tls.mib.areas([5, 10], [0.5, 1.0])
+        (0.375, 0.125)
+    """
+    if len(edges) != len(faithfulness) or len(edges) < 2:
+        raise ValueError(
+            f"edges has {len(edges)} entries, faithfulness {len(faithfulness)}: give as many, at least two"
+        )
+    if any(b < a for a, b in pairwise(edges)) or edges[-1] <= 0:
+        raise ValueError(f"edges are {list(edges)}: they must rise")
+    x = torch.tensor(edges, dtype=torch.float64) / edges[-1]
+    f = torch.tensor(faithfulness, dtype=torch.float64)
+    return float(torch.trapezoid(f, x)), float(torch.trapezoid((1 - f).abs(), x))
+
+
+def circuits(model: Any, source: Scores | CircuitPath, sizes: Sequence[float] = PERCENTAGES[:-1]) -> list[Graph]:
+    """The largest circuit of heads and MLPs with at most each share of the model's edges, in the order of the scores or
+    of the path. No model pass.
+
+    Raises:
+        ValueError: units that the benchmark does not have, a size outside (0, 1].
+
+    Example:
+        >>> tls.mib.circuits(model, scores, sizes=[0.1, 0.5])
+        [Graph(6 of 17 nodes, 19 of 262 edges), Graph(12 of 17 nodes, 114 of 262 edges)]
+    """
+    scores = source if isinstance(source, Scores) else _as_scores(source)
+    whole = graph(model, Circuit.full(scores.units), scores)
+    order = scores.order.flip(0)
+    least = int(_of(model, scores, order[:0]).kept_edges.sum())
+    found: list[Graph] = []
+    for size in sizes:
+        if not 0 < size <= 1:
+            raise ValueError(f"size is {size}; it lies in (0, 1]")
+        if least > size * len(whole.kept_edges) and least > 1:
+            raise ValueError(
+                f"size {size} is {int(size * len(whole.kept_edges)):,} edges, and units that are not among "
+                f"{scores.units!r} have {least:,}: score heads(model) + mlps(model)"
+            )
+        low, high = 0, len(scores.units)
+        while low < high:  # the most units whose edges are not too many
+            middle = (low + high + 1) // 2
+            fits = int(_of(model, scores, order[:middle]).kept_edges.sum()) <= size * len(whole.kept_edges)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        found.append(_of(model, scores, order[:low]))
+    return found
+
+
+def submission(
+    folder: str | Path,
+    model: Any,
+    source: Scores | CircuitPath,
+    *,
+    task: str,
+    name: str,
+    suffix: str = ".json",
+) -> Path:
+    """Write what the benchmark's leaderboard takes for one task and model: a folder ``task_name`` in ``folder`` with
+    the circuits of its nine sizes (:func:`circuits`). Complete, or not at all. No model pass.
+
+    Args:
+        task: one of :data:`TASKS`.
+        name: the benchmark's name of the model, one of :data:`MODELS`.
+        suffix: ``.json``, or ``.pt`` for tensors.
+
+    Raises:
+        ValueError: another task or model, units that the benchmark does not have.
+
+    Example:
+        >>> found = tls.score.risk(model, train, tls.heads(model) + tls.mlps(model), probes=1)
+        >>> folder = tls.mib.submission("circuits", model, found, task="ioi", name="gpt2")
+        >>> len(sorted(folder.glob("*.json"))), folder.name
+        (9, 'ioi_gpt2')
+    """
+    for argument, value, known in [("task", task, TASKS), ("name", name, MODELS), ("suffix", suffix, (".json", ".pt"))]:
+        if value not in known:
+            raise ValueError(f"{argument} is {value!r}; the benchmark knows {', '.join(known)}")
+    target = Path(folder) / f"{task}_{name}"
+    sizes = PERCENTAGES[:-1]
+    with directory(target, f"{sizes[-1]}{suffix}", "submission") as beside:
+        for size, part in zip(sizes, circuits(model, source, sizes), strict=True):
+            part.save(beside / f"{size}{suffix}")
+    return target
+
+
+def standing(
+    model: Any,
+    source: Scores | CircuitPath,
+    examples: Examples,
+    *,
+    metric: Metric = mean_difference,
+    batch_size: int | None = None,
+) -> Standing:
+    """The areas of :func:`circuits` of all sizes, measured as the benchmark does. For CPR give signed scores, for CMD
+    ``scores.absolute``.
+
+    One forward pass for the model, one for each size, and one for the counterfactuals in each of these.
+
+    Raises:
+        ValueError: examples without counterfactual inputs and wrong answers; units that the benchmark does not have.
+
+    Example:
+        >>> found = tls.score.risk(model, train, tls.heads(model) + tls.mlps(model), probes=1)
+        >>> tls.mib.standing(model, found, test).edges[-1]
+        262
+    """
+    check_model(model)
+    found = circuits(model, source)
+    units = heads(model) + mlps(model)
+    masks = [part.circuit(model).mask for part in found]
+    other = InterventionDistribution.interchange(1.0, "counterfactual")
+    totals = torch.zeros(2 + len(masks), dtype=torch.float64)
+    with torch.no_grad():
+        for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+            far = source_batch(other, examples, index, 0)
+            values = run_values(model, far, units)
+            runs = [answer_logits(model, batch), answer_logits(model, far)]
+            for mask in masks:
+                with intervened(model, Intervention(units, mask.float(), values)):
+                    runs.append(answer_logits(model, batch))
+            totals += torch.stack([by_example(metric(logits, batch), batch).double().sum().cpu() for logits in runs])
+    full, empty, *some = (totals / len(examples)).tolist()
+    if full == empty:
+        raise ValueError(
+            "the model does no better on the examples than on their counterfactuals: nothing to be faithful to"
+        )
+    edges = [int(part.kept_edges.sum()) for part in found] + [len(found[0].kept_edges)]
+    faithfulness = [(m - empty) / (full - empty) for m in some] + [1.0]
+    return Standing(tuple(edges), tuple(faithfulness), *areas(edges, faithfulness))
+
+
+def _of(model: Any, scores: Scores, kept: torch.Tensor) -> Graph:
+    mask = torch.zeros(len(scores.units), dtype=torch.bool)
+    mask[kept] = True
+    return graph(model, Circuit(scores.units, mask), scores)
+
+
+def _as_scores(path: CircuitPath) -> Scores:
+    """The order in which units leave, as scores."""
+    places = path.scores.double()
+    return Scores(path.units, places, torch.full_like(places, float("nan")), "path", "places", 0, 0)
