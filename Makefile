@@ -38,7 +38,7 @@ test: $(READY) real
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -rs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

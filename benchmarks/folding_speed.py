@@ -19,22 +19,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from score_speed import gpt2_small
 from shared import parser, write
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.tables import table_of
 
 FRACTIONS = (0.5, 0.1, 0.05)
 DEMANDED = {0.5: 0.7, 0.1: 0.7, 0.05: 0.6}
-
-
-def gpt2_small() -> Any:
-    """A bridge of GPT-2 small's shape with random weights."""
-    config = GPT2Config()
-    config._attn_implementation = "eager"
-    return build_bridge_from_module(GPT2LMHeadModel(config).eval(), "GPT2LMHeadModel", hf_config=config)
 
 
 def reduction(model: Any, fraction: float, seed: int = 0) -> tls.Reduction:

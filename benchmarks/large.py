@@ -10,23 +10,18 @@ Writes ``benchmarks/results/large.csv`` and ``large.md``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from score_speed import bare, gpt2_small, prompts
+from shared import in_processes, write
 
 import tl_sparsify as tls
-from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.tables import table_of
 
-RESULTS = Path(__file__).parent / "results"
 MANY = 6  # times the prompts: 192
 
 
@@ -81,32 +76,13 @@ def markdown(frame: pd.DataFrame) -> str:
     many, twice = added["score.risk, many prompts"], added["score.risk, twice as many"]
     rows.append(("GiB beyond the model, many prompts", many / 1024, "at most 2"))
     rows.append(("twice as many / many prompts, added memory", twice / many, "at most 1.05"))
-    lines = ["| ratio | measured | goal |", "|---|---|---|"]
-    lines += [f"| {name} | {ratio:.2f} | {goal} |" for name, ratio, goal in rows]
-    return "\n".join(lines) + "\n"
+    return table_of(["ratio", "measured", "goal"], [[name, f"{ratio:.2f}", goal] for name, ratio, goal in rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("repeats", 3), ("prompts", 32), ("pos", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--step", help="measure one step only, here, and print it as json")
-    arguments = parser.parse_args()
-    shape = (arguments.repeats, arguments.prompts, arguments.pos)
-    if arguments.step:
-        print(json.dumps(measured(arguments.step, *shape)))
-        return
-    rows = []
-    for name in NAMES:
-        options = [f"--{key}={value}" for key, value in zip(("repeats", "prompts", "pos"), shape, strict=True)]
-        command = [sys.executable, __file__, *options, "--step", name]
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append({"step": name} | json.loads(found.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    frame = pd.DataFrame(rows)
-    write_text(RESULTS / "large.csv", frame.to_csv(index=False))
-    write_text(RESULTS / "large.md", markdown(frame))
-    print(markdown(frame))
+    frame = in_processes(__doc__, __file__, NAMES, measured)
+    if frame is not None:
+        write("large", frame, {"large": markdown})
 
 
 if __name__ == "__main__":

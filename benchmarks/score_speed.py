@@ -10,17 +10,14 @@ median of the repeats, and only ratios of one run are compared. Writes ``benchma
 
 from __future__ import annotations
 
-import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 import torch
-from shared import parser, write
+from shared import in_processes, write
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -122,23 +119,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    for name, default in (("repeats", 3), ("prompts", 32), ("pos", 20)):
-        options.add_argument(f"--{name}", type=int, default=default)
-    options.add_argument("--step", help="measure one step only, here, and print it as json")
-    arguments = options.parse_args()
-    shape = (arguments.repeats, arguments.prompts, arguments.pos)
-    if arguments.step:
-        print(json.dumps(measured(arguments.step, *shape)))
-        return
-    rows = []
-    for name in NAMES:
-        given = [f"--{key}={value}" for key, value in zip(("repeats", "prompts", "pos"), shape, strict=True)]
-        command = [sys.executable, __file__, *given, "--step", name]
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append({"step": name} | json.loads(found.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    write("score_speed", pd.DataFrame(rows), {"score_speed": markdown})
+    frame = in_processes(__doc__, __file__, NAMES, measured)
+    if frame is not None:
+        write("score_speed", frame, {"score_speed": markdown})
 
 
 NAMES = (

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,29 @@ def parser(doc: str | None, *, seeds: int | None = None, tasks: bool = False) ->
     if seeds is not None:
         made.add_argument("--seeds", type=int, default=seeds)
     return made
+
+
+def in_processes(
+    doc: str | None, script: str, names: Sequence[str], measured: Callable[..., Mapping[str, float]]
+) -> pd.DataFrame | None:
+    """Measure each step in a process of its own, ``measured(name, repeats, prompts, pos)``. Such a process prints what
+    it measured, and ``None`` is returned there."""
+    options = parser(doc)
+    for name, default in (("repeats", 3), ("prompts", 32), ("pos", 20)):
+        options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--step", help="measure one step only, here, and print it as json")
+    arguments = options.parse_args()
+    shape = {"repeats": arguments.repeats, "prompts": arguments.prompts, "pos": arguments.pos}
+    if arguments.step:
+        print(json.dumps(measured(arguments.step, *shape.values())))
+        return None
+    rows = []
+    for name in names:
+        command = [sys.executable, script, *(f"--{key}={value}" for key, value in shape.items()), "--step", name]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append({"step": name} | json.loads(found.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
 
 
 def nats(risk: float) -> str:

@@ -261,12 +261,12 @@ def test_the_batch_size_and_the_steps_reach_every_part(tiny: Path, tmp_path: Pat
                          (constants, ("refit", "mean")), (score, ("risk", "variance", "gradient"))):  # fmt: skip
         for name in names:
             noting(owner, name)
-    options = ("--keep", "0.5", "--rounds", "1", "--steps", "15", "--batch-size", "8")
+    options = ("--keep", "0.5", "--rounds", "1", "--steps", "2", "--batch-size", "8")
     assert command("run", tiny, *options, "--quiet", "--out", tmp_path).code == 0
     assert {name: [size for size, _ in calls if size != 8] for name, calls in seen.items()} == {
         name: [] for name in seen
     }
-    assert seen["refit"] == [(8, 15)] * 5 and len(seen) == 10  # the last one, and four orders
+    assert seen["refit"] == [(8, 2)] * 5 and len(seen) == 10  # the last one, and four orders
 
 
 def test_the_models_accuracy_and_the_time_are_said_before_the_search(done: tuple[Path, Outcome], tiny: Path):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.cards import FOLDER, HEADINGS, card, section, single
-from helpers.shipped import NAMES, SPLITS, every_task, loaded, metrics, model_of, splits
+from helpers.places import loaded, model_of
+from helpers.shipped import NAMES, SPLITS, every_task, metrics, splits
 
 from tl_sparsify import (
     Examples,

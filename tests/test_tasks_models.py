@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.cards import FOLDER, card, crowded, section, single
-from helpers.shipped import every_task, loaded, metrics, model_of, splits
+from helpers.cards import FOLDER, card, single
+from helpers.places import carried, loaded, model_of, places
+from helpers.shipped import every_task, metrics, splits
 from safetensors import safe_open
 
 from tl_sparsify import (
-    CausalModel,
-    Circuit,
-    Pairs,
-    Unit,
     heads,
-    interchange,
-    intervened,
     neurons,
     residuals,
-    run_values,
     verify,
 )
-from tl_sparsify.core.units import select
 
 
 @every_task
@@ -115,37 +106,6 @@ def test_competing_models_have_the_same_inputs_and_one_of_them_is_the_tasks_own(
         found = model.run(base)[model.output]
         assert found.shape == right.shape and set(found.tolist()) <= set(task.pairs(16, 0).answers)
         assert rival in task.wrong or (found == right).all(), f"{rival} answers otherwise: it is wrong"
-
-
-@every_task
-def test_the_alignment_carries_its_variables_and_random_units_do_not(name: str):
-    """Where it carries a variable less well, the card says so among the limits, with the figure."""
-    task = loaded(name)
-    evidence = verify(model_of(name), task.causal_model, task.alignment, task.pairs(256, 1), draws=2)
-    for variable, units in task.alignment.units.items():
-        found = evidence.accuracy(variable)
-        if found <= 0.9:
-            [said] = re.findall(rf"`{variable}`[^`]*?([01]\.\d\d+)", section(name, "Limits"))[:1]
-            assert found == pytest.approx(float(said), abs=0.05), variable
-        assert evidence.accuracy(variable, intervention="do nothing") < 0.6
-        random = np.nan if crowded(units) else evidence.accuracy(variable, intervention="random units")
-        assert np.isnan(random) or (random < 0.6 and random < found - 0.1)
-
-
-def places(model: Any, length: int) -> Iterator[list[Unit]]:
-    """All heads, all neurons and the residual stream of each layer, at each position."""
-    for units in (heads(model), neurons(model), residuals(model)):
-        for site in units.sites:
-            yield from ([Unit(site, i).at(position) for i in range(site.size)] for position in range(length))
-
-
-def carried(name: str, rival: CausalModel, variable: str, units: Sequence[Unit], pairs: Pairs) -> float:
-    """Interchange accuracy of some units for a variable of a rival."""
-    sites, mask = select(units)
-    swap = interchange(Circuit(sites, mask), run_values(model_of(name), pairs.source, sites))
-    with torch.no_grad(), intervened(model_of(name), swap):
-        logits = model_of(name)(pairs.base.tokens)[pairs.base.labels != -100]
-    return float((logits.argmax(1) == pairs.expected(rival, (variable,))).double().mean())
 
 
 @every_task

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.cards import HEADINGS, card, section, single
+from helpers.places import loaded
 from helpers.sentences import (
     MODULES,
     SPLITS,
     data_of,
     every_task,
-    loaded,
     own_tokenizer,
     pairs_of,
     read,

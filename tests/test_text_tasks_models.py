@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.cards import crowded, section, single
+from helpers.cards import single
+from helpers.places import carried, loaded, model_of, places
 from helpers.sentences import (
     MODULES,
     data_of,
     every_task,
-    loaded,
     own_tokenizer,
     pairs_of,
     patterns,
@@ -28,28 +25,14 @@ from helpers.sentences import (
 from tasks.greater_than import task as greater_than
 from tasks.language_model import corpus
 from tl_sparsify import (
-    CausalModel,
-    Circuit,
     Examples,
-    Pairs,
-    Unit,
     heads,
-    interchange,
-    intervened,
     neurons,
     residuals,
-    run_values,
     text,
-    verify,
 )
 from tl_sparsify.core.forward import answer_logits
-from tl_sparsify.core.units import select
 from tl_sparsify.tasks.task import own_language_model
-
-
-@cache
-def model_of(name: str) -> Any:
-    return loaded(name).model()
 
 
 @torch.no_grad()
@@ -117,23 +100,6 @@ def test_the_language_model_does_the_task(name: str):
             assert np.mean([one == two for one, two in zip(said, data["answer"], strict=True)]) >= 0.95
 
 
-def places(model: Any, length: int) -> Iterator[list[Unit]]:
-    """All heads, all neurons and the residual stream of each layer, at each position."""
-    for units in (heads(model), neurons(model), residuals(model)):
-        for site in units.sites:
-            yield from ([Unit(site, i).at(-position) for i in range(site.size)] for position in range(1, length + 1))
-
-
-def carried(name: str, model: CausalModel, variable: str, units: Sequence[Unit], pairs: Pairs) -> float:
-    """Interchange accuracy of some units for a variable of a causal model."""
-    sites, mask = select(units)
-    swap = interchange(Circuit(sites, mask), run_values(model_of(name), pairs.source, sites))
-    assert pairs.base.choices is not None
-    with torch.no_grad(), intervened(model_of(name), swap):
-        said = pairs.base.choices[answer_logits(model_of(name), pairs.base).argmax(1)]
-    return float((said == pairs.expected(model, (variable,))).double().mean())
-
-
 @pytest.mark.slow
 @every_task
 def test_the_language_model_does_not_implement_the_wrong_models(name: str):
@@ -172,18 +138,3 @@ def test_the_alignments_variables_and_units_exist(name: str):
             assert unit.site.layer == there.layer and 0 <= unit.index < unit.site.size
             mask = unit.site.position_mask(1, length)
             assert unit.site.positions is not None and mask is not None and bool(mask.any()), "it says where"
-
-
-@every_task
-def test_the_alignment_carries_its_variables_and_random_units_do_not(name: str):
-    """Where it carries a variable less well, the card says so among the limits, with the figure."""
-    task = loaded(name)
-    evidence = verify(model_of(name), task.causal_model, task.alignment, pairs_of(name, 256, 1), draws=2)
-    for variable, units in task.alignment.units.items():
-        found = evidence.accuracy(variable)
-        if found <= 0.9:
-            [said] = re.findall(rf"`{variable}`[^`]*?([01]\.\d\d+)", section(name, "Limits"))[:1]
-            assert found == pytest.approx(float(said), abs=0.05), variable
-        assert evidence.accuracy(variable, intervention="do nothing") < 0.6
-        random = np.nan if crowded(units) else evidence.accuracy(variable, intervention="random units")
-        assert np.isnan(random) or (random < 0.6 and random < found - 0.1)

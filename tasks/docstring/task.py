@@ -155,15 +155,10 @@ def task(
     package: see the card, README.md."""
     source = tls.task.own_language_model() if model is None else model
     data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
-    return tls.Task(
-        name="docstring",
-        description="which argument of a function is described next",
-        model=data.model,
-        dataset=data.dataset,
-        examples=data.examples,
-        causal_model=COUNT,
-        alignment=alignment() if model is None else tls.Alignment({}),
-        pairs=data.pairs,
+    return data.task(
+        "docstring",
+        "which argument of a function is described next",
+        alignment() if model is None else tls.Alignment({}),
         chance=1 / len(ARGUMENTS),
         causal_models={"count": COUNT, "previous": PREVIOUS, "last": LAST, "again": AGAIN},
         wrong=("last", "again", *(("previous",) if model is None else ())),  # other models may look for it

@@ -113,15 +113,10 @@ def task(
     package: see the card, README.md."""
     source = tls.task.own_language_model() if model is None else model
     data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
-    return tls.Task(
-        name="gendered_pronoun",
-        description="he or she, by the first of two names",
-        model=data.model,
-        dataset=data.dataset,
-        examples=data.examples,
-        causal_model=GENDER,
-        alignment=alignment() if model is None else tls.Alignment({}),
-        pairs=data.pairs,
+    return data.task(
+        "gendered_pronoun",
+        "he or she, by the first of two names",
+        alignment() if model is None else tls.Alignment({}),
         chance=0.5,
         causal_models={"gender": GENDER, "nearest": NEAREST, "any_woman": ANY_WOMAN},
         wrong=("nearest", "any_woman"),

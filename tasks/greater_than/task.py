@@ -140,15 +140,10 @@ def task(
     package: see the card, README.md."""
     source = tls.task.own_language_model() if model is None else model
     data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
-    return tls.Task(
-        name="greater_than",
-        description="when something ended: the first of nine years that is later than the one in which it began",
-        model=data.model,
-        dataset=data.dataset,
-        examples=data.examples,
-        causal_model=LATER,
-        alignment=alignment() if model is None else tls.Alignment({}),
-        pairs=data.pairs,
+    return data.task(
+        "greater_than",
+        "when something ended: the first of nine years that is later than the one in which it began",
+        alignment() if model is None else tls.Alignment({}),
         chance=1 / len(ENDS),
         causal_models={"later": LATER, "tens": TENS, "century": CENTURY},
         wrong=("tens", "century"),

@@ -140,15 +140,10 @@ def task(
     package: see the card, README.md."""
     source = tls.task.own_language_model() if model is None else model
     data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
-    return tls.Task(
-        name="ioi",
-        description="to whom something is given, by two names one of which comes again",
-        model=data.model,
-        dataset=data.dataset,
-        examples=data.examples,
-        causal_model=TOKEN,
-        alignment=alignment() if model is None else tls.Alignment({}),
-        pairs=data.pairs,
+    return data.task(
+        "ioi",
+        "to whom something is given, by two names one of which comes again",
+        alignment() if model is None else tls.Alignment({}),
         chance=1 / len(NAMES),
         causal_models={"token": TOKEN, "position": POSITION, "first": FIRST, "recent": RECENT},
         wrong=("first", "recent", *(("position",) if model is None else ())),  # other models may go by the place

@@ -111,15 +111,10 @@ def task(
     package: see the card, README.md."""
     source = tls.task.own_language_model() if model is None else model
     data = tls.text.TextTask(SENTENCES, source, padding_side, prepend_bos)
-    return tls.Task(
-        name="subject_verb_agreement",
-        description="is or are, by the first of two nouns",
-        model=data.model,
-        dataset=data.dataset,
-        examples=data.examples,
-        causal_model=SUBJECT,
-        alignment=alignment() if model is None else tls.Alignment({}),
-        pairs=data.pairs,
+    return data.task(
+        "subject_verb_agreement",
+        "is or are, by the first of two nouns",
+        alignment() if model is None else tls.Alignment({}),
         chance=0.5,
         causal_models={"subject": SUBJECT, "nearest": NEAREST, "either": EITHER},
         wrong=("nearest", "either"),

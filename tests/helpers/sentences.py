@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.places import loaded
 from tasks.docstring import task as docstring
 from tasks.gendered_pronoun import task as gendered_pronoun
 from tasks.greater_than import task as greater_than
@@ -19,8 +20,6 @@ from tasks.subject_verb_agreement import task as subject_verb_agreement
 from tl_sparsify import (
     Examples,
     Pairs,
-    Task,
-    load_task,
     text,
 )
 from tl_sparsify.tasks.pairing import split_of
@@ -35,11 +34,6 @@ MODULES: Mapping[str, ModuleType] = {
 }
 SPLITS = ("train", "validation", "test")
 every_task = pytest.mark.parametrize("name", MODULES)
-
-
-@cache
-def loaded(name: str) -> Task:
-    return load_task(name)
 
 
 @cache

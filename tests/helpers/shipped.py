@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from helpers.cards import FOLDER
+from helpers.places import loaded
 from tl_sparsify import (
     Examples,
-    Task,
     list_tasks,
-    load_task,
 )
 
 NAMES = tuple(name for name in list_tasks() if (FOLDER / name / "model").is_dir())  # text: test_text_tasks.py
@@ -23,18 +22,8 @@ every_task = pytest.mark.parametrize("name", NAMES)
 
 
 @cache
-def loaded(name: str) -> Task:
-    return load_task(name)
-
-
-@cache
 def splits(name: str, seed: int = 0) -> dict[str, Examples]:
     return dict(zip(SPLITS, loaded(name).examples(seed), strict=True))
-
-
-@cache
-def model_of(name: str) -> Any:
-    return loaded(name).model()
 
 
 def metrics(name: str) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def confidence_sequence(
     for start in range(0, len(x), _TOGETHER):
         part, m = slice(start, start + _TOGETHER), every[low : high + 1]
         off = x[part, None] - m
+        # a bet of b on x > m loses at most b * m: the limits keep every factor above 1 - _MOST, so no capital hits 0
         up = (bets[part, None].minimum(_MOST / m.clamp_min(1e-12)) * off).log1p().cumsum(0) + capital[0]
         down = (-bets[part, None].minimum(_MOST / (1 - m).clamp_min(1e-12)) * off).log1p().cumsum(0) + capital[1]
         # betting up rules out the least means, betting down the greatest: a number of them says which
@@ -75,8 +76,10 @@ def confidence_sequence(
 def _bets(x: Float[Tensor, "n"], level: float) -> Float[Tensor, "n"]:
     """What is bet on each draw, from those before it (the predictable plug-in)."""
     t = torch.arange(1, len(x) + 1, dtype=torch.float64)
+    # one made-up draw of 1/2, with variance 1/4, comes before the first: there must be a bet before anything is seen
     mean = (0.5 + x.cumsum(0)) / (t + 1)
     variance = (0.25 + (x - mean).square().cumsum(0)) / (t + 1)
+    # a bet that knew its own draw would prove nothing: it uses the variance up to the draw before
     before = torch.cat([torch.full((1,), 0.25, dtype=torch.float64), variance[:-1]]) if len(x) else variance
     return (2 * math.log(2 / level) / (before * t * (t + 1).log())).sqrt()
 

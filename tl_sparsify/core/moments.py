@@ -44,7 +44,7 @@ class Moments:
             return Moments(count, mean, (samples - mean).square().sum(0))
         weights = weights.to(samples).expand_as(samples)
         count = weights.sum(0)
-        mean = (weights * samples).sum(0) / count.clamp_min(1e-300)
+        mean = (weights * samples).sum(0) / count.clamp_min(1e-300)  # where nothing is counted it is 0, and weighs 0
         return Moments(count, mean, (weights * (samples - mean).square()).sum(0))
 
     def __add__(self, other: Moments) -> Moments:
@@ -67,6 +67,7 @@ class Moments:
     @property
     def stderr(self) -> Float[Tensor, "..."]:
         """The standard error of the mean: sample deviation over the root of ``count``; infinite for one sample."""
+        # spread / (count - 1) estimates the variance without bias; a mean of count samples varies count times less
         several = (self.spread / (self.count - 1).clamp_min(1) / self.count.clamp_min(1)).sqrt()
         return torch.where(self.count > 1, several, float("inf"))
 

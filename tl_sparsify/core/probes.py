@@ -77,6 +77,7 @@ def fisher_probes(
     ``temperature**2`` times the risk at that temperature.
     """
     example, _ = answer_rows(batch)
+    # An example's divergence is the mean over its answers. Probes are squared, so each takes the root of that share.
     scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
     scale = scale.to(logits)[:, None]
     p = (logits / temperature).softmax(1)
@@ -88,8 +89,9 @@ def fisher_probes(
     found: list[Float[Tensor, "rows choices"]] = []
     for probe in range(probes):
         u = _random.uniform(seed, 7, *place, probe).to(logits)[:, None]
-        total = p.cumsum(1)
+        total = p.cumsum(1)  # its last entry is 1 only up to rounding
         answer = torch.searchsorted(total, u * total[:, -1:]).clamp_max(p.shape[1] - 1)
+        # p - e_y has mean 0 and covariance diag(p) - p p', which is the Fisher matrix, where y is drawn from p
         found.append(-p.scatter_add(1, answer, -torch.ones_like(u)) * scale / math.sqrt(probes))
     return found
 
@@ -287,6 +289,7 @@ def joint_moments(batches: Iterator[Samples], removed: Bool[Tensor, "units"]) ->
 
     def of(part: Samples) -> Moments:
         gone = removed.to(part.effects.device)
+        # summed before it is squared: removals that undo each other cost nothing together
         square = part.effects[..., gone].double().sum(2).square().sum(0) / 2
         return Moments.of(part.offset.double() + part.linear[:, gone].double().sum(1) + square)
 

@@ -50,6 +50,7 @@ class Step:
 
     def after(self, first: Step) -> Step:
         """One step that does ``first`` and then this one."""
+        # what this step reads of x through the first one: R2' (x + B1 (c1 - R1' x)), sorted by x
         reader = self.reader - first.reader @ (first.basis.T @ self.reader)
         coordinates = self.coordinates - self.reader.T @ first.constant
         return Step(
@@ -178,7 +179,7 @@ def _step_embeddings(bridge: Any, tables: list[Any], step: Step) -> None:
     for table in tables:
         weight = table.weight
         new = torch.cat([step.linear(rows) for rows in weight.detach().split(_ROWS)])
-        if table is tables[-1]:
+        if table is tables[-1]:  # one row of each table is summed, so the constant goes into a single one
             scale = float(getattr(table, "embed_scale", 1.0))  # Gemma's embedding is multiplied by it
             new = (new.double() + step.constant.to(new.device) / scale).to(new)
         table.weight = nn.Parameter(new, requires_grad=weight.requires_grad)

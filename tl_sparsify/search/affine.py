@@ -254,7 +254,7 @@ def _regressed(
     # Standardised, so that rescaling a neuron changes neither its neighbours nor how strongly ridge pulls.
     correlation = covariance / scale[kept][:, None] / scale
     inside, across = correlation[:, kept], correlation[:, removed]  # [kept, kept], [kept, removed]
-    dead = deviation[kept] <= 1e-12
+    dead = deviation[kept] <= 1e-12  # what never varies explains nothing, and would be divided by 0
     across = across.masked_fill(dead[:, None], 0.0)
     count = len(kept) if nearest is None else min(nearest, len(kept))
     if count == len(kept):

@@ -255,6 +255,7 @@ def _spread(
     q1, n1, qq, qn, nn = sums  # squares, positions, and the second moments of both: what the delta method needs
     n1 = n1.clamp_min(1)
     scores = q1 / n1
+    # the sum over examples of (q - score n)^2, multiplied out, so that one pass is enough; then n / (n - 1)
     scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / len(examples))
     return scores, scatter.sqrt() / n1
 

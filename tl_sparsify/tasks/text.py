@@ -20,10 +20,11 @@ from jaxtyping import Bool, Int, Shaped
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify.abstraction.causal_model import CausalModel
-from tl_sparsify.abstraction.evidence import Pairs
+from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.language_models import load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
+from tl_sparsify.tasks.task import Task
 from tl_sparsify.tasks.tokenizers import adds_beginning, digit_by_digit, single_token_words, two_token_numbers
 
 __all__ = [
@@ -189,6 +190,31 @@ class TextTask:
     source: Any
     padding_side: Literal["left", "right"] = "left"
     prepend_bos: bool | None = None
+
+    def task(
+        self,
+        name: str,
+        description: str,
+        alignment: Alignment,
+        *,
+        chance: float,
+        causal_models: Mapping[str, CausalModel],
+        wrong: tuple[str, ...],
+    ) -> Task:
+        """The task of these data; the arguments are :class:`~tl_sparsify.tasks.task.Task`'s. No model pass."""
+        return Task(
+            name=name,
+            description=description,
+            model=self.model,
+            dataset=self.dataset,
+            examples=self.examples,
+            causal_model=self.sentences.causal_model,
+            alignment=alignment,
+            pairs=self.pairs,
+            chance=chance,
+            causal_models=causal_models,
+            wrong=wrong,
+        )
 
     def model(self) -> Any:
         """The language model."""
