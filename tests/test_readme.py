@@ -18,6 +18,7 @@ def readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_examples_run_in_order(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     examples = blocks(readme, "python")

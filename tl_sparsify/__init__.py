@@ -8,7 +8,7 @@ primitive carries every method: under an intervention a unit's value ``v`` becom
 method                                               keep                                  value
 ===================================================  ====================================  ======================
 zero, mean or refitted ablation                      0 or 1                                a constant
-exact effect of one unit                             1 except there                        a constant
+exact effect of one unit                             0 for that unit, 1 elsewhere          a constant
 gradient score (attribution patching)                d metric / d keep at 1                a constant or a source run
 second-order risk                                    half the square of d probe / d keep   a constant
 interchange, counterfactual (resample) ablation      0 on the units, at named positions    the source run

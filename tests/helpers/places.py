@@ -44,10 +44,10 @@ def places(model: Any, length: int) -> Iterator[list[Unit]]:
 
 
 def carried(name: str, model: CausalModel, variable: str, units: Sequence[Unit], pairs: Pairs) -> float:
-    """Interchange accuracy of some units for a variable of a causal model, among the choices."""
+    """Interchange accuracy of some units for a variable of a causal model, among the choices if there are any."""
     sites, mask = select(units)
     swap = interchange(Circuit(sites, mask), run_values(model_of(name), pairs.source, sites))
-    assert pairs.base.choices is not None
     with torch.no_grad(), intervened(model_of(name), swap):
-        said = pairs.base.choices[answer_logits(model_of(name), pairs.base).argmax(1)]
+        best = answer_logits(model_of(name), pairs.base).argmax(1)
+    said = best if pairs.base.choices is None else pairs.base.choices[best]
     return float((said == pairs.expected(model, (variable,))).double().mean())
