@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,7 @@ def test_the_network_does_not_implement_the_wrong_models(name: str):
     """A wrong model gives other answers; or one of its variables is not where the alignment says, or, where that does
     not speak of it, at no place of one position."""
     task, pairs = loaded(name), loaded(name).pairs(256, 1)
+    pairs = replace(pairs, base=replace(pairs.base, choices=None))  # any token may be the answer
     for wrong in task.wrong:
         rival = task.causal_models[wrong]
         found = [float((pairs.expected(rival, ()) == torch.tensor(single(pairs.base.labels))).double().mean())]
