@@ -23,8 +23,8 @@ ORDER = {
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
     "benchmark",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
-    "mib_graph mib_scores mib_tasks mib importers",
-    "presentation": "results sentences diagrams plot printed report",
+    "mib_graph mib_scores mib_tasks mib importers share",
+    "presentation": "results sentences diagrams plot printed report circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "tasks": 3, "comparison": 4,
@@ -33,7 +33,7 @@ HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_h
 PLOTTING = {"presentation.diagrams", "presentation.plot", "presentation.report", "cli"}
 INTERNALS = {
     *(f"folding.{name}" for name in ORDER["folding"].split()),
-    "tasks.native", "abstraction.controls", "abstraction.das", "comparison.baselines",
+    "tasks.native", "presentation.circuit_data", "abstraction.controls", "abstraction.das", "comparison.baselines",
 }  # fmt: skip
 LONGEST, MOST, PRIVATE_IN_DIR = 400, 16, 12
 

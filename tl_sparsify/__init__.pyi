@@ -51,8 +51,13 @@ from tl_sparsify.formats import importers as importers
 from tl_sparsify.formats import mib as mib
 from tl_sparsify.formats.records import LoadedExamples as LoadedExamples
 from tl_sparsify.formats.records import load_examples as load_examples
+from tl_sparsify.formats.share import card as card
+from tl_sparsify.formats.share import pull as pull
+from tl_sparsify.formats.share import push as push
 from tl_sparsify.presentation import plot as plot
 from tl_sparsify.presentation import report as report
+from tl_sparsify.presentation.neuronpedia import to_neuronpedia as to_neuronpedia
+from tl_sparsify.presentation.page import page as page
 from tl_sparsify.search import constants as constants
 from tl_sparsify.search import curvature as curvature
 from tl_sparsify.search import score as score
