@@ -14,8 +14,8 @@ ORDER = {
     "_internal": "checks random files progress versions directory storage checksum",
     "core": "site units prompts examples circuit first_token reduction moments intervene memory forward metrics "
     "distributions measure probes basis",
-    "search": "linearisation affine constants alone scores attribution score curvature path selection shrinkage joint "
-    "compensating exchanges",
+    "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
+    "shrinkage joint compensating exchanges",
     "folding": "narrow stream_writes rebuild bridge export fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das align",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "

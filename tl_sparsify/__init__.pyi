@@ -63,13 +63,13 @@ from tl_sparsify.search import curvature as curvature
 from tl_sparsify.search import score as score
 from tl_sparsify.search.compensating import sparsify_affine as sparsify_affine
 from tl_sparsify.search.exchanges import polish as polish
-from tl_sparsify.search.joint import Constraints as Constraints
-from tl_sparsify.search.joint import Probing as Probing
-from tl_sparsify.search.joint import Refitting as Refitting
 from tl_sparsify.search.joint import sparsify as sparsify
 from tl_sparsify.search.path import CircuitPath as CircuitPath
 from tl_sparsify.search.scores import Scores as Scores
 from tl_sparsify.search.selection import Shrinkage as Shrinkage
+from tl_sparsify.search.settings import Constraints as Constraints
+from tl_sparsify.search.settings import Probing as Probing
+from tl_sparsify.search.settings import Refitting as Refitting
 from tl_sparsify.tasks import pairing as pairing
 from tl_sparsify.tasks import task as task
 from tl_sparsify.tasks import text as text

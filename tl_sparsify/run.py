@@ -38,8 +38,9 @@ from tl_sparsify.folding.sizes import sizes_by_layer
 from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
 from tl_sparsify.presentation import plot, printed
 from tl_sparsify.search import constants, score
-from tl_sparsify.search.joint import Probing, Refitting, sparsify
+from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.settings import Probing, Refitting
 from tl_sparsify.tasks.accuracy import ENOUGH, Accuracy, accuracy
 from tl_sparsify.tasks.beginning import Beginning
 from tl_sparsify.tasks.task import Task

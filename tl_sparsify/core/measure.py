@@ -27,11 +27,13 @@ from tl_sparsify.core.units import Model
 _REMEMBERED = 2**24  # numbers
 
 
-Recall = Callable[[int, Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
-"""The logits of the batch that begins with this example: from memory, or computed."""
+Recall = Callable[[Int[Tensor, "batch"], Callable[[], Float[Tensor, "rows choices"]]], Float[Tensor, "rows choices"]]
+"""The logits of the batch of these examples: from memory, or computed."""
 
 
-def computed(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+def computed(
+    index: Int[Tensor, "batch"], compute: Callable[[], Float[Tensor, "rows choices"]]
+) -> Float[Tensor, "rows choices"]:
     """Remember nothing."""
     return compute()
 
@@ -41,7 +43,10 @@ def remembering(numbers: int = _REMEMBERED) -> Recall:
     with the number of examples. For calls with the same model, examples and batch size only."""
     kept: dict[int, Float[Tensor, "rows choices"]] = {}
 
-    def recall(start: int, compute: Callable[[], Float[Tensor, "rows choices"]]) -> Float[Tensor, "rows choices"]:
+    def recall(
+        index: Int[Tensor, "batch"], compute: Callable[[], Float[Tensor, "rows choices"]]
+    ) -> Float[Tensor, "rows choices"]:
+        start = int(index[0])
         if start in kept:
             return kept[start]
         logits = compute()
@@ -99,7 +104,7 @@ def compared(
             removed = ablate(reduction.for_examples(index, examples.spans))
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
-                original = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
+                original = recall(index, lambda batch=batch: answer_logits(model, batch))
             with intervened(model, removed):  # each model interchanges its own values: the source run is ablated too
                 drawn = drawn_interventions(*same)
             with intervened(model, *drawn, removed):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
@@ -187,7 +187,7 @@ def samples(
             z = None
             if current is not None:
                 with intervened(model, *drawn_interventions(*same)):
-                    z = recall(int(index[0]), lambda batch=batch: answer_logits(model, batch))
+                    z = recall(index, lambda batch=batch: answer_logits(model, batch))
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
         settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
@@ -284,13 +284,19 @@ def pulled(
         )
 
 
-def joint_moments(batches: Iterator[Samples], removed: Bool[Tensor, "units"]) -> Moments:
-    """The moments over examples of the predicted joint risk of a set, exactly (no projection)."""
+def joint_moments(
+    batches: Iterator[Samples], removed: Shaped[Tensor, "some"], restored: Shaped[Tensor, "others"] | None = None
+) -> Moments:
+    """The moments over examples of the predicted joint risk of a set, exactly (no projection); with ``restored`` (of
+    ``restorable`` samples) of removing the one set and taking back the other. Sets are masks or indices."""
+
+    def change(of: Float[Tensor, "*some units"]) -> Float[Tensor, "*some"]:
+        moved = of[..., removed.to(of.device)].double().sum(-1)
+        return moved if restored is None else moved - of[..., restored.to(of.device)].double().sum(-1)
 
     def of(part: Samples) -> Moments:
-        gone = removed.to(part.effects.device)
         # summed before it is squared: removals that undo each other cost nothing together
-        square = part.effects[..., gone].double().sum(2).square().sum(0) / 2
-        return Moments.of(part.offset.double() + part.linear[:, gone].double().sum(1) + square)
+        square = change(part.effects).square().sum(0) / 2
+        return Moments.of(part.offset.double() + change(part.linear) + square)
 
     return Moments.merge(of(part) for part in batches)

@@ -2,26 +2,27 @@
 
 ``sparsify`` removes units in rounds. Each round linearises the model *with the units removed so far ablated*, picks
 the next units jointly by predicted risk (the deviation already made stays in the sum), removes them, and goes on. Where
-units outnumber samples, the expansion is shrunk (:mod:`shrinkage`), and a round that did much worse than it
-predicted is taken back by half. Selecting happens on the training split, choosing a size on validation, reporting on
-test.
+units outnumber samples, the expansion is shrunk (:mod:`shrinkage`), a round that did much worse than it
+predicted is taken back by half, and rounds of exchanges put right what removals got wrong: a few units come back and as
+many leave. Selecting happens on the training split, choosing a size on validation, reporting on test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Int
 from torch import Tensor
 
+from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import computed, remembering, risk
+from tl_sparsify.core.measure import Recall, computed, remembered, remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import Samples, joint_moments, samples
@@ -31,67 +32,14 @@ from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.linearisation import Linearisation, linearise_folds, merged
 from tl_sparsify.search.path import CircuitPath, Round
 from tl_sparsify.search.scores import kept_count
-from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, greedy
-from tl_sparsify.search.shrinkage import START, chosen
+from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
+from tl_sparsify.search.settings import Constraints, Probing, Refitting
+from tl_sparsify.search.shrinkage import START, Trade, chosen, traded
 
 _FAR = 3.0  # times the predicted divergence: more than that, and half of the round is taken back
 _MOST_ROUNDS = 10_000
 _LEAST = 1e-3  # nats; below it no round is taken back
-
-
-@dataclass(frozen=True)
-class Probing:
-    """How the divergence is probed, in the search only.
-
-    Attributes:
-        probes: for each example and round (:func:`probes.fisher_probes`).
-        temperature: of the output, for the probes.
-
-    Example:
-        >>> tls.sparsify(model, train, units, sizes=(0.5,), probing=tls.Probing(probes=1), progress=False).at(0.5)
-        Reduction(Circuit(6 of 12 units: 6 heads), mean values)
-    """
-
-    probes: int = 4
-    temperature: float = 3.0
-
-
-@dataclass(frozen=True)
-class Refitting:
-    """Whether constants are refitted after each round.
-
-    Attributes:
-        steps: of each refit, early-stopped on ``held_out``; where not given 20 with ``held_out`` (best at small sizes,
-            ``benchmarks/variants.py``) and none without.
-        per_step: examples in a step; ``None``: all of ``train``.
-
-    Example:
-        >>> few = tls.Refitting(steps=2)
-        >>> tls.sparsify(model, train, units, sizes=(0.5,), held_out=validation, refitting=few, progress=False).at(0.5)
-        Reduction(Circuit(6 of 12 units: 6 heads), refit values)
-    """
-
-    steps: int | None = None
-    per_step: int | None = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Constraints:
-    """What a search has to respect.
-
-    Attributes:
-        always_keep: units that are never removed.
-        costs: what each unit costs (:func:`units.parameters`); the schedule's fractions are then of the total cost,
-            and ``path.within_budget`` gives a circuit for a budget.
-
-    Example:
-        >>> keep = tls.Constraints(always_keep=tls.Circuit.of(units, ["L2H3"]))
-        >>> "L2H3" in tls.sparsify(model, train, units, sizes=(0.5,), constraints=keep, progress=False).at(0.5).circuit
-        True
-    """
-
-    always_keep: Circuit | None = None
-    costs: Float[Tensor, "units"] | None = None
+_WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
 
 
 def sparsify(
@@ -111,6 +59,7 @@ def sparsify(
     interventions: InterventionDistribution = NONE,
     carry_deviation: bool = True,
     shrinkage: Shrinkage | None = None,
+    exchanges: int | None = None,
     predict: bool | None = None,
     start: Reduction | None = None,
     first_token: FirstToken = "bos",
@@ -133,6 +82,10 @@ def sparsify(
         shrinkage: how much of the expansion is believed; where not given all of it in rounds with more samples than
             units to choose from, and else what predicts best on examples that the choice has not seen
             (:func:`shrinkage.chosen`: two halves of ``train``).
+        exchanges: rounds that may be made again at a size, at most: with half of what the last one removed taken back,
+            where that did much worse than predicted; or, where units outnumber samples, as an exchange of a few kept
+            units for as many removed ones, where that promises enough on examples that the choice has not seen. Half
+            of ``rounds`` where not given.
         predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         start: go on from this reduction (of another path, say) instead of the whole model.
@@ -145,12 +98,13 @@ def sparsify(
     the examples where risk is predicted; one forward for the means, one for the last measured risk (in every round
     where it is on other examples than all this), and one of the original model (in every round where its logits
     are more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and
-    each ``interchange`` two more a pass. A round that is taken back by half is made again: at most half as many rounds
-    more.
+    each ``interchange`` two more a pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for
+    each round whose circuit lacks a unit that was taken back later one forward pass. With ``probing.examples`` a pass
+    of a round is over so many examples, and risk is measured on those of the last round where it is not on others.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
-            units to be kept always that are more than the smallest size leaves, costs that are not positive.
+            ``exchanges`` below zero, units to be kept always that are more than the smallest size leaves, costs that are not positive.
 
     Example:
         >>> path = tls.sparsify(model, train, units, sizes=(0.75, 0.5), seed=0, progress=False)
@@ -159,6 +113,8 @@ def sparsify(
     """
     if not 1 <= rounds <= _MOST_ROUNDS:
         raise ValueError(f"rounds is {rounds}; at least one is needed, and at most {_MOST_ROUNDS:,}")
+    if exchanges is not None and exchanges < 0:
+        raise ValueError(f"exchanges is {exchanges}; it must not be negative: 0 makes no round again")
     always_keep, costs = constraints.always_keep, constraints.costs
     refit_steps = (0 if held_out is None else 20) if refitting.steps is None else refitting.steps
     if refit_steps and held_out is None:
@@ -187,73 +143,112 @@ def sparsify(
     judged = train if held_out is None else held_out
     predict = held_out is not None or metric is not None if predict is None else predict
     clean = interventions == NONE
+    shared: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
     of_train = remembering() if clean else computed
     of_judged = of_train if held_out is None else remembering() if clean else computed
-    drawn: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
-    shared: dict[str, Any] = drawn | {"probes": probing.probes}
+    look = _looking(model, train, probing, carry_deviation, seed, of_train, shared)
     unit = "nats" if metric is None else "squared units"
     seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
-    order: list[Tensor] = [(~first.mask).nonzero().flatten()]
+    spare = rounds // 2 if exchanges is None else exchanges  # linearisations that may be made at a size once more
+    trading = shrinkage is None and costs is None
+    left = torch.where(first.mask, torch.inf, torch.arange(-len(units), 0, dtype=torch.float64))
+    clock, number = 0, 0
     found: list[Round] = []
-    sketch: Linearisation | None = None
-    believed, promised = START if shrinkage is None else shrinkage, float("inf")
-    number, spare = 0, rounds // 2  # linearisations made, and those that may be made again
-    for target in bar(targets, "removing units", progress):
+    believed, promised, trade = START if shrinkage is None else shrinkage, float("inf"), Trade()
+    expansion: _Expansion | None = None
+    picks = restored = torch.zeros(0, dtype=torch.long)  # what has changed since the last expansion
+    goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
+    for target, last in bar(goals, "removing units", progress):  # at the last size once more, for exchanges alone
         pending = [target]
         while pending:
-            excess = float(weight[current.circuit.mask].sum()) - pending[0]
-            if excess <= 0:
-                pending.pop(0)
+            excess = float(weight[current.circuit.mask].sum()) - pending[-1]
+            settling = excess <= 0 and last and trading and spare > 0 and bool(found) and believed != NO_SHRINKAGE
+            if excess <= 0 and not settling:
+                pending.pop()
                 continue
-            before = current if len(current.circuit) < len(units) else None
-            here: dict[str, Any] = shared | {"current": before, "seed": seed + number}
-            made: list[Moments] = []  # of the divergence that the removals before this round have made
-            parts = samples(model, train, current, temperature=probing.temperature, recall=of_train, **here)
-            halves = linearise_folds(parts if predict else _noting(parts, made), len(train), seed=seed + number)
-            if not carry_deviation:
-                halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
-            sketch, number = merged(halves), number + 1
-            if found and spare > 0 and sketch.offset > max(_LEAST, _FAR * promised) and len(order[-1]) > 1:
-                reached = float(weight[current.circuit.mask].sum())
-                half = len(order[-1]) // 2
-                mask = current.circuit.mask.index_fill(0, order[-1][half:], True)
-                current, order[-1] = current.with_circuit(Circuit(units, mask)), order[-1][:half]
+            expansion, number = look(current, len(current.circuit) == len(units), number), number + 1
+            sketch = expansion.sketch
+            if seen and not predict:
+                _note(found, current, expansion.made, unit)
+            if spare > 0 and sketch.offset > max(_LEAST, _FAR * promised) and len(picks) > 1:
+                half = len(picks) // 2
+                left[picks[half:]] = torch.inf
+                pending.append(float(weight[current.circuit.mask].sum()))
+                current = current.with_circuit(Circuit(units, left.isinf()))
                 found.pop()
-                pending, spare, promised = [reached, *pending], spare - 1, float("inf")
+                picks, spare, promised = picks[:half], spare - 1, float("inf")
                 continue
-            candidates = current.circuit.mask & free
-            if shrinkage is not None:
-                believed = shrinkage
-            elif sketch.samples >= int(candidates.sum()):
-                believed, promised = NO_SHRINKAGE, float("inf")
+            kept, gone = current.circuit.mask & free, first.mask & ~current.circuit.mask & free
+            shrunk = shrinkage is None and sketch.samples < int(kept.sum())
+            exchanged = False
+            if shrunk and trading and spare > 0 and bool(gone.any()):
+                trade, promise = traded(expansion.halves, kept, gone, near=trade)
+                exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
+            picks = restored = torch.zeros(0, dtype=torch.long)
+            if exchanged:
+                count = min(trade.count(int(kept.sum())), int(gone.sum()))
+                restored, picks = exchange(sketch, kept, gone, 0, count, shrinkage=trade.shrinkage)
+                spare, promised = spare - 1, float("inf")
+            elif settling:
+                break
             else:
-                near = START if believed == NO_SHRINKAGE else believed
-                believed, promised = chosen(halves, candidates, excess, near=near, slopes=number % 2 == 0, costs=costs)
-            picks = greedy(sketch, candidates, excess, shrinkage=believed, costs=costs)
-            removed = torch.zeros(len(units), dtype=torch.bool).index_fill(0, picks, True)
+                if shrunk:
+                    near = START if believed == NO_SHRINKAGE else believed
+                    slopes = number % 2 == 0
+                    believed, promised = chosen(expansion.halves, kept, excess, near=near, slopes=slopes, costs=costs)
+                else:
+                    believed, promised = NO_SHRINKAGE if shrinkage is None else shrinkage, float("inf")
+                picks = greedy(sketch, kept, excess, shrinkage=believed, costs=costs)
+            left[restored] = torch.inf
+            left[picks] = clock + torch.arange(len(picks), dtype=torch.float64)
+            clock += len(picks)
             predicted, additivity = Estimate(float("nan"), float("nan"), len(judged), unit), float("nan")
             if predict:
-                parts = samples(model, judged, current, temperature=1.0, recall=of_judged, **here)
-                predicted, additivity = _predicted(_noting(parts, made), removed, len(judged), unit)
-            if found and seen and found[-1].reduction.circuit == current.circuit:  # not after half was taken back
-                found[-1] = replace(found[-1], measured=Estimate.of(Moments.merge(made), unit))
-            current = current.with_circuit(current.circuit - Circuit(units, removed))
+                made: list[Moments] = []
+                here = {"current": None if len(current.circuit) == len(units) else current, "restorable": True}
+                here |= {"probes": probing.probes, "seed": seed + number - 1, "recall": of_judged}
+                parts = samples(model, judged, current, temperature=1.0, **here, **shared)
+                predicted, additivity = _predicted(_noting(parts, made), picks, restored, len(judged), unit)
+                if seen:
+                    _note(found, current, Moments.merge(made), unit)
+            current = current.with_circuit(Circuit(units, left.isinf()))
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
                 settings |= {"per_step": refitting.per_step, "batch_size": batch_size}
                 current = refit(model, current, train, judged, progress=False, **settings)
-            measured = predicted if seen else risk(model, current, judged, seed=seed, **drawn)
-            order.append(picks)
+            unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
+            measured = unknown if seen else risk(model, current, judged, seed=seed, **shared)
+            if exchanged:
+                found.pop()
             found.append(Round(current, predicted, measured, additivity))
-            pending.pop(0)
-    if sketch is None:
+    if expansion is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
-    if seen:
-        found[-1] = replace(found[-1], measured=risk(model, current, judged, seed=seed, **drawn))
     alive = current.circuit.mask & free
-    rest = greedy(after(sketch, order[-1], believed), alive, float("inf"), shrinkage=believed, costs=costs)
-    order += [rest, (current.circuit.mask & ~free).nonzero().flatten()]
-    return CircuitPath(units, torch.cat(order), tuple(found), costs)
+    rest = greedy(
+        after(expansion.sketch, picks, believed, restored), alive, float("inf"), shrinkage=believed, costs=costs
+    )
+    left[rest] = clock + torch.arange(len(rest), dtype=torch.float64)
+    order = left.argsort(stable=True)  # units that are always kept have not left
+
+    # where nothing else is asked for, risk is measured on the examples of a round
+    index = expansion.index if held_out is None and seen and not predict else None
+
+    def checked(step: Round) -> Round:
+        """Nested: a unit that was taken back is in every larger circuit, too."""
+        mask = torch.zeros(len(units), dtype=torch.bool)
+        mask[order[len(units) - len(step.reduction.circuit) :]] = True
+        same = bool((mask == step.reduction.circuit.mask).all())
+        if same and step.measured.mean == step.measured.mean:
+            return step
+        reduction = step.reduction.with_circuit(Circuit(units, mask))
+        here, examples = (reduction, judged) if index is None else (reduction.for_examples(index), judged[index])
+        recall = of_judged if index is None else computed
+        return replace(
+            step, reduction=reduction, measured=risk(model, here, examples, seed=seed, recall=recall, **shared)
+        )
+
+    found = [checked(step) for step in found]
+    return CircuitPath(units, order, tuple(found), costs)
 
 
 def schedule(rounds: int, smallest: float, sizes: Sequence[float] | None, start: float) -> list[float]:
@@ -268,6 +263,56 @@ def schedule(rounds: int, smallest: float, sizes: Sequence[float] | None, start:
     return list(sizes)
 
 
+@dataclass(frozen=True, eq=False)
+class _Expansion:
+    """The divergence around a circuit: halves of its samples, both together, the divergence already made at temperature
+    1, and the examples (all where ``None``)."""
+
+    halves: tuple[Linearisation, ...]
+    sketch: Linearisation
+    made: Moments
+    index: Int[Tensor, "some"] | None
+
+
+def _looking(
+    model: Model,
+    train: Examples,
+    probing: Probing,
+    carry_deviation: bool,
+    seed: int,
+    of_train: Recall,
+    shared: dict[str, Any],
+) -> Callable[[Reduction, bool, int], _Expansion]:
+    """The function that expands the divergence around a reduction, with a number of its own for what is random."""
+    some = None if probing.examples is None or probing.examples >= len(train) else probing.examples
+    clean = shared["interventions"] == NONE
+    known = remembered(model, train, batch_size=shared["batch_size"]) if some is not None and clean else None
+
+    def look(current: Reduction, whole: bool, number: int) -> _Expansion:
+        examples, here, recall, index = train, current, of_train, None
+        if some is not None:
+            index = drawn = _random.permutation(len(train), seed, 97, number)[:some].sort().values
+            examples, here = train[drawn], current.for_examples(drawn)
+            recall = computed if known is None else lambda rows, _: known(drawn[rows])
+        made: list[Moments] = []
+        settings = {"temperature": probing.temperature, "probes": probing.probes, "seed": seed + number}
+        before = None if whole else here
+        parts = samples(model, examples, here, current=before, restorable=True, recall=recall, **settings, **shared)
+        halves = linearise_folds(_noting(parts, made), len(examples), seed=seed + number)
+        if not carry_deviation:
+            halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
+        return _Expansion(halves, merged(halves), Moments.merge(made), index)
+
+    return look
+
+
+def _note(found: list[Round], current: Reduction, made: Moments, unit: str) -> None:
+    """The last round's measured risk, if the divergence already made is that of its circuit: not where half of it was
+    taken back."""
+    if found and found[-1].reduction.circuit == current.circuit:
+        found[-1] = replace(found[-1], measured=Estimate.of(made, unit))
+
+
 def _noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:
     """The same samples; notes the divergence already made on the way."""
     for part in parts:
@@ -275,19 +320,22 @@ def _noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:
         yield part
 
 
-def _predicted(parts: Iterator[Samples], removed: Bool[Tensor, "units"], n: int, unit: str) -> tuple[Estimate, float]:
-    """The predicted joint risk after the removals, and how far their own part of it is from a sum over units."""
+def _predicted(
+    parts: Iterator[Samples], removed: Int[Tensor, "some"], restored: Int[Tensor, "others"], n: int, unit: str
+) -> tuple[Estimate, float]:
+    """The predicted joint risk after a change, and how far its own part of it is from a sum over units."""
     made, alone = 0.0, 0.0
 
     def watched() -> Iterator[Samples]:
         nonlocal made, alone
         for part in parts:
             made += float(part.offset.double().sum()) / n
-            each = part.linear.double() + part.effects.double().square().sum(0) / 2
-            alone += float(each[:, removed.to(each.device)].sum()) / n
+            half, linear = part.effects.double().square().sum(0) / 2, part.linear.double()
+            alone += float((half + linear)[:, removed.to(half.device)].sum()) / n
+            alone += float((half - linear)[:, restored.to(half.device)].sum()) / n
             yield part
 
-    total = joint_moments(watched(), removed)
+    total = joint_moments(watched(), removed, restored)
     joint = float(total.mean) - made
     found = Estimate.of(total, unit)
     found = replace(found, mean=max(0.0, found.mean))  # a divergence is never negative

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
@@ -42,11 +42,20 @@ class Linearisation:
     spread: Float[Tensor, "units"] | None = None
     samples: int = 0
 
-    def predicted(self, removed: Bool[Tensor, "units"]) -> float:
-        """The predicted risk after also removing ``removed`` (nats), which may be negative."""
-        removed = removed.to(self.matrix.device)
-        square = self.matrix[:, removed].sum(1).double().square().sum()
-        return self.offset + float(self.linear[removed].double().sum() + square / 2)
+    def predicted(self, removed: Shaped[Tensor, "some"], restored: Shaped[Tensor, "others"] | None = None) -> float:
+        """The predicted risk after also removing these units, and taking back those (nats), which may be negative.
+        Sets of units are masks or indices."""
+        rise = self.along(self.linear.double()[None], removed, restored).sum()
+        square = self.along(self.matrix, removed, restored).double().square().sum()
+        return self.offset + float(rise + square / 2)
+
+    @staticmethod
+    def along(
+        rows: Float[Tensor, "rows units"], removed: Shaped[Tensor, "some"], restored: Shaped[Tensor, "others"] | None
+    ) -> Float[Tensor, "rows"]:
+        """What rows of effects come to along a change: columns of units that leave, less those of units taken back."""
+        moved = rows[:, removed.to(rows.device)].sum(1)
+        return moved if restored is None else moved - rows[:, restored.to(rows.device)].sum(1)
 
 
 def linearise(batches: Iterator[Samples], n: int, *, seed: int, height: int = HEIGHT) -> Linearisation:

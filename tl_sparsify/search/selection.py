@@ -82,27 +82,51 @@ def greedy(
     if not bool(torch.isfinite(linearisation.linear).all() & torch.isfinite(linearisation.matrix).all()):
         raise ValueError("the linearisation holds NaN or infinite numbers: is the metric's gradient finite?")
     state = _State.of(linearisation, candidates, shrinkage, costs)
-    picked: list[Tensor] = []
-    left, block = float(count), _FIRST
-    while left > 0 and state.alive:
-        steps = min(_ROUGH if roughly else block, state.alive)
-        chosen, asked = state.next_block(steps, left, min(pool, max(_POOL // 4, 4 * steps)), check=not roughly)
-        picked.append(state.index[chosen].cpu())
-        left -= len(chosen) if state.costs is None else float(state.costs[chosen].double().sum())
-        block = min(_BLOCK, 2 * asked) if len(chosen) == asked else max(16, 2 * len(chosen))
-    return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
+    return state.take(float(count), pool, roughly)
 
 
-def after(linearisation: Linearisation, picks: Int[Tensor, "some"], shrinkage: Shrinkage) -> Linearisation:
-    """The same expansion once the units ``picks`` have left: what their interactions add to the others' slopes."""
-    here = picks.to(linearisation.matrix.device)
-    matrix = linearisation.matrix
-    moved = shrinkage.interactions * (matrix[:, here].sum(1) @ matrix)
-    if shrinkage != NO_SHRINKAGE and linearisation.deviation is not None:
-        moved = moved + linearisation.deviation[:, here].sum(1) @ linearisation.deviation
+def exchange(
+    linearisation: Linearisation,
+    kept: Bool[Tensor, "units"],
+    removed: Bool[Tensor, "units"],
+    count: int,
+    back: int,
+    *,
+    shrinkage: Shrinkage = NO_SHRINKAGE,
+    roughly: bool = False,
+) -> tuple[Int[Tensor, "back"], Int[Tensor, "leaving"]]:
+    """Take ``back`` of the removed units back, and remove ``back + count`` of the kept ones, each one at a time by the
+    least predicted joint risk; returns both in order. The linearisation is of ``restorable`` samples. No model pass.
+    """
+    # a step back along a removal is the removal with the opposite sign
+    sign = torch.where(removed.to(linearisation.matrix.device), -1.0, 1.0).to(linearisation.matrix)
+    deviation = linearisation.deviation
+    signed = replace(
+        linearisation,
+        linear=sign * linearisation.linear,
+        matrix=sign * linearisation.matrix,
+        deviation=None if deviation is None else sign * deviation,
+    )
+    state = _State.of(signed, kept | removed, shrinkage, None)
+    taken = removed.to(state.index.device)[state.index]
+    restored = state.among(taken).take(back, _POOL, roughly)
+    return restored, state.among(~taken).take(back + count, _POOL, roughly)
+
+
+def after(
+    linearisation: Linearisation,
+    removed: Int[Tensor, "some"],
+    shrinkage: Shrinkage,
+    restored: Int[Tensor, "others"] | None = None,
+) -> Linearisation:
+    """The same expansion once the units ``removed`` have left and those ``restored`` have come back: what their
+    interactions add to the others' slopes."""
+    along, matrix, deviation = linearisation.along, linearisation.matrix, linearisation.deviation
+    moved = shrinkage.interactions * (along(matrix, removed, restored) @ matrix)
+    if shrinkage != NO_SHRINKAGE and deviation is not None:
+        moved = moved + along(deviation, removed, restored) @ deviation
     slope = linearisation.linear if shrinkage.slope == 0 else linearisation.linear + moved / shrinkage.slope
-    removed = torch.zeros(len(slope), dtype=torch.bool).index_fill(0, picks.cpu(), True)
-    return replace(linearisation, offset=linearisation.predicted(removed), linear=slope)
+    return replace(linearisation, offset=linearisation.predicted(removed, restored), linear=slope)
 
 
 class _State:
@@ -141,6 +165,23 @@ class _State:
             half = torch.maximum(half + linearisation.spread[index], along.square().sum(0) / 2)
             sampled = torch.cat([along, math.sqrt(shrinkage.interactions) * sampled])
         return _State(index, sampled, half, slope, some)
+
+    def among(self, live: Bool[Tensor, "some"]) -> _State:
+        """The same state, to choose from these alone."""
+        self.live, self.alive = live.clone(), int(live.sum())
+        return self
+
+    def take(self, count: float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
+        """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
+        picked: list[Tensor] = []
+        left, block = float(count), _FIRST
+        while left > 0 and self.alive:
+            steps = min(_ROUGH if roughly else block, self.alive)
+            chosen, asked = self.next_block(steps, left, min(pool, max(_POOL // 4, 4 * steps)), check=not roughly)
+            picked.append(self.index[chosen].cpu())
+            left -= len(chosen) if self.costs is None else float(self.costs[chosen].double().sum())
+            block = min(_BLOCK, 2 * asked) if len(chosen) == asked else max(16, 2 * len(chosen))
+        return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
     def next_block(self, steps: int, left: float, pool: int, check: bool) -> tuple[Int[Tensor, "picked"], int]:
         """The next units to leave, at most ``steps`` of them, in order; and how many were tried."""

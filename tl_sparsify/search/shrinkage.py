@@ -6,19 +6,41 @@ for samples that the choice has not seen the sampled expansion is unbiased. No m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify.search.linearisation import Linearisation
-from tl_sparsify.search.selection import Shrinkage, greedy
+from tl_sparsify.search.selection import Shrinkage, exchange, greedy
 
 _INTERACTIONS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0)
 _SLOPES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_SHARES = tuple(0.08 / 2**i for i in range(8))
 START = Shrinkage(interactions=0.05, slope=0.5)
+_START_TRADE = Shrinkage(interactions=0.1, slope=0.5)
+
+Setting = TypeVar("Setting", bound=Hashable)
+Change = tuple[Int[Tensor, "restored"] | None, Int[Tensor, "removed"]]
+
+
+@dataclass(frozen=True)
+class Trade:
+    """How an exchange is made.
+
+    Attributes:
+        shrinkage: of the expansion that it is chosen by.
+        share: of the kept units that leave, and as many come back.
+    """
+
+    shrinkage: Shrinkage = _START_TRADE
+    share: float = _SHARES[2]
+
+    def count(self, kept: int) -> int:
+        """How many of so many kept units leave."""
+        return max(1, round(self.share * kept))
 
 
 def chosen(
@@ -38,21 +60,57 @@ def chosen(
     selections as settings and halves.
     """
 
-    def promise(setting: Shrinkage) -> float:
-        total = 0.0
-        for here in range(len(halves)):
-            picks = greedy(halves[here], candidates, count, shrinkage=setting, costs=costs, roughly=True)
-            removed = torch.zeros_like(candidates).index_fill(0, picks, True)
-            others = [half for there, half in enumerate(halves) if there != here]
-            total += sum(max(0.0, other.predicted(removed)) for other in others) / len(others)
-        return total / len(halves)
+    def choose(half: Linearisation, setting: Shrinkage) -> Change:
+        return None, greedy(half, candidates, count, shrinkage=setting, costs=costs, roughly=True)
 
-    found = {setting: promise(setting) for setting in _neighbours(near, slopes)}
+    return _most_promising(halves, _beside(near, slopes), choose)
+
+
+def traded(
+    halves: Sequence[Linearisation],
+    kept: Bool[Tensor, "units"],
+    removed: Bool[Tensor, "units"],
+    *,
+    near: Trade,
+) -> tuple[Trade, float]:
+    """The exchange, among ``near`` and those next to it in one respect, that promises the least divergence on samples
+    that it has not seen, and that divergence. No model pass; as many exchanges as settings and halves."""
+    size = int(kept.sum())
+    settings = list(
+        dict.fromkeys(
+            [near]
+            + [replace(near, shrinkage=one) for slopes in (True, False) for one in _beside(near.shrinkage, slopes)]
+            + [replace(near, share=_next(_SHARES, near.share, step)) for step in (1, -1)]
+        )
+    )
+
+    def choose(half: Linearisation, setting: Trade) -> Change:
+        many = min(setting.count(size), int(removed.sum()))
+        return exchange(half, kept, removed, 0, many, shrinkage=setting.shrinkage, roughly=True)
+
+    return _most_promising(halves, settings, choose)
+
+
+def _most_promising(
+    halves: Sequence[Linearisation], settings: Sequence[Setting], choose: Callable[[Linearisation, Setting], Change]
+) -> tuple[Setting, float]:
+    """The first setting whose changes promise the least, and what they promise."""
+    found = {setting: _promise(halves, lambda half, one=setting: choose(half, one)) for setting in settings}
     best = min(found, key=lambda setting: found[setting])
     return best, found[best]
 
 
-def _neighbours(near: Shrinkage, slopes: bool) -> list[Shrinkage]:
+def _promise(halves: Sequence[Linearisation], change: Callable[[Linearisation], Change]) -> float:
+    """The divergence that a change chosen on each half promises on the others."""
+    total = 0.0
+    for here in range(len(halves)):
+        restored, removed = change(halves[here])
+        others = [half for there, half in enumerate(halves) if there != here]
+        total += sum(max(0.0, other.predicted(removed, restored)) for other in others) / len(others)
+    return total / len(halves)
+
+
+def _beside(near: Shrinkage, slopes: bool) -> list[Shrinkage]:
     """The setting itself first, so that it stays where others are no better."""
     steps = (1, -1)
     if slopes:
