@@ -26,7 +26,7 @@ from tl_sparsify import (
     sparsify,
 )
 from tl_sparsify import run as running
-from tl_sparsify.search.joint import Refitting
+from tl_sparsify.search.settings import Refitting
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tl_sparsify.comparison.resampling import weights
 from tl_sparsify.core.metrics import log_probability
 from tl_sparsify.core.units import heads
 from tl_sparsify.search.compensating import sparsify_affine
-from tl_sparsify.search.joint import Probing, Refitting
+from tl_sparsify.search.settings import Probing, Refitting
 
 REPLICATES, SEED = 25, 3
 

@@ -104,7 +104,8 @@ def sparsify(
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
-            ``exchanges`` below zero, units to be kept always that are more than the smallest size leaves, costs that are not positive.
+            ``exchanges`` below zero, units to be kept always that are more than the smallest size leaves, costs that
+            are not positive.
 
     Example:
         >>> path = tls.sparsify(model, train, units, sizes=(0.75, 0.5), seed=0, progress=False)
@@ -149,7 +150,8 @@ def sparsify(
     look = _looking(model, train, probing, carry_deviation, seed, of_train, shared)
     unit = "nats" if metric is None else "squared units"
     seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
-    spare = rounds // 2 if exchanges is None else exchanges  # linearisations that may be made at a size once more
+    most = rounds // 2 if exchanges is None else exchanges
+    spare = most  # linearisations that may be made at a size once more
     trading = shrinkage is None and costs is None
     left = torch.where(first.mask, torch.inf, torch.arange(-len(units), 0, dtype=torch.float64))
     clock, number = 0, 0
@@ -157,8 +159,10 @@ def sparsify(
     believed, promised, trade = START if shrinkage is None else shrinkage, float("inf"), Trade()
     expansion: _Expansion | None = None
     picks = restored = torch.zeros(0, dtype=torch.long)  # what has changed since the last expansion
+    # at the last size once more, for exchanges alone
     goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
-    for target, last in bar(goals, "removing units", progress):  # at the last size once more, for exchanges alone
+    for step, (target, last) in enumerate(bar(goals, "removing units", progress)):
+        reserved = most * (1 - 0.5 * step / len(targets))  # exchanges are worth most where few units are left
         pending = [target]
         while pending:
             excess = float(weight[current.circuit.mask].sum()) - pending[-1]
@@ -181,7 +185,8 @@ def sparsify(
             kept, gone = current.circuit.mask & free, first.mask & ~current.circuit.mask & free
             shrunk = shrinkage is None and sketch.samples < int(kept.sum())
             exchanged = False
-            if shrunk and trading and spare > 0 and bool(gone.any()):
+            reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
+            if shrunk and trading and reached and (settling or spare > reserved) and bool(gone.any()):
                 trade, promise = traded(expansion.halves, kept, gone, near=trade)
                 exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
             picks = restored = torch.zeros(0, dtype=torch.long)

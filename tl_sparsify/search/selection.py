@@ -82,7 +82,7 @@ def greedy(
     if not bool(torch.isfinite(linearisation.linear).all() & torch.isfinite(linearisation.matrix).all()):
         raise ValueError("the linearisation holds NaN or infinite numbers: is the metric's gradient finite?")
     state = _State.of(linearisation, candidates, shrinkage, costs)
-    return state.take(float(count), pool, roughly)
+    return state.take(count, pool, roughly)
 
 
 def exchange(
@@ -171,7 +171,7 @@ class _State:
         self.live, self.alive = live.clone(), int(live.sum())
         return self
 
-    def take(self, count: float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
+    def take(self, count: int | float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
         """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
         picked: list[Tensor] = []
         left, block = float(count), _FIRST
