@@ -1,6 +1,6 @@
 """The laws of the library, on small float64 models: its specification. Laws 1 to 6: interventions, batches, moments.
 
-Law 3, that folding is ablating, is in test_folding.py and test_folding_architectures.py; laws 7 to 11 are in
+Law 3, that folding is ablating, is in test_folding.py and test_folding_architectures.py; laws 7 to 12 are in
 test_laws_of_search.py.
 """
 

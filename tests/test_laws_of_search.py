@@ -1,4 +1,4 @@
-"""The laws of the library, 7 to 11: risk on a linear model, rescaling, interchange with oneself, refusals, search."""
+"""The laws of the library, 7 to 12: risk on a linear model, rescaling, interchange with oneself, refusals, search."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import heads
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.search.joint import sparsify
-from tl_sparsify.search.linearisation import linearise
+from tl_sparsify.search.linearisation import Linearisation, linearise
+from tl_sparsify.search.selection import greedy
+from tl_sparsify.search.settings import Probing
 
 SEEDS = st.integers(0, 2**31)
 N = 8
@@ -208,3 +210,48 @@ def test_law_11_search_finds_planted_units(kept: tuple[str, ...]):
     assert path.at(len(kept) / len(units)).circuit == Circuit.of(units, kept)
     assert path.within(model, data, 1e-12).circuit == Circuit.of(units, kept)
     assert path.rounds[-1].measured.mean <= 1e-12
+
+
+# 12. Size never matters to the order; no predicted divergence is negative; more examples never make a path worse.
+
+
+@given(SEEDS, st.integers(2, 300), st.sampled_from([1, 3, 16, 2048]))
+def test_law_12_any_number_of_units_and_any_pool_leave_one_at_a_time(seed: int, units: int, pool: int):
+    generator = seeded(seed)
+    matrix = torch.randn(9, units, generator=generator, dtype=torch.float64)
+    matrix *= (2 * torch.randn(units, generator=generator, dtype=torch.float64)).exp()
+    sketch = Linearisation(1.0, torch.randn(9, generator=generator, dtype=torch.float64) @ matrix, matrix, False)
+    total, alive = torch.zeros(9, dtype=torch.float64), list(range(units))
+    slowly: list[int] = []
+    for _ in range(units // 2):
+        rises = torch.stack([sketch.linear[u] + (total + matrix[:, u]).square().sum() / 2 for u in alive])
+        slowly.append(alive.pop(int(rises.argmin())))
+        total = total + matrix[:, slowly[-1]]
+    found = greedy(sketch, torch.ones(units, dtype=torch.bool), units // 2, pool=pool)
+    assert found.tolist() == slowly
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_law_12_no_predicted_divergence_is_negative(seed: int):
+    model, few = bridge(), examples(5, seed)
+    asked: dict[str, Any] = {"rounds": 5, "smallest": 0.1, "probing": Probing(1), "predict": True, "progress": False}
+    path = sparsify(model, few, units_of(model), seed=seed % 1000, **asked)
+    assert all(step.predicted.mean >= 0 and step.measured.mean >= 0 for step in path.rounds)
+
+
+def test_law_12_more_training_examples_never_make_the_path_worse():
+    model, test = bridge(), examples(300, 77, choices=(1, 4, 7, 8))
+    units, asked = units_of(model), {"sizes": (0.7, 0.4), "probing": Probing(1), "progress": False}
+    draws = torch.arange(8)
+
+    def risks(n: int) -> Tensor:
+        """For each draw of so many training examples the test risk of the smaller circuit."""
+        paths = [sparsify(model, examples(n, 5 + int(draw), choices=(1, 4, 7, 8)), units, **asked) for draw in draws]
+        return torch.tensor([risk(model, path.at(0.4), test).mean for path in paths], dtype=torch.float64)
+
+    fewer, some, more = risks(3), risks(12), risks(96)
+    for before, after in ((fewer, some), (some, more)):
+        error = ((before.var() + after.var()) / len(draws)).sqrt()
+        assert after.mean() <= before.mean() + 2 * error
+    assert more.mean() < fewer.mean()
