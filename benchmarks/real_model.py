@@ -2,8 +2,10 @@
 
 One cell for each task, kind of units, method and seed: a CSV of its own, so that a run that was stopped goes on where
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
-at least as many passes as the joint search but for one-shot scores, which have no more to take. With ``--refit`` each
-circuit's constants are refitted from the means, in blocks of steps until the validation risk no longer falls.
+at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
+search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
+every time. With ``--refit`` each circuit's constants are refitted from the means, in blocks of steps until the
+validation risk no longer falls.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -40,8 +42,9 @@ KINDS: dict[str, Callable[[Any], tls.Units]] = {
 def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     """By name: a function of model, examples, units, and the settings that all share."""
     size = options.batch_size
-    passes = ROUNDS * (options.probes + 1)  # backward ones of the joint search
-    probing = tls.Probing(options.probes)
+    # of one example each, in all rounds of the joint search and in all of its exchanges
+    backward = (ROUNDS + ROUNDS // 2) * (options.probes + 1) * options.per_round
+    probing = tls.Probing(options.probes, examples=options.per_round)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         settings: dict[str, Any] = {"smallest": SIZES[-1], "rounds": ROUNDS, "batch_size": size, "progress": False}
@@ -54,16 +57,16 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)
 
     def attribution(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        rounds, smallest = max(ROUNDS, passes), SIZES[-1]
+        rounds, smallest = max(ROUNDS, -(-backward // len(train))), SIZES[-1]
         scorer = tls.score.gradient
         given: dict[str, Any] = {"absolute": True, "batch_size": size, "seed": seed, "progress": False}
         return baselines.in_rounds(
-            scorer, model, train, units, rounds=min(rounds, 2 * ROUNDS), smallest=smallest, values=values, **given
+            scorer, model, train, units, rounds=rounds, smallest=smallest, values=values, **given
         )
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
-        steps = passes * len(train) // given["per_step"]
+        steps = -(-backward // given["per_step"])
         return baselines.top_k_gate(model, train, units, steps=steps, values=values, **given)
 
     return {"joint risk": joint, "risk, one shot": one_shot, "attribution, rounds": attribution, "top-k mask": mask}
@@ -75,7 +78,7 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     model = loaded.model()
     model = model if options.device == "cpu" else model.to(options.device)
     train, validation, test = loaded.examples(seed)
-    train, validation = train.sample(options.examples, seed=seed), validation.sample(options.examples, seed=seed)
+    train, validation = train.sample(options.examples, seed=seed), validation.sample(options.test, seed=seed)
     test = test.sample(options.test, seed=seed)
     units = KINDS[kind](model)
     values = tls.constants.mean(model, train, units, batch_size=options.batch_size)
@@ -94,8 +97,9 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
             judged = tls.evaluate(model, one, test, batch_size=options.batch_size, seed=seed)
             row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size, "constants": constants}
             row |= {"kept": len(circuit), "risk": judged.risk.mean, "risk_stderr": judged.risk.stderr}
-            row |= {"accuracy": judged.accuracy, "examples": len(train), "probes": options.probes}
-            row |= {"first_token": options.first_token, "forward": cost.forward, "backward": cost.backward}
+            row |= {"accuracy": judged.accuracy, "examples": len(train), "per_round": options.per_round}
+            row |= {"probes": options.probes, "first_token": options.first_token}
+            row |= {"forward": cost.forward, "backward": cost.backward}
             rows.append(row | {"seconds": seconds})
     return pd.DataFrame(rows)
 
@@ -160,7 +164,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--examples", type=int, default=512, help="for training")
+    parser.add_argument("--per-round", type=int, default=128, help="of them in a round of the joint search")
     parser.add_argument("--test", type=int, default=256)
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--first-token", default="bos", choices=("bos", "any", "none"))
@@ -169,7 +174,7 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true")
     options = parser.parse_args()
     names = options.methods or list(methods(options))
-    folder = RESULTS / f"{options.examples}-{options.probes}-{options.first_token}"
+    folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
     for seed in options.seeds:
         for task in options.tasks:
             for kind in options.kinds:
