@@ -237,6 +237,7 @@ def sparsify(
 
     # where nothing else is asked for, risk is measured on the examples of a round
     index = expansion.index if held_out is None and seen and not predict else None
+    recall = of_judged if index is None else remembering()
 
     def checked(step: Round) -> Round:
         """Nested: a unit that was taken back is in every larger circuit, too."""
@@ -247,7 +248,6 @@ def sparsify(
             return step
         reduction = step.reduction.with_circuit(Circuit(units, mask))
         here, examples = (reduction, judged) if index is None else (reduction.for_examples(index), judged[index])
-        recall = of_judged if index is None else computed
         return replace(
             step, reduction=reduction, measured=risk(model, here, examples, seed=seed, recall=recall, **shared)
         )
