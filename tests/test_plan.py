@@ -52,7 +52,7 @@ def test_a_small_model_has_the_packages_own_settings_by_default():
 
 
 def test_a_large_model_has_many_examples_with_one_probe():
-    for name, train in (("quick", 128), ("standard", 384), ("thorough", 1024)):
+    for name, train in (("quick", 256), ("standard", 512), ("thorough", 1024)):
         found = Request(effort=name).effort_for(Large())
         assert (found.train, found.probes, found.rounds) == (train, 1, 20)
 

@@ -44,6 +44,7 @@ class Effort:
         train, validation, test: the most examples of each split; all where ``None``.
         pairs: for verification; as many again are searched for the variables.
         rounds: of removing units.
+        per_round: training examples in each of them; all where ``None``.
         probes: for each example, in scores and search.
         steps, inner, beside: of the last refit, of those within the search, and of those of the other orders. The
             package's own where ``None``.
@@ -55,6 +56,7 @@ class Effort:
     test: int | None = None
     pairs: int = 512
     rounds: int = 20
+    per_round: int | None = None
     probes: int = PROBES
     steps: int | None = None
     inner: int | None = None
@@ -77,11 +79,12 @@ _SMALL = {
     "standard": Effort(),
     "thorough": Effort(rounds=40, steps=600, inner=40, beside=600),
 }
-# At equal cost many examples with one probe give a better path than few with four.
+# At equal cost many examples with one probe give a better path than few with four, and fresh ones in each round than
+# always the same.
 _OF_LARGE = {
-    "quick": Effort(128, 32, 64, 32, probes=1, steps=30, inner=2, beside=10, batch_size=_FEW),
-    "standard": Effort(384, 64, 256, 128, probes=1, steps=100, inner=4, beside=40, batch_size=_FEW),
-    "thorough": Effort(1024, 256, 512, 256, probes=1, steps=300, inner=20, beside=300, batch_size=_FEW),
+    "quick": Effort(256, 32, 64, 32, per_round=48, probes=1, steps=30, inner=2, beside=10, batch_size=_FEW),
+    "standard": Effort(512, 64, 256, 128, per_round=128, probes=1, steps=100, inner=4, beside=40, batch_size=_FEW),
+    "thorough": Effort(1024, 256, 512, 256, per_round=256, probes=1, steps=300, inner=20, batch_size=_FEW),
 }
 EFFORTS = tuple(_SMALL)
 
@@ -207,7 +210,9 @@ def seconds(
 
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
     total = (3 + effort.probes) * train  # means and scores
-    total += effort.rounds * ((2 + effort.probes) * (train + validation) + refit(inner, effort.refit_batch))
+    in_round = min(train, effort.per_round or train)
+    rounds = 1.5 * effort.rounds  # with as many exchanges as there may be
+    total += rounds * ((2 + effort.probes) * (in_round + validation) + refit(inner, effort.refit_batch))
     total += refit(last, effort.refit_batch) + 9 * test
     if compares:
         total += 4 * (refit(effort.beside, effort.beside_batch) + 4 * test)

@@ -175,7 +175,7 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
         train,
         values.units,
         rounds=here.effort.rounds,
-        probing=Probing(here.effort.probes, TEMPERATURE),
+        probing=Probing(here.effort.probes, TEMPERATURE, here.effort.per_round),
         refitting=Refitting(here.effort.inner, here.effort.refit_batch),
         smallest=min(here.request.keep, 0.01),
         values=values,
