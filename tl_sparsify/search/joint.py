@@ -296,9 +296,8 @@ def _looking(
     def look(current: Reduction, whole: bool, number: int) -> _Expansion:
         examples, here, recall, index = train, current, of_train, None
         if some is not None:
-            index = drawn = _random.permutation(len(train), seed, 97, number)[:some].sort().values
-            examples, here = train[drawn], current.for_examples(drawn)
-            recall = computed if known is None else lambda rows, _: known(drawn[rows])
+            index = _random.permutation(len(train), seed, 97, number)[:some].sort().values
+            examples, here, recall = train[index], current.for_examples(index), _for_some(known, index)
         made: list[Moments] = []
         settings = {"temperature": probing.temperature, "probes": probing.probes, "seed": seed + number}
         before = None if whole else here
@@ -309,6 +308,11 @@ def _looking(
         return _Expansion(halves, merged(halves), Moments.merge(made), index)
 
     return look
+
+
+def _for_some(known: Callable[[Int[Tensor, "batch"]], Tensor] | None, some: Int[Tensor, "some"]) -> Recall:
+    """From logits that are known for all examples those of some."""
+    return computed if known is None else lambda index, _: known(some[index])
 
 
 def _note(found: list[Round], current: Reduction, made: Moments, unit: str) -> None:
