@@ -211,7 +211,7 @@ def seconds(
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
     total = (3 + effort.probes) * train  # means and scores
     in_round = min(train, effort.per_round or train)
-    rounds = 1.5 * effort.rounds  # with as many exchanges as there may be
+    rounds = effort.rounds + effort.rounds // 2  # with as many exchanges as there may be
     total += rounds * ((2 + effort.probes) * (in_round + validation) + refit(inner, effort.refit_batch))
     total += refit(last, effort.refit_batch) + 9 * test
     if compares:
