@@ -18,7 +18,7 @@ import tl_sparsify as tls
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
 CODE = {name for name, page in PAGES.items() if blocks(page.read_text(), "python")}
-ELSEWHERE = {"write_your_own_task"}  # followed step by step in a test of its own
+ELSEWHERE = {"write_your_own_task", "your_own_data"}  # followed in tests of their own
 FETCHED = re.compile(r"<(?:script|img|iframe)[^>]* src=\"?(https?:[^\" >]+)|<link[^>]* href=\"?(https?:[^\" >]+)")
 
 
