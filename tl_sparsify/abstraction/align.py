@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
@@ -84,6 +85,7 @@ class AlignmentResult:
         return f"AlignmentResult({found}; {self.forward} + {self.backward} passes, every unit alone {self.exhaustive})"
 
 
+@checked
 def align(
     model: Model,
     causal_model: CausalModel,

@@ -140,7 +140,9 @@ class CausalModel:
 
     def _compute(self, name: str, values: Mapping[str, np.ndarray], size: int) -> np.ndarray:
         try:
-            value = np.asarray(self.mechanisms[name](**{parent: values[parent] for parent in self.parents[name]}))
+            # copies: a mechanism may work in place
+            parents = {parent: np.array(values[parent]) for parent in self.parents[name]}
+            value = np.asarray(self.mechanisms[name](**parents))
         except Exception as error:
             raise ValueError(f"the mechanism of {name!r} failed: {type(error).__name__}: {error}") from error
         if value.ndim and len(value) != size:

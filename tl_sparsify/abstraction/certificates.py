@@ -17,10 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
+
 _TOGETHER = 64  # draws whose capital is computed at once
 _MOST = 0.5  # the share of what a bet may lose at most (c in the paper)
 
 
+@checked
 def confidence_sequence(
     draws: Float[Tensor, "n"], *, level: float = 0.05, grid: int = 1000
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
@@ -44,8 +47,10 @@ def confidence_sequence(
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it lies between 0 and 1")
-    if grid < 1:
-        raise ValueError(f"grid is {grid}; it must be at least 1")
+    if not 1 <= grid <= 10**6:
+        raise ValueError(f"grid is {grid}; it must be at least 1, and at most 1,000,000")
+    if draws.ndim != 1:
+        raise ValueError(f"draws has shape {tuple(draws.shape)}; it must be [n]")
     x = draws.double().cpu()
     if len(x) and not (bool((x >= 0).all()) and bool((x <= 1).all())):
         raise ValueError(f"draws range from {float(x.min())} to {float(x.max())}; they must lie in [0, 1]")
@@ -84,6 +89,7 @@ def _bets(x: Float[Tensor, "n"], level: float) -> Float[Tensor, "n"]:
     return (2 * math.log(2 / level) / (before * t * (t + 1).log())).sqrt()
 
 
+@checked
 def decided(
     draws: Float[Tensor, "n"], goal: float, *, level: float = 0.05
 ) -> tuple[Literal["at least", "below"] | None, int]:
@@ -105,6 +111,7 @@ def decided(
     return ("at least" if bool(lower[when] >= goal) else "below"), when + 1
 
 
+@checked
 def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
     """An upper bound on how often, over some draws, two models' answers differ: the least over ``e`` of
     ``Pr(m <= 2 e) + squared_distance / (2 e**2)`` (at most 1).
@@ -125,6 +132,8 @@ def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
         0.02...
     """
     m = margins.double().cpu().sort().values
+    if margins.ndim != 1:
+        raise ValueError(f"margins has shape {tuple(margins.shape)}; it must be [n], one for each draw")
     if not len(m) or not bool((m >= 0).all()):
         raise ValueError("margins are empty, negative or NaN: give the best logit minus the second, for each draw")
     if not squared_distance >= 0:

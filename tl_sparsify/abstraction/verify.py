@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.abstraction.controls import (
@@ -54,6 +55,7 @@ _CHUNK = 64  # pairs between two looks at the bounds
 _PROBABILITY = 0.1  # of interchanging each kept unit, where original and reduced model are compared
 
 
+@checked
 def verify(
     model: Model,
     causal_model: CausalModel,

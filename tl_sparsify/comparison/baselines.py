@@ -41,6 +41,7 @@ from torch import Tensor
 from transformer_lens.patching import generic_activation_patch
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.comparison.edge_attribution import (
     Direction,
     Edges,
@@ -95,6 +96,7 @@ __all__ = [
 _PATCHED = re.compile(r"blocks\.(\d+)\.(?:attn\.hook_(z)|mlp\.hook_(post)|hook_(mlp_out|attn_out))")
 
 
+@checked
 def random(model: Model, examples: Examples, units: Units, *, seed: int = 0) -> Scores:
     """A random score for every unit: the control that every method must beat. No model pass.
 
@@ -106,6 +108,7 @@ def random(model: Model, examples: Examples, units: Units, *, seed: int = 0) -> 
     return Scores(units, scores, torch.full_like(scores, float("nan")), "random", "no unit", 0, 0)
 
 
+@checked
 def activation_norm(
     model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None
 ) -> Scores:
@@ -138,6 +141,7 @@ def activation_norm(
     return Scores(units, total.mean, total.stderr, "activation norm", "activation units", 1, 0)
 
 
+@checked
 def exact_zero(
     model: Model,
     examples: Examples,
@@ -165,6 +169,7 @@ def exact_zero(
     return replace(found, name="exact, zero")
 
 
+@checked
 def exact_mean(
     model: Model,
     examples: Examples,
@@ -192,6 +197,7 @@ def exact_mean(
     return replace(exact(model, examples, units, values=values, **settings), name="exact, mean")
 
 
+@checked
 def activation_patching(
     model: Model,
     examples: Examples,
@@ -310,6 +316,7 @@ def _patched(
     return torch.stack(found, 1)[:, torch.tensor(order).argsort().to(found[0].device)]
 
 
+@checked
 def attribution_patching(
     model: Model,
     examples: Examples,

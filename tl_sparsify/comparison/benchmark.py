@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_bytes, write_text
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.versions import versions
@@ -76,6 +77,7 @@ class _Data:
     seed: int
 
 
+@checked
 def compare(
     model: Model,
     task: Task,
@@ -148,6 +150,7 @@ def compare(
     return pd.concat(found, ignore_index=True)
 
 
+@checked
 def write_comparison(table: pd.DataFrame, folder: str | Path) -> tuple[Path, ...]:
     """Write a table as ``table.csv``, ``table.parquet`` and, a part for each task, ``table.md``; returns the files."""
     folder = Path(folder)
@@ -158,6 +161,7 @@ def write_comparison(table: pd.DataFrame, folder: str | Path) -> tuple[Path, ...
     return folder / "table.csv", folder / "table.parquet", folder / "table.md"
 
 
+@checked
 def compare_tasks(
     tasks: Sequence[str],
     methods: Sequence[str] = (),
@@ -201,11 +205,13 @@ def _group(task: str, methods: list[str], seed: int, out: str, settings: dict[st
     compare(loaded.model(), loaded, named(methods), seeds=[seed], out=out, progress=False, **settings)
 
 
+@checked
 def cell_file(folder: Path, task: str, method: str, seed: int) -> Path:
     """Where a finished cell lies."""
     return folder / "cells" / task / f"{re.sub('[^a-z0-9]+', '_', method.lower())}-{seed}.csv"
 
 
+@checked
 def gathered(folder: str | Path) -> pd.DataFrame:
     """All finished cells of a folder as one table.
 

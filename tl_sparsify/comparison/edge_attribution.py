@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify.comparison.edge_readers import Reader, Slopes, readers_of, taps
 from tl_sparsify.core.circuit import Values
@@ -84,6 +85,7 @@ class Edges:
         return f"Edges({len(self.units):,} units, {len(self.readers):,} readers, largest {largest})"
 
 
+@checked
 def eap(
     model: Model,
     examples: Examples,
@@ -112,6 +114,7 @@ def eap(
     return eap_ig(model, examples, units, steps=1, reduce=reduce, **shared)
 
 
+@checked
 def eap_ig(
     model: Model,
     examples: Examples,
@@ -145,6 +148,7 @@ def eap_ig(
     return Scores(units, scores, unknown, name, "units of the metric", found.forward_passes, found.backward_passes)
 
 
+@checked
 def edge_attribution(
     model: Model,
     examples: Examples,

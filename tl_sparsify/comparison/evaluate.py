@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.comparison.curves import (
     ACCURACY,
     AGREEMENT,
@@ -165,6 +166,7 @@ def evaluate(
     ...
 
 
+@checked
 def evaluate(
     model: Model,
     reduction: Reduction | CircuitPath | Scores,
@@ -336,6 +338,7 @@ def _estimate(moments: Moments, at: tuple[int, ...]) -> Estimate:
     return Estimate.of(Moments(moments.count[at], moments.mean[at], moments.spread[at]), "nats")
 
 
+@checked
 def auroc(scores: Float[Tensor, "units"], truth: Circuit) -> float:
     """The probability that a true unit has a higher score than another one, ties counted half (the area under the
     receiver operating characteristic); NaN where all or none are true.
@@ -353,6 +356,7 @@ def auroc(scores: Float[Tensor, "units"], truth: Circuit) -> float:
     return float((ranks[true].sum() - n * (n + 1) / 2) / (n * (len(order) - n)))
 
 
+@checked
 def average_precision(scores: Float[Tensor, "units"], truth: Circuit) -> float:
     """The precision among all units with at least a true unit's score, averaged over the true units; NaN where none
     is true.

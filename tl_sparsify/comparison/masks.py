@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Values
@@ -47,6 +48,7 @@ Gates = Callable[[Float[Tensor, "units"], Int[Tensor, "batch"], int], Float[Tens
 """From the logits, the examples of a step and its number: each example's gates."""
 
 
+@checked
 def hard_concrete(
     model: Model,
     examples: Examples,
@@ -108,6 +110,7 @@ def hard_concrete(
     return _trained(model, examples, units, start, gates, opened, name="hard concrete", **settings)
 
 
+@checked
 def top_k_gate(
     model: Model,
     examples: Examples,
@@ -164,6 +167,7 @@ def top_k_gate(
     return _trained(model, examples, units, start, gates, None, name="top-k gate", **settings)
 
 
+@checked
 def soft_top_k(
     logits: Float[Tensor, "units"], k: Float[Tensor, "batch"], temperature: float
 ) -> Float[Tensor, "batch units"]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.random import check_seed
 from tl_sparsify.core.circuit import Circuit
@@ -34,6 +35,7 @@ _TOGETHER = 256  # examples whose weights are drawn at once
 _POISSON = torch.tensor([1 / math.factorial(k) for k in range(20)], dtype=torch.float64).cumsum(0) / math.e
 
 
+@checked
 def check_bootstrap(replicates: int, level: float) -> None:
     """Refuse a negative number of replicates, and a level outside (0, 1)."""
     if replicates < 0:
@@ -42,6 +44,7 @@ def check_bootstrap(replicates: int, level: float) -> None:
         raise ValueError(f"level is {level}; it lies between 0 and 1")
 
 
+@checked
 def weights(index: Int[Tensor, "batch"], replicates: int, seed: int) -> Float[Tensor, "batch replicates"]:
     """How often each of the examples ``index`` counts in each replicate: independent draws from the Poisson
     distribution of mean 1. No model pass."""
@@ -162,6 +165,7 @@ class Stability:
         )
 
 
+@checked
 def expected_jaccard(n: int, k: int) -> float:
     """The expected Jaccard index of two independent random sets of ``k`` out of ``n`` units:
     ``sum_i P(i) i / (2 k - i)`` with the number ``i`` of common units hypergeometric. ``O(k)`` operations.
@@ -176,6 +180,7 @@ def expected_jaccard(n: int, k: int) -> float:
     return float((ways.softmax(0) * common / (2 * k - common)).sum())
 
 
+@checked
 def stability(
     method: Method,
     model: Model,

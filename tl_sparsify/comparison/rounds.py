@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
@@ -22,6 +23,7 @@ from tl_sparsify.search.joint import schedule
 from tl_sparsify.search.scores import Scores, kept_count
 
 
+@checked
 def in_rounds(
     scorer: Callable[..., Scores],
     model: Model,

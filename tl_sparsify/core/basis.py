@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import batches_of, check_model, output, valid_positions
 from tl_sparsify.core.intervene import recorded
@@ -14,6 +15,7 @@ from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 
 
+@checked
 def pca(
     model: Model, examples: Examples, hook: str, rank: int, *, batch_size: int | None = None
 ) -> Float[Tensor, "width rank"]:

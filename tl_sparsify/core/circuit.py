@@ -42,6 +42,8 @@ class Circuit:
     mask: Bool[Tensor, "units"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.units, Units):
+            raise ValueError(f"units are a {type(self.units).__name__}, not Units: tls.heads(model), say")
         if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
             what = (
                 f"a tensor of {self.mask.dtype}" if isinstance(self.mask, Tensor) else f"a {type(self.mask).__name__}"

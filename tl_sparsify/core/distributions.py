@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked_fields
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.intervene import Intervention
@@ -17,6 +18,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 
 
+@checked_fields
 @dataclass(frozen=True)
 class InterventionDistribution:
     """From what the interventions are drawn under which two models are compared.

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count, check_is_model
 from tl_sparsify._internal.random import check_seed
 from tl_sparsify.core.circuit import Values
@@ -155,6 +156,7 @@ def answer_index(batch: Examples) -> Int[Tensor, "rows"]:
     return (labels[:, None] == batch.choices).int().argmax(1)
 
 
+@checked
 def run_values(model: Model, batch: Examples, units: Units) -> Values:
     """The units' values on a batch: the source of an interchange. One forward pass, no gradients.
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked, checked_fields
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.first_token import watching_first_tokens
 from tl_sparsify.core.reduction import Reduction
@@ -29,6 +30,7 @@ from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """``do(unit = value)`` for some units, softened by ``keep``.
@@ -55,10 +57,13 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.keep.ndim not in (1, 2) or self.keep.shape[-1] != len(self.units):
             raise ValueError(f"keep has shape {tuple(self.keep.shape)}; {self.units!r} need [units] or [batch, units]")
+        if bool(torch.isnan(self.keep.detach()).any()):
+            raise ValueError("keep holds NaN; 1 leaves a unit alone, 0 replaces it")
         if self.values.units != self.units:
             raise ValueError(f"values are for {self.values.units!r}, the intervention for {self.units!r}")
 
 
+@checked
 def ablate(reduction: Reduction) -> Intervention:
     """Set every removed unit of a reduction to its constant (or affine replacement), everywhere.
 
@@ -72,6 +77,7 @@ def ablate(reduction: Reduction) -> Intervention:
     return Intervention(reduction.units, keep, reduction.values, reduction.mixing, reduction.first_token)
 
 
+@checked
 def interchange(circuit: Circuit, source: Values) -> Intervention:
     """Set the units *in* ``circuit`` to their values in a source run (``source`` from :func:`forward.run_values`).
 
@@ -145,6 +151,7 @@ def _apply(
     return site.write(activation, v, new)
 
 
+@checked
 @contextmanager
 def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
     """Run the model under interventions, in the order given; nothing of them is left afterwards.
@@ -236,6 +243,7 @@ class Recording:
         return tuple(_joined([site.pull(gradients[h]) for h in site.hook_names]) for site in self.units.sites)
 
 
+@checked
 @contextmanager
 def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator[Recording]:
     """Record the units' activations in every forward pass inside the context (the last one's are kept).

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, batches_of, check_call
@@ -113,6 +114,7 @@ def compared(
     return Moments.merge(parts)
 
 
+@checked
 def risk(
     model: Model,
     reduction: Reduction,

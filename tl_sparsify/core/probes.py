@@ -34,7 +34,7 @@ from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
 from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
-from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.metrics import Metric, divergence, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
@@ -123,7 +123,7 @@ def metric_probe(
     sign = _random.signs(seed, 5, index[example], _number(example), 0)
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(metric(z, batch).sum(), z)
+        (gradient,) = torch.autograd.grad(measured_by(metric, z, batch).sum(), z)
     return [(scale * sign).to(logits)[:, None] * gradient]
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked_fields
 from tl_sparsify._internal.checksum import checksum
 from tl_sparsify._internal.files import read_tensors, write_tensors
 from tl_sparsify.core.circuit import (
@@ -29,6 +30,7 @@ from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False)
 class Reduction:
     """A circuit and the constants that replace its removed units, for the model with ``fingerprint``.
@@ -219,6 +221,8 @@ def fingerprint(model: Any) -> str:
         >>> tls.fingerprint(model) == reduction.fingerprint
         True
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, which has no parameters: give a model")
     exact, rounded = hashlib.sha256(), hashlib.sha256()
     for name, tensor in _state(model):
         described = f"{name}:{tuple(tensor.shape)}:"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers import AutoTokenizer
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory
 from tl_sparsify._internal.files import read_tensors, write_tensors
 from tl_sparsify.core.first_token import first_tokens
@@ -122,6 +123,7 @@ def _split(attention: Any) -> list[nn.Module]:
 FOLDED = "folded.safetensors"
 
 
+@checked
 def save_folded(model: Any, path: str | Path) -> None:
     """Write a folded model to a directory: one safetensors file, and the tokenizer where there is one. The directory
     is complete, or not there; one that holds an older folded model is replaced.
@@ -146,6 +148,7 @@ def save_folded(model: Any, path: str | Path) -> None:
         write_tensors(folder / FOLDED, "folded model", *_contents(model, folder))
 
 
+@checked
 def load_folded(path: str | Path) -> FoldedBridge:
     """Read what :func:`save_folded` wrote, on the CPU, in evaluation mode; the original model is not needed.
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.folding.bridge import FoldedBridge
@@ -34,6 +35,7 @@ from tl_sparsify.folding.stream_writes import describe_points
 _UNITS = "folded_units.json"
 
 
+@checked
 def export_hf(model: Any, path: str | Path) -> None:
     """Write a folded model as a Hugging Face checkpoint: configuration, safetensors, the tokenizer where there is one,
     and ``folded_units.json``, which says which original unit each of its own is.

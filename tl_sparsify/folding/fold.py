@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import NeighbourMap
 from tl_sparsify.core.forward import check_model, device_of
 from tl_sparsify.core.intervene import ablate, intervened, recorded
@@ -65,6 +66,7 @@ _WHOLE = {"attention": "head", "mlp": "neuron"}
 _MIXING = ("solu", "solu_ln")  # activations of a neuron that depend on the other neurons
 
 
+@checked
 def fold(model: Any, reduction: Reduction) -> FoldedBridge:
     """Compile a reduction into a smaller model. No model pass, or one of a single token where units are left alone at a
     beginning-of-sequence token; memory for the smaller model's weights.

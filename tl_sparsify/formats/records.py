@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import tokenizer_of
 from tl_sparsify.formats import checks
@@ -51,6 +52,7 @@ class LoadedExamples:
         return f"LoadedExamples({len(self.rows):,} of {total:,} rows{f'; dropped: {why}' if why else ''})"
 
 
+@checked
 def load_examples(
     tokenizer_or_model: Any,
     source: Any,

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_bytes
 from tl_sparsify.abstraction.evidence import NOTHING, RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
@@ -53,6 +54,7 @@ _MARKERS = "os^vDPX*<>hp"
 _KINDS = {"head": "#d55e00", "neuron": "#0072b2", "mlp": "#009e73", "attention": "#cc79a7"}
 
 
+@checked
 def risk_curve(path: CircuitPath, points: Mapping[str, pd.DataFrame] | None = None) -> Figure:
     """Risk against units kept along a path, predicted and measured, on logarithmic axes.
 
@@ -84,6 +86,7 @@ def risk_curve(path: CircuitPath, points: Mapping[str, pd.DataFrame] | None = No
     return figure
 
 
+@checked
 def frontier(
     table: pd.DataFrame,
     measure: str = "risk",
@@ -153,6 +156,7 @@ def frontier(
     return figure
 
 
+@checked
 def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
     """One method's scores against another's, by rank (1: needed most) and by value, kinds of units by colour.
 
@@ -202,6 +206,7 @@ def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
     return figure
 
 
+@checked
 def evidence(found: Evidence | pd.DataFrame) -> Figure:
     """Interchange accuracies as a heat map: a row for each variable and intervention, a column for each model.
 
@@ -259,6 +264,7 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
     return figure
 
 
+@checked
 def png(figure: Figure, dpi: int = 150) -> bytes:
     """A figure as the bytes of a PNG file: the same for the same figure.
 
@@ -271,6 +277,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     return target.getvalue()
 
 
+@checked
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG: complete, or not at all.
 

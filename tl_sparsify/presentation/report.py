@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.evidence import RANDOM_UNITS
 from tl_sparsify.abstraction.verdicts import verdicts
@@ -62,6 +63,7 @@ code { background: var(--tint); border-radius: 4px; padding: .1em .3em; font-siz
 """
 
 
+@checked
 def write(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the report about a folder of results as one HTML file, and return its path.
 

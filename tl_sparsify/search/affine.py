@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
@@ -32,6 +33,7 @@ Weighting = Literal["curvature", "uniform"]
 _EVEN = 3.0  # times the mean weight, added to every sample's own: maps are used in a model that has changed
 
 
+@checked
 def neighbours(
     model: Model,
     reduction: Reduction,

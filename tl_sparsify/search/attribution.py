@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
@@ -41,6 +42,7 @@ Source = Literal["constant", "counterfactual", "shuffled"]
 _SOURCES = ("constant", "counterfactual", "shuffled")
 
 
+@checked
 def gradient(
     model: Model,
     examples: Examples,
@@ -79,6 +81,7 @@ def gradient(
     return Scores(units, total.mean, total.stderr, "gradient", "units of the metric", 1 + passes, 1)
 
 
+@checked
 def integrated(
     model: Model,
     examples: Examples,
@@ -112,6 +115,7 @@ def integrated(
     return Scores(units, total.mean, total.stderr, "integrated", "units of the metric", steps + passes, steps)
 
 
+@checked
 def exact(
     model: Model,
     examples: Examples,

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit
@@ -81,6 +82,7 @@ class _Bank:
         self.precision[unit, unit] = 1
 
 
+@checked
 def sparsify_affine(
     model: Model,
     train: Examples,
@@ -142,7 +144,7 @@ def sparsify_affine(
     rounds: list[Round] = []
     total = 0.0
     for size in bar(list(sizes), "removing units", progress):
-        count = len(current.circuit) - kept_count(len(units), size)
+        count = len(current.circuit) - kept_count(len(units), size, "sizes")
         banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
         picks = _removed(banks, units, count)
         banks = _banks(model, judged, current, always_keep, interventions, ridge, batch_size, plain)

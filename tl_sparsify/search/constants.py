@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
@@ -28,8 +29,6 @@ from tl_sparsify.core.forward import (
     batch_size_for,
     batches_of,
     check_call,
-    check_examples,
-    check_model,
     fitting,
     frozen,
     output,
@@ -60,7 +59,6 @@ def unit_moments(
         >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
         [(4, 16), (4, 16), (4, 16)]
     """
-    check_model(model)
     return fitting(lambda size: _moments(model, examples, units, size), model, examples, batch_size)
 
 
@@ -80,6 +78,7 @@ def _moments(model: Model, examples: Examples, units: Units, batch_size: int) ->
     return tuple(totals or ())
 
 
+@checked
 def mean(model: Model, examples: Examples, units: Units, *, batch_size: int | None = None) -> Values:
     """Every unit's mean value (see :func:`unit_moments` for over what). One forward pass.
 
@@ -104,6 +103,7 @@ def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
     return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")
 
 
+@checked
 def zero(model: Model, examples: Examples, units: Units) -> Values:
     """Zero for every unit, of the width that the model shows. One forward pass of one example.
 
@@ -111,8 +111,7 @@ def zero(model: Model, examples: Examples, units: Units) -> Values:
         >>> tls.constants.zero(model, train, units).tensors[0].abs().max().item()
         0.0
     """
-    shapes = mean(model, examples[:1], units).tensors
-    return Values(units, tuple(torch.zeros_like(tensor) for tensor in shapes), "zero")
+    return Values(units, tuple(map(torch.zeros_like, mean(model, examples[:1], units).tensors)), "zero")
 
 
 def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = None) -> Reduction:
@@ -127,6 +126,7 @@ def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = N
     return Reduction(circuit, values, fingerprint=fingerprint(model))
 
 
+@checked
 def refit(
     model: Model,
     reduction: Reduction,
@@ -167,9 +167,7 @@ def refit(
         True
     """
     check_call(model, train, seed=seed, batch_size=batch_size)
-    check_examples(validation, "validation")
     check_fingerprint(model, reduction)
-    check_count("steps", steps, least=None, most=MOST)
     check_positive("learning_rate", learning_rate)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
@@ -259,6 +257,7 @@ def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Flo
     return torch.where(deviation[mixing.columns] > 0, scale, 0.0).to(mixing.weights)
 
 
+@checked
 def curvature_weighted(
     model: Model,
     examples: Examples,
@@ -306,6 +305,7 @@ def curvature_weighted(
     return Values(units, tuple(found), "curvature")
 
 
+@checked
 def newton(
     model: Model,
     examples: Examples,
@@ -368,7 +368,7 @@ def newton(
     if outside:
         done = "clipped to it" if clip else "and were left there: expect the model to be destroyed"
         warnings.warn(
-            f"Newton constants of {outside} of {len(units)} units left the data's range, {done}", stacklevel=2
+            f"Newton constants of {outside} of {len(units)} units left the data's range, {done}", stacklevel=3
         )
     return Values(units, tuple(found), "newton")
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.metrics import Metric
@@ -129,6 +130,7 @@ class Uniformity:
         )
 
 
+@checked
 def uniformity(
     model: Model,
     examples: Examples,

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
@@ -29,6 +30,7 @@ _AT_ONCE = 8
 _SHORTLIST = 512
 
 
+@checked
 def polish(
     model: Model,
     reduction: Reduction,

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
@@ -42,6 +43,7 @@ _LEAST = 1e-3  # nats; below it no round is taken back
 _WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
 
 
+@checked
 def sparsify(
     model: Model,
     train: Examples,
@@ -256,6 +258,7 @@ def sparsify(
     return CircuitPath(units, order, tuple(found), costs)
 
 
+@checked
 def schedule(rounds: int, smallest: float, sizes: Sequence[float] | None, start: float) -> list[float]:
     """The fractions kept after each round."""
     kept_count(1, smallest, "smallest")

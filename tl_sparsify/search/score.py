@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 
+@checked
 def risk(
     model: Model,
     examples: Examples,
@@ -115,6 +117,7 @@ def risk(
     return Scores(units, total.mean, total.stderr, "risk", unit, forward, backward)
 
 
+@checked
 def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None) -> Scores:
     """The variance of each unit's value over examples and positions, summed over its width (activation units
     squared): risk if curvature were the same everywhere, which rescaling a unit fools.
@@ -134,6 +137,7 @@ def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, b
     return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
 
 
+@checked
 def scaled_variance(
     model: Model,
     examples: Examples,
@@ -177,6 +181,7 @@ def scaled_variance(
     return Scores(units, scores, stderr, "scaled variance", "written variance", 2, 0)
 
 
+@checked
 def additivity(
     model: Model,
     examples: Examples,

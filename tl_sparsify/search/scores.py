@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -108,6 +109,6 @@ def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
         >>> tls.score.kept_count(780, 0.1), tls.score.kept_count(780, 0.0001)
         (78, 1)
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} is {fraction}; it must lie in (0, 1]")
+    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction <= 1:
+        raise ValueError(f"{name} is {fraction!r}; it must lie in (0, 1]")
     return max(1, round(fraction * n))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Pairs
 from tl_sparsify.core.examples import Examples
@@ -21,6 +22,7 @@ from tl_sparsify.core.prompts import NO_LABEL
 Inputs = Mapping[str, Shaped[np.ndarray, "n *rest"]]
 
 
+@checked
 def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> Int[np.ndarray, "n"]:
     """The split (0, 1, 2: train, validation, test) that each input, named by its number, always belongs to.
 
@@ -31,6 +33,8 @@ def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> I
         >>> tls.pairing.split_of(np.arange(8))
         array([0, 0, 0, 1, 1, 1, 0, 0])
     """
+    if not len(shares) or min(shares) < 0 or not 0 < sum(shares) <= 10**6:
+        raise ValueError(f"shares are {tuple(shares)}; they are a few whole numbers, such as (3, 1, 1)")
     x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -38,6 +42,7 @@ def split_of(keys: Int[np.ndarray, "n"], shares: Sequence[int] = (3, 1, 1)) -> I
     return np.repeat(np.arange(len(shares)), shares)[(x % np.uint64(sum(shares))).astype(np.int64)]
 
 
+@checked
 def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"]:
     """For each example another one, every one taken once; for half of them one with another answer (exactly if every
     answer is there an even number of times, else within one).
@@ -75,6 +80,7 @@ def partners(answers: Shaped[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"
     return partner
 
 
+@checked
 def pairs(
     causal_model: CausalModel,
     inputs: Inputs,
@@ -109,6 +115,7 @@ def pairs(
     return Pairs(first, second, encode(first), encode(second), answers)
 
 
+@checked
 def balanced(
     causal_model: CausalModel, inputs: Inputs, variables: Sequence[str], *, n: int, seed: int
 ) -> tuple[Int[np.ndarray, "k"], Int[np.ndarray, "k"]]:
@@ -132,6 +139,7 @@ def balanced(
     return base[index], source[index]
 
 
+@checked
 def balanced_among(
     base: Inputs, source: Inputs, targets: Sequence[tuple[CausalModel, str]], *, n: int, seed: int
 ) -> Int[np.ndarray, "k"]:
@@ -214,6 +222,7 @@ def _at(inputs: Inputs, index: Int[np.ndarray, "some"]) -> dict[str, np.ndarray]
     return {name: np.asarray(values)[index] for name, values in inputs.items()}
 
 
+@checked
 def labelled_examples(
     tokens: Int[Tensor, "n pos"],
     answers: Int[Tensor, "n"],

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
@@ -76,6 +77,7 @@ def _folders() -> list[Path]:
     return [folder for folder in (package / "_tasks", package.parent / "tasks") if folder.is_dir()]
 
 
+@checked
 def list_tasks() -> tuple[str, ...]:
     """The names of the tasks that ship with the package.
 
@@ -86,6 +88,7 @@ def list_tasks() -> tuple[str, ...]:
     return tuple(sorted({path.parent.name for folder in _folders() for path in folder.glob("*/task.py")}))
 
 
+@checked
 def load_task(name: str | Path, *, model: Any = None, prepend_bos: bool | None = None) -> Task:
     """Load a task by name, or from a folder of your own (which runs its ``task.py``).
 
@@ -144,6 +147,7 @@ def _found(name: str | Path) -> tuple[Path, Any]:
     return path, getattr(_module(path / "task.py"), "task", None)
 
 
+@checked
 def own_language_model() -> Path:
     """The folder of the small language model that comes with the package, in Hugging Face format.
 
@@ -155,6 +159,7 @@ def own_language_model() -> Path:
     return next((folder for folder in here if folder.is_dir()), here[-1])
 
 
+@checked
 def load_truth(folder: Path) -> dict[str, tuple[str, ...]]:
     """The true units of a model whose circuit is known, by what makes them true, from ``truth.json`` in its folder;
     none where there is no such file.

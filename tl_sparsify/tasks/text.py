@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict, NamedSplit
 from jaxtyping import Bool, Int, Shaped
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
@@ -48,6 +49,7 @@ _ROWS = 2**14  # that a task's data are taken from, drawn once for ever
 _CANDIDATES = 8192  # pairs that balanced ones are chosen among
 
 
+@checked
 def draw_rows(
     fields: Mapping[str, Sequence[str] | Sequence[int]], n: int, seed: int = 0
 ) -> dict[str, Shaped[np.ndarray, "n"]]:
@@ -65,6 +67,7 @@ def draw_rows(
     return found
 
 
+@checked
 def row_keys(inputs: Rows, fields: Mapping[str, Sequence[str]]) -> Int[np.ndarray, "n"]:
     """One number for each row, by its words in ``fields`` alone: what decides its split.
 
@@ -80,6 +83,7 @@ def row_keys(inputs: Rows, fields: Mapping[str, Sequence[str]]) -> Int[np.ndarra
     return number
 
 
+@checked
 def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
     """Each row's template with its words filled in.
 
@@ -93,6 +97,7 @@ def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
     ]
 
 
+@checked
 def prompts(rows: Rows) -> list[str]:
     """Each row's own template with its words filled in: the text up to the answer.
 
