@@ -83,7 +83,9 @@ def _check(name: str, value: Any, annotation: Any, function: Any) -> None:
     if not _fits(value, hint):
         kind = getattr(hint, "__name__", "")
         if kind in _MENDS:
-            raise ValueError(f"{name} is {_shown(value)}, not {kind}: {_MENDS[kind]}")
+            raise ValueError(f"{name} is a {type(value).__name__}, not {kind}: {_MENDS[kind]}")
+        if any(getattr(part, "__name__", "") in _MENDS for part in get_args(hint)):
+            raise ValueError(f"{name} is a {type(value).__name__}: give a {_wanted(hint)}")
         raise ValueError(f"{name} is {_shown(value)}; it must be {_wanted(hint)}")
     if name in _LOOPS and isinstance(value, int) and value > MOST:
         raise ValueError(f"{name} is {value}; more than {MOST:,} would never end")
