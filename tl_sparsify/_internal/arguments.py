@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +129,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return _whole(value)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, Real) and not isinstance(value, bool)
     if hint is Any or hint is inspect.Parameter.empty:
         return True
     array = getattr(hint, "array_type", None)
