@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,8 @@ _MENDS = {
     "Evidence": "what tls.verify returns",
 }
 _LOOPS = ("steps", "rounds", "draws", "probes", "samples", "bootstrap", "trials", "repeats")
+_RANGED = ("smallest", "fraction", "goal", "level")
+"""What every function that takes it says the range of, of what is no number as well."""
 _SHOWN = 60
 
 
@@ -86,6 +89,8 @@ def _check(name: str, value: Any, annotation: Any, function: Any) -> None:
         if any(getattr(part, "__name__", "") in _MENDS for part in get_args(hint)):
             raise ValueError(f"{name} is a {type(value).__name__}: give a {_wanted(hint)}")
         raise ValueError(f"{name} is {_shown(value)}; it must be {_wanted(hint)}")
+    if isinstance(value, float) and math.isnan(value) and name not in _RANGED:
+        raise ValueError(f"{name} is nan; it must be a number")
     if name in _LOOPS and isinstance(value, int) and value > MOST:
         raise ValueError(f"{name} is {value}; more than {MOST:,} would never end")
 
