@@ -91,7 +91,9 @@ def test_units_that_are_constant_or_dead_have_no_risk_and_no_error():
 @pytest.mark.parametrize("size", [3, 8])
 def test_a_beginning_of_sequence_token_is_left_alone_as_in_a_reduction(size: int):
     task = load_task("ioi")
-    model, data = task.model(), task.examples(0)[0][:8]
+    model, train = task.model(), task.examples(0)[0]
+    assert train.attention_mask is not None
+    data = train[train.attention_mask.bool().all(1)][:8]  # the first positions are input in all of them
     stream = directions(model, "blocks.1.hook_resid_pre", torch.eye(192)[:, :64])
     units = heads(model) + neurons(model).at(slice(0, 6)) + stream
     first = first_tokens(model, data.tokens, data.attention_mask, "bos")

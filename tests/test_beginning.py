@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tokenized import bridge
+from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tl_sparsify import Examples, load_task
@@ -25,6 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GPT-2 with random weights, whose tokenizer has a beginning token and does not put it first."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251
         sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 1.0}
