@@ -129,7 +129,7 @@ def margin_bound(margins: Float[Tensor, "n"], squared_distance: float) -> float:
 
     Example:
         >>> tls.certificates.margin_bound(torch.full((100,), 10.0), squared_distance=0.5)
-        0.02...
+        0.01
     """
     m = margins.double().cpu().sort().values
     if margins.ndim != 1:
