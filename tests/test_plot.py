@@ -201,6 +201,7 @@ def test_evidence_has_a_cell_for_every_row_with_both_accuracies(as_frame: bool):
         name = row.intervention if row.variable == "(none)" else f"{row.variable}: {row.intervention}"
         wanted = "none retained" if np.isnan(row.accuracy) else f"{row.accuracy:.3f}"
         wanted += "" if np.isnan(row.accuracy_changed) else f" ({row.accuracy_changed:.3f})"
+        wanted += f", {row.units:g}" if row.intervention == "random units" else ""  # how many were interchanged
         assert shown.pop((name, row.model)) == wanted
     assert shown == {}
 

@@ -97,8 +97,11 @@ def partners(examples: Examples, seed: int, counter: int) -> Int[Tensor, "n"]:
 
 
 def lone(examples: Examples) -> Bool[Tensor, "n"]:
-    """The examples that have input at positions where no other has it: without an interchange partner."""
+    """The examples that have input at positions where no other has it: without an interchange partner. The only
+    example of a split is its own."""
     kind = _lengths(examples)
+    if len(kind) == 1:  # the whole split: its own partner
+        return torch.zeros(1, dtype=torch.bool)
     return torch.bincount(kind)[kind] == 1
 
 

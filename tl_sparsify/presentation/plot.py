@@ -259,7 +259,7 @@ def evidence(found: Evidence | pd.DataFrame) -> Figure:
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_title(
-        "interchange accuracy (in brackets: where the answer should change; random units: how many)", fontsize=10
+        "interchange accuracy\n(in brackets: where the answer should change; random units: how many)", fontsize=9
     )
     return figure
 
