@@ -31,7 +31,7 @@ def basis(r: int, seed: int = 0, orthonormal: bool = True) -> Tensor:
     return torch.linalg.qr(columns)[0] if orthonormal else columns
 
 
-EACH = torch.tensor([4, 0, 3, 1, 2, 4])
+EACH = torch.tensor([4, 1, 3, 1, 2, 4])  # input in `padded` too
 KINDS: dict[str, Callable[[Any], Units]] = {
     "heads": heads,
     "neurons": neurons,
@@ -41,10 +41,10 @@ KINDS: dict[str, Callable[[Any], Units]] = {
     "directions": lambda model: directions(model, HOOK, basis(3)),
     "overlapping directions": lambda model: directions(model, HOOK, basis(4, orthonormal=False)),
     "stream directions": lambda model: stream_directions(model, basis(3)),
-    "heads at positions": lambda model: heads(model).at((1, 3)),
+    "heads at positions": lambda model: heads(model).at((2, 3)),
     "neurons at a position": lambda model: neurons(model).at(2),
     "neurons at one position per example": lambda model: neurons(model).at(EACH),
-    "several kinds": lambda model: heads(model).at(slice(1, 4)) + neurons(model) + directions(model, HOOK, basis(2)),
+    "several kinds": lambda model: heads(model).at(slice(2, 4)) + neurons(model) + directions(model, HOOK, basis(2)),
 }
 
 
