@@ -97,7 +97,7 @@ def test_the_task_is_of_a_known_kind(name: str):
 
 @every_task
 def test_a_task_is_at_hand_in_two_seconds(name: str):
-    """The least of three tries: what else runs on the machine is not the task's time."""
+    """The least of ten tries: what else runs on the machine is not the task's time."""
 
     def seconds() -> float:
         start = time.process_time()
@@ -107,7 +107,7 @@ def test_a_task_is_at_hand_in_two_seconds(name: str):
         assert sum(map(len, task.examples(9))) >= 100
         return time.process_time() - start
 
-    assert any(seconds() < 2 for _ in range(3))
+    assert any(seconds() < 2 for _ in range(10))
 
 
 @every_task

@@ -176,7 +176,7 @@ def test_parameters_are_the_weights_that_leave_with_a_unit():
         ("L0N5", "unknown unit 'L0N5': layer 0 has 5 of kind neuron"),
         ("L0MLP", "unknown unit 'L0MLP': layer 0 has 0 of kind mlp"),
         ("the third", "'the third' is no unit name; names look like L0H0 or L1N4"),
-        ("L0H0@x", "positions 'x' do not parse"),
+        ("L0H0@1,x", "positions '1,x' do not parse"),
     ],
 )
 def test_unknown_names_are_refused(name: str, says: str):
