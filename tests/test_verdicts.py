@@ -28,7 +28,8 @@ def test_every_trained_model_has_a_verdict_on_every_variable_in_the_order_of_the
 def test_a_verdict_is_a_row_of_the_table():
     assert evidence().verdict("left", "reduced") == Verdict(
         model="reduced", variable="left", accuracy=0.976, changed=0.955, lower=0.976 - 0.02, accepted=True,
-        control="do nothing", control_accuracy=0.503, control_units=1.0, passing=(), units=7.0, removed=3, retained=0.875,
+        control="do nothing", control_accuracy=0.503, control_units=1.0, passing=(),
+        units=7.0, removed=3, retained=0.875,
     )  # fmt: skip
     found = evidence(random={"accuracy": 0.97, "accuracy_changed": 0.96}).verdict("left")
     assert found.passing == (found.control,) == ("random weights",) and found.control_accuracy == 0.97
