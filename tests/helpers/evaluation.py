@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
 from helpers.by_hand import Fill, average, table
-from helpers.models import bridge
+from helpers.models import bridge, shaken
 from tl_sparsify import Circuit, Examples, Reduction, Units, Values, fingerprint, heads, neurons
 
 VOCABULARY, POSITIONS, N = 9, 6, 12
@@ -25,11 +25,7 @@ def native() -> Any:
     config = {"d_model": 16, "d_head": 4, "n_heads": 2, "n_layers": 2, "n_ctx": POSITIONS, "d_vocab": VOCABULARY}
     config |= {"d_mlp": 10, "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
     model: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
-    return model.eval()
+    return shaken(model, 0.3)
 
 
 def data(choices: bool = True) -> Examples:

@@ -36,10 +36,15 @@ def fresh(seed: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) ->
     config = {"d_model": 8, "d_head": 4, "n_heads": 2, "n_layers": 2, "n_ctx": 8, "d_vocab": VOCABULARY}
     config |= {"d_mlp": 5, "act_fn": "relu", "normalization_type": None, "seed": 0}
     model: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config | settings), dtype=dtype)
+    return shaken(model, 0.4, seed)
+
+
+def shaken(model: Any, scale: float, seed: int = 1) -> Any:
+    """The model with random numbers of this size added to all parameters, in evaluation mode."""
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.4)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
     return model.eval()
 
 

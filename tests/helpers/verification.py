@@ -18,6 +18,7 @@ from helpers.equality import (
     SAME,
     named,
 )
+from helpers.models import shaken
 from tl_sparsify import (
     Alignment,
     CausalModel,
@@ -74,11 +75,7 @@ def shared_native() -> Any:
     config = {"d_model": 16, "d_head": 4, "n_heads": 4, "n_layers": 2, "n_ctx": POSITIONS, "d_vocab": VOCABULARY}
     config |= {"d_mlp": 20, "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
     model: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
-    return model.eval()
+    return shaken(model, 0.3)
 
 
 def native() -> Any:

@@ -174,8 +174,9 @@ def sparsify(
                 continue
             expansion, number = look(current, len(current.circuit) == len(units), number), number + 1
             sketch = expansion.sketch
-            if seen and not predict:
-                _note(found, current, expansion.made, unit)
+            reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
+            if seen and not predict and reached:
+                found[-1] = replace(found[-1], measured=Estimate.of(expansion.made, unit))
             if spare > 0 and sketch.offset > max(_LEAST, _FAR * promised) and len(picks) > 1:
                 half = len(picks) // 2
                 left[picks[half:]] = torch.inf
@@ -187,7 +188,6 @@ def sparsify(
             kept, gone = current.circuit.mask & free, first.mask & ~current.circuit.mask & free
             shrunk = shrinkage is None and sketch.samples < int(kept.sum())
             exchanged = False
-            reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
             if shrunk and trading and reached and (settling or spare > reserved) and bool(gone.any()):
                 trade, promise = traded(expansion.halves, kept, gone, near=trade)
                 exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
@@ -209,21 +209,21 @@ def sparsify(
             left[restored] = torch.inf
             left[picks] = clock + torch.arange(len(picks), dtype=torch.float64)
             clock += len(picks)
-            predicted, additivity = Estimate(float("nan"), float("nan"), len(judged), unit), float("nan")
+            unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
+            predicted, additivity = unknown, float("nan")
             if predict:
                 made: list[Moments] = []
                 here = {"current": None if len(current.circuit) == len(units) else current, "restorable": True}
                 here |= {"probes": probing.probes, "seed": seed + number - 1, "recall": of_judged}
                 parts = samples(model, judged, current, temperature=1.0, **here, **shared)
                 predicted, additivity = _predicted(_noting(parts, made), picks, restored, len(judged), unit)
-                if seen:
-                    _note(found, current, Moments.merge(made), unit)
+                if seen and reached:
+                    found[-1] = replace(found[-1], measured=Estimate.of(Moments.merge(made), unit))
             current = current.with_circuit(Circuit(units, left.isinf()))
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
                 settings |= {"per_step": refitting.per_step, "batch_size": batch_size}
                 current = refit(model, current, train, judged, progress=False, **settings)
-            unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
             measured = unknown if seen else risk(model, current, judged, seed=seed, **shared)
             if exchanged:
                 found.pop()
@@ -316,13 +316,6 @@ def _looking(
 def _for_some(known: Callable[[Int[Tensor, "batch"]], Tensor] | None, some: Int[Tensor, "some"]) -> Recall:
     """From logits that are known for all examples those of some."""
     return computed if known is None else lambda index, _: known(some[index])
-
-
-def _note(found: list[Round], current: Reduction, made: Moments, unit: str) -> None:
-    """The last round's measured risk, if the divergence already made is that of its circuit: not where half of it was
-    taken back."""
-    if found and found[-1].reduction.circuit == current.circuit:
-        found[-1] = replace(found[-1], measured=Estimate.of(made, unit))
 
 
 def _noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:

@@ -56,8 +56,7 @@ def chosen(
     among ``near`` and the settings next to it, and that divergence.
 
     Each call moves one step at most, of the slope's share or else of the interactions', so that a search follows what
-    its rounds need. No model pass; as many greedy
-    selections as settings and halves.
+    its rounds need. No model pass; as many greedy selections as settings and halves.
     """
 
     def choose(half: Linearisation, setting: Shrinkage) -> Change:
