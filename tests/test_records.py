@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,8 +283,6 @@ class Counting:
 def test_two_hundred_rows_take_as_many_calls_as_seven():
     few, many = Counting(word_level()), Counting(word_level())
     tls.load_examples(few, BAD, unusable="drop")
-    start = time.perf_counter()
     found = tls.load_examples(many, (BAD * 29)[:200], unusable="drop")
-    assert time.perf_counter() - start < 5
     assert few.calls == many.calls
     assert len(found.rows) == 57 and len(found.dropped) == 143  # 28 times 2 of 7, and the first of four more
