@@ -20,8 +20,8 @@ ORDER = {
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das align",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
     "beginning overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines methods tables "
-    "benchmark",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
+    "methods tables benchmark",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
     "mib_graph mib_scores mib_tasks mib importers share",
     "presentation": "results sentences diagrams plot printed report circuit_data neuronpedia page",

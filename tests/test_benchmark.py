@@ -72,14 +72,16 @@ def test_a_row_is_what_evaluate_measures():
     assert row.cmd == pytest.approx(whole.cmd, rel=1e-6) and row.cpr == pytest.approx(whole.cpr, rel=1e-6)
 
 
-def test_every_circuit_gets_the_same_refit():
+def test_every_circuit_gets_the_same_refit_to_its_end():
     train, validation, test = task().examples(0)
     train, validation = train.sample(64, seed=0), validation.sample(64, seed=0)
     units = tls.heads(model()) + tls.neurons(model())
     values = tls.constants.mean(model(), train, units)
     start = tls.constants.reduced(model(), baselines.random(model(), train, units, seed=0).top(0.2), values)
-    fitted = tls.constants.refit(model(), start, train, validation, steps=4, per_step=128, seed=0, progress=False)
+    settings: dict[str, Any] = {"block": 4, "most": 10, "per_step": 128}
+    fitted, steps, converged = tls.refit_until_converged(model(), start, train, validation, **settings)
     row = of(table(), method="random", seed=0, ablation="refitted", size=0.2).iloc[0]
+    assert (row.refit_steps, row.converged) == (steps, converged)
     assert row.risk == pytest.approx(tls.evaluate(model(), fitted, test).risk.mean, rel=1e-5)
 
 

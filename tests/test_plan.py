@@ -46,7 +46,7 @@ def test_what_is_wrong_is_said_by_the_options_name(options: dict[str, Any], said
 
 def test_a_small_model_has_the_packages_own_settings_by_default():
     found = Request().effort_for(bridge("GPT-2"))
-    assert found == Effort() and (found.rounds, found.pairs, found.beside) == (20, 512, 300)
+    assert found == Effort() and (found.rounds, found.pairs, found.beside) == (20, 512, 100)
     assert (found.train, found.steps, found.inner, found.batch_size) == (None, None, None, None)
     assert (found.refit_batch, found.beside_batch, found.probes) == (512, 128, 4)
 
@@ -60,6 +60,7 @@ def test_a_large_model_has_many_examples_with_one_probe():
 def test_steps_reach_every_refit_and_the_batch_size_too():
     found = Request(steps=30, batch_size=16, rounds=3, examples=40).effort_for(bridge("GPT-2"))
     assert (found.steps, found.inner, found.beside, found.rounds, found.train) == (30, 2, 30, 3, 40)
+    assert found.blocks == 1  # as many steps as were asked for
     assert (found.batch_size, found.refit_batch, found.beside_batch) == (16, 16, 16)
     assert Request(steps=1).effort_for(bridge("GPT-2")).inner == 1
     assert Request(steps=300).effort_for(bridge("GPT-2")).inner == 20  # as without
@@ -88,7 +89,7 @@ def test_splits_are_cut_and_time_is_that_of_the_passes(monkeypatch: pytest.Monke
     # means and scores 7 * 3, the round 6 * 6, each of two refits 2 * 3 + 12 * 3, the evaluation 9 * 3, 60 of a pair
     assert seconds(model, splits, effort, aligns=False, compares=False) == pytest.approx((21 + 36 + 84 + 27 + 60) / 3)
     assert seconds(model, splits, effort, aligns=True, compares=False) == pytest.approx((228 + 30) / 3)
-    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx((228 + 4 * (42 + 12)) / 3)
+    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx((228 + 4 * (4 * 42 + 12)) / 3)
 
 
 def test_units_are_those_of_the_kinds():

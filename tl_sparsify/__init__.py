@@ -34,6 +34,7 @@ _PUBLIC = {
     "tl_sparsify.abstraction.verify": ("verify",),
     "tl_sparsify.comparison": ("baselines",),
     "tl_sparsify.comparison.benchmark": ("compare",),
+    "tl_sparsify.comparison.convergence": ("refit_until_converged",),
     "tl_sparsify.comparison.curves": ("Curve",),
     "tl_sparsify.comparison.evaluate": ("Evaluation", "evaluate"),
     "tl_sparsify.comparison.methods": ("Method",),

@@ -10,6 +10,7 @@ from tl_sparsify.abstraction.evidence import Pairs as Pairs
 from tl_sparsify.abstraction.verify import verify as verify
 from tl_sparsify.comparison import baselines as baselines
 from tl_sparsify.comparison.benchmark import compare as compare
+from tl_sparsify.comparison.convergence import refit_until_converged as refit_until_converged
 from tl_sparsify.comparison.curves import Curve as Curve
 from tl_sparsify.comparison.evaluate import Evaluation as Evaluation
 from tl_sparsify.comparison.evaluate import evaluate as evaluate

@@ -24,6 +24,7 @@ from tl_sparsify.abstraction.align import align
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.verify import verify
 from tl_sparsify.comparison import baselines
+from tl_sparsify.comparison.convergence import refit_until_converged
 from tl_sparsify.comparison.evaluate import Evaluation, evaluate
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.examples import Examples
@@ -219,7 +220,13 @@ def _compared(here: Setting, reduction: Reduction, values: Values, found: Evalua
     with step("comparing with other orders", here.shows):
         rows = beside(here, reduction.circuit, values)
     last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": reduction.kind}
-    last |= {"steps": "", "kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr}
+    last |= {
+        "steps": None,
+        "converged": None,
+        "kept": found.kept,
+        "risk": found.risk.mean,
+        "risk_stderr": found.risk.stderr,
+    }
     last |= {"accuracy": found.accuracy}
     frame = pd.DataFrame([*rows, last])
     here.csv(frame, "baselines.csv")
@@ -227,7 +234,7 @@ def _compared(here: Setting, reduction: Reduction, values: Values, found: Evalua
 
 
 def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]]:
-    """One row for each order and kind of constants: the same ones for all, and the same refit of them."""
+    """One row for each order and kind of constants: the same ones for all, and the same refit of them to its end."""
     (train, validation, test), model, shared = here.splits, here.model, here.shared
     orders = {
         "random": baselines.random(model, train, found.units, seed=here.request.seed),
@@ -239,13 +246,14 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, here.task.ablation)
         plain = replace(plain, first_token=here.request.rule)
-        fitting: dict[str, Any] = {"steps": here.effort.beside, "per_step": here.effort.beside_batch, **shared}
-        again = constants.refit(model, plain, train, validation, progress=False, **fitting)
-        for reduction, fitted in ((plain, 0), (again, here.effort.beside)):
+        fitting: dict[str, Any] = {"block": here.effort.beside, "most": here.effort.blocks}
+        fitting |= {"per_step": here.effort.beside_batch, **shared}
+        again, steps, converged = refit_until_converged(model, plain, train, validation, **fitting)
+        for reduction, fitted, ended in ((plain, 0, None), (again, steps, converged)):
             moments = compared(model, reduction, test, _risk_and_right, batch_size=here.effort.batch_size)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
             row = {"method": name, "found": circuit is found, "as_saved": False, "replacements": reduction.kind}
-            row |= {"steps": fitted, "kept": len(circuit)}
+            row |= {"steps": fitted, "converged": ended, "kept": len(circuit)}
             rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
     return rows
 
@@ -285,7 +293,7 @@ def _about(
     if beginning.prepend_bos is not None:
         about |= {"prepend_bos": beginning.prepend_bos}
     if request.comparing:
-        about |= {"baseline_refit": {"steps": effort.beside, "batch_size": effort.beside_batch}}
+        about |= {"baseline_refit": {"block": effort.beside, "most": effort.blocks, "batch_size": effort.beside_batch}}
     if level is not None:
         about |= {"evidence_level": level}
     left_out = {"baselines.csv": not request.comparing, "evidence.csv": level is None}

@@ -177,7 +177,13 @@ def baselines(found: float = 0.012, best: float = 0.5) -> pd.DataFrame:
     for method, risk in (("random", 0.69), ("activation variance", best), ("found circuit", found)):
         for replacements, steps, times in (("mean", 0, 3.0), ("refit", 60, 1.0)):
             row = {"method": method, "found": method == "found circuit", "as_saved": False}
-            row |= {"replacements": replacements, "steps": steps, "kept": 6, "risk": risk * times}
+            row |= {
+                "replacements": replacements,
+                "steps": steps,
+                "converged": steps > 0,
+                "kept": 6,
+                "risk": risk * times,
+            }
             rows.append(row | {"risk_stderr": risk / 10, "accuracy": 1 - risk / 2})
     last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": "refit"}
     last |= {"steps": "", "kept": 6}
@@ -196,7 +202,7 @@ def about(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "examples": {"train": 48, "validation": 24, "test": 1234, "pairs": 512},
         "score": {"name": "risk", "measured_in": "nats", "temperature": 3.0},
-        "baseline_refit": {"steps": 60, "batch_size": 128},
+        "baseline_refit": {"block": 60, "most": 20, "batch_size": 128},
         "evidence_level": 0.05,
         "versions": {"python": "3.11.0", "torch": "2.0"},
     } | changes

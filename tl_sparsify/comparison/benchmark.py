@@ -2,7 +2,8 @@
 
 A cell is one method on one task with one seed. Every setting of the method orders the units on the training examples;
 the setting whose circuits have the least risk on validation is judged on test: under zero, mean and counterfactual
-ablation, and with constants that are refitted alike for every method, so that selection and constants are judged apart.
+ablation, with constants that are refitted alike for every method until they have converged, on request with affine maps
+fitted alike, and as the method itself leaves it, so that selection and replacements are judged apart.
 Finished cells are files, so an interrupted comparison goes on where it stopped.
 """
 
@@ -27,6 +28,7 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_bytes, write_text
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.versions import versions
+from tl_sparsify.comparison.convergence import refit_until_converged
 from tl_sparsify.comparison.cost import Cost, cost_of
 from tl_sparsify.comparison.curves import SIZES, Curve
 from tl_sparsify.comparison.evaluate import auroc, average_precision, evaluate
@@ -51,13 +53,17 @@ class Comparison:
 
     Attributes:
         sizes: fractions of units at which circuits are judged.
-        refit_steps: of the refit that every circuit gets.
+        refit_steps: in a block of the refit that every circuit gets.
+        refit_blocks: the most blocks.
+        maps: whether every circuit is also judged with affine maps.
         examples: the most training and the most validation examples that are used.
         bootstrap: replicates for intervals over test examples.
     """
 
     sizes: tuple[float, ...] = (0.2, 0.1, 0.05, 0.03)
     refit_steps: int = 60
+    refit_blocks: int = 10
+    maps: bool = False
     examples: int = 512
     bootstrap: int = 1000
     versions: dict[str, str] = field(default_factory=versions)
@@ -87,6 +93,8 @@ def compare(
     sizes: Sequence[float] = (0.2, 0.1, 0.05, 0.03),
     seeds: int | Sequence[int] = 3,
     refit_steps: int = 60,
+    refit_blocks: int = 10,
+    maps: bool = False,
     examples: int = 512,
     bootstrap: int = 1000,
     out: str | Path | None = None,
@@ -99,7 +107,11 @@ def compare(
         units: heads and neurons where not given.
         sizes: fractions of units at which circuits are judged; the areas CPR and CMD are over :data:`curves.SIZES`.
         seeds: how many, or which: of the data split and of everything random.
-        refit_steps: of :func:`constants.refit` on 128 examples each, the same for every method's circuits; 0: none.
+        refit_steps: in a block of :func:`refit_until_converged`, on 128 examples each, from the same constants for
+            every method's circuits; 0: no refit.
+        refit_blocks: the most such blocks.
+        maps: judge every circuit also with affine maps of its kept neighbours (:func:`constants.neighbours`), refitted
+            alike, so that an order which was found with maps is told apart from the maps.
         examples: use at most so many training and validation examples, drawn at random; test examples are all used.
         bootstrap: replicates for the intervals; 0: none.
         out: a folder for finished cells; those that it already has are not run again.
@@ -110,8 +122,9 @@ def compare(
         ``_high``; ``cpr, cmd``; ``auroc, average_precision`` for the true units where they are known (those whose
         removal matters, else those whose weights do work); the cost of the chosen setting (``forward, backward``
         passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward, all_backward``).
-        ``ablation`` is ``zero``, ``mean``, ``counterfactual``, or ``refitted`` (from ``own_ablation``, which the task
-        calls for).
+        ``ablation`` is ``zero``, ``mean``, ``counterfactual``, ``refitted`` (from ``own_ablation``, which the task
+        calls for; ``refit_steps`` says how many steps that took, ``converged`` whether it was at its end), ``maps``, or
+        ``as found`` (where a search fits replacements itself: those).
 
     Raises:
         ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
@@ -129,7 +142,7 @@ def compare(
     names = [method.name for method in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods is {names}; give at least one, each once (Method(name, ...) names one)")
-    shared = Comparison(tuple(sizes), refit_steps, examples, bootstrap)
+    shared = Comparison(tuple(sizes), refit_steps, refit_blocks, maps, examples, bootstrap)
     folder = None if out is None else _prepared(Path(out), shared)
     units = heads(model) + neurons(model) if units is None else units
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -305,24 +318,41 @@ def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> lis
             frames.append(more.assign(cpr=areas.cpr, cmd=areas.cmd))
         for row in pd.concat(frames).drop_duplicates("kept").to_dict("records"):
             rows.append({str(name): value for name, value in row.items()} | {"ablation": kind})
-    for size in shared.sizes if shared.refit_steps else ():
-        rows.append(_refitted(data, found, size, shared) | {"ablation": "refitted"})
+    for size in shared.sizes:
+        circuit = found.at(size).circuit if isinstance(found, CircuitPath) else found.top(size)
+        own = _own(found, size)
+        if own is not None:
+            rows.append(_measured(data, own, shared) | {"ablation": "as found"})
+        if not shared.refit_steps:
+            continue
+        plain = constants.reduced(data.model, circuit, data.values, data.task.ablation)
+        rows.append(_refitted(data, plain, shared) | {"ablation": "refitted"})
+        if shared.maps:
+            mapped = constants.neighbours(data.model, plain, data.train, seed=data.seed)
+            rows.append(_refitted(data, mapped, shared) | {"ablation": "maps"})
     for row in rows:  # the size asked for, where one was
         near = [size for size in {*shared.sizes, *SIZES} if max(1, round(size * len(data.units))) == row["kept"]]
         row["size"] = max(near, key=lambda size: (size in shared.sizes, -size), default=row["fraction"])
     return rows
 
 
-def _refitted(data: _Data, found: Scores | CircuitPath, size: float, shared: Comparison) -> dict[str, Any]:
-    """The circuit of a size with its constants refitted, as for every method."""
-    reduction = _reduction(data, found, size)
-    settings: dict[str, Any] = {
-        "steps": shared.refit_steps,
-        "per_step": _PER_STEP,
-        "seed": data.seed,
-    }
-    fitted = constants.refit(data.model, reduction, data.train, data.validation, progress=False, **settings)
-    outcome = evaluate(data.model, fitted, data.test, bootstrap=shared.bootstrap, seed=data.seed)
+def _refitted(data: _Data, reduction: Reduction, shared: Comparison) -> dict[str, Any]:
+    """A circuit with its replacements refitted, as for every method."""
+    fitted, steps, converged = refit_until_converged(
+        data.model,
+        reduction,
+        data.train,
+        data.validation,
+        block=shared.refit_steps,
+        most=shared.refit_blocks,
+        per_step=_PER_STEP,
+        seed=data.seed,
+    )
+    return _measured(data, fitted, shared) | {"refit_steps": steps, "converged": float(converged)}
+
+
+def _measured(data: _Data, reduction: Reduction, shared: Comparison) -> dict[str, Any]:
+    outcome = evaluate(data.model, reduction, data.test, bootstrap=shared.bootstrap, seed=data.seed)
     row: dict[str, Any] = {"kept": outcome.kept, "fraction": outcome.fraction}
     for name, (low, high) in outcome.intervals.items():
         value = getattr(outcome, name)
@@ -330,13 +360,14 @@ def _refitted(data: _Data, found: Scores | CircuitPath, size: float, shared: Com
     return row | {"interchange_agreement": outcome.interchange_agreement}
 
 
-def _reduction(data: _Data, found: Scores | CircuitPath, size: float) -> Reduction:
-    """A method's circuit of a size, with the replacements that the method itself gives where it has any."""
-    if isinstance(found, Scores):
-        return constants.reduced(data.model, found.top(size), data.values, data.task.ablation)
-    circuit = found.at(size).circuit
-    own = [step.reduction for step in found.rounds if step.reduction.circuit == circuit]
-    return own[0] if own else found.at(size)
+def _own(found: Scores | CircuitPath, size: float) -> Reduction | None:
+    """A circuit with the replacements that its search fitted, where it did."""
+    if not isinstance(found, CircuitPath):
+        return None
+    reduction = found.at(size)
+    rounds = [step.reduction for step in found.rounds if step.reduction.circuit == reduction.circuit]
+    own = rounds[0] if rounds else reduction
+    return own if own.refitted else None
 
 
 def _truth(data: _Data, found: Scores | CircuitPath) -> dict[str, float]:

@@ -31,9 +31,10 @@ def markdown(table: pd.DataFrame, task: str) -> str:
     """One task of a table of :func:`tl_sparsify.compare`: a line for each method, means over seeds, a column's best
     bold.
 
-    Risk in nats (accuracy) at each size with the constants that the task calls for and with the same refit; CMD and CPR
-    with those constants; AUROC where the true units are known; the setting chosen most often; passes (forward +
-    backward) of all settings tried; seconds and memory (MiB) of the chosen one.
+    Risk in nats (accuracy) at each size with the constants that the task calls for, with the same refit, with the same
+    affine maps, and (for searches that fit replacements) as found; CMD and CPR with the constants that the task calls
+    for; AUROC where the true units are known; the setting chosen most often; passes (forward + backward) of all
+    settings tried; seconds and memory (MiB) of the chosen one.
 
     Raises:
         ValueError: a task that the table does not have.
@@ -44,7 +45,7 @@ def markdown(table: pd.DataFrame, task: str) -> str:
     own = rows[0]["own_ablation"]
     sizes = sorted({row["size"] for row in rows if row["ablation"] == "refitted"}, reverse=True)
     columns: dict[str, dict[str, tuple[float, str]]] = {}
-    for kind in (own, "refitted") if sizes else ():
+    for kind in (own, "refitted", "maps", "as found") if sizes else ():
         for size in sizes:
             here = [row for row in rows if row["ablation"] == kind and row["size"] == size]
             risk, accuracy = _means(here, "risk"), _means(here, "accuracy")

@@ -23,6 +23,7 @@ from tl_sparsify._internal.files import write_bytes
 from tl_sparsify.abstraction.evidence import NOTHING, RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.presentation.diagrams import causal_graph, circuit, head_map, neuron_density, unit_map
+from tl_sparsify.presentation.sentences import kind as said_of
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores
 
@@ -145,7 +146,7 @@ def frontier(
         for name, style in styles.items():
             _curve(axes, part[part.line == name], measure, style)
         _panel(axes, part, measure)
-        axes.set_title(f"{task} ({kind}{' constants' if kind == 'refitted' else ' ablation'})", fontsize=10)
+        axes.set_title(f"{task} ({said_of(kind)})", fontsize=10)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
     handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}

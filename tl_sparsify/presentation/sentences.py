@@ -17,6 +17,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.presentation.results import Frame, RunResults
 
 _LEAST = 1e-6  # nats; lower risks are told apart by rounding only
+_FITTED = {"refitted": "refitted constants", "maps": "affine maps", "as found": "the search's own replacements"}
 _COSTS = ("cmd", "cpr", "auroc", "average_precision", "all_forward", "all_backward", "seconds", "peak_mb")
 
 
@@ -111,8 +112,7 @@ def compared(run: RunResults) -> list[str]:
         if ours.empty or others.empty:
             continue
         mine, best = ours.iloc[0], others.loc[others.risk.idxmin()]
-        steps = int(mine.steps)
-        how = f"With the same refit of {steps} steps for all" if steps else f"With {kind} constants for all"
+        how = "With the same refit for all" if mine.steps else f"With {kind} constants for all"
         text = (
             f"{how}, the found circuit's risk is {nats(mine.risk)} (accuracy {share(mine.accuracy)}); the best of the "
             f"other orders, {best.method}, has {nats(best.risk)} (accuracy {share(best.accuracy)})"
@@ -161,10 +161,11 @@ def limits(run: RunResults) -> list[str]:
     ]
     if run.baselines is not None:
         said.append(
-            f"In the comparison every circuit has {about['baseline_refit']['steps']} refit steps of "
-            f"{about['baseline_refit']['batch_size']} examples, from {about['ablation']} constants; the saved circuit "
-            "was refitted in every round of its search and once more. `tl-sparsify bench` compares methods alike, over "
-            "seeds."
+            f"In the comparison every circuit is refitted from {about['ablation']} constants in blocks of "
+            f"{about['baseline_refit']['block']} steps until one lowers the validation risk by less than two percent; "
+            f"{_ended(run.baselines)} The saved circuit was refitted in every round of its search and once more: what "
+            "it has beyond that is its constants and not the choice of units. `tl-sparsify bench` compares methods "
+            "alike, over seeds."
         )
     if run.evidence is not None:
         said.append(
@@ -176,6 +177,13 @@ def limits(run: RunResults) -> list[str]:
             f"Completeness is {found['completeness']:.3f}: what was removed carries part of the behaviour on its own."
         )
     return said + ([] if run.evidence is None else _evidence_limits(run.evidence))
+
+
+def _ended(baselines: Frame) -> str:
+    """Which of the refits were at their end."""
+    refits = baselines[baselines.steps.fillna(0).gt(0)]
+    short = list(refits.method[~refits.converged.map(bool)])
+    return f"those of {listed(short)} were stopped before that." if short else "all came to that end."
 
 
 def _evidence_limits(evidence: Frame) -> list[str]:
@@ -255,7 +263,7 @@ def summary(table: Frame) -> list[str]:
 
 def kind(ablation: str) -> str:
     """``mean ablation``, or ``refitted constants``."""
-    return "refitted constants" if ablation == "refitted" else f"{ablation} ablation"
+    return _FITTED.get(ablation, f"{ablation} ablation")
 
 
 def methods(table: Frame) -> Frame:
