@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
     "_internal": "checks random arguments files progress versions directory storage checksum",
-    "core": "site units prompts examples circuit first_token reduction moments intervene memory forward metrics "
+    "core": "site units prompts examples circuit first_token reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage joint compensating exchanges",

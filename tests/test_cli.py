@@ -24,6 +24,7 @@ from tl_sparsify import (
     load_folded,
     load_task,
     neurons,
+    refit_until_converged,
     risk,
     score,
 )
@@ -116,8 +117,8 @@ def test_other_orders_have_circuits_of_the_same_size_with_the_same_constants_and
 ):
     frame = pd.read_csv(done[0] / "baselines.csv")
     orders = ["random", "activation variance", "gradient attribution", "found circuit"]
-    pairs = [(name, kind, steps) for name in orders for kind, steps in (("mean", 0.0), ("refit", 15.0))]
-    assert list(zip(frame.method, frame.replacements, frame.steps, strict=True))[:-1] == pairs
+    pairs = [(name, kind, steps) for name in orders for kind, steps in (("mean", False), ("refit", True))]
+    assert list(zip(frame.method, frame.replacements, frame.refitted, strict=True))[:-1] == pairs
     assert (frame.kept == 7).all() and bool(frame.risk.gt(0).all())
     task = load_task(tiny)
     model, (train, validation, test) = task.model(), task.examples(0)
@@ -131,10 +132,10 @@ def test_other_orders_have_circuits_of_the_same_size_with_the_same_constants_and
     }
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, means)
-        settings = {"steps": 15, "per_step": 128, "progress": False}
+        settings = {"patience": 15, "most": 15, "per_step": 128}
         for kind, reduction in (
             ("mean", plain),
-            ("refit", constants.refit(model, plain, train, validation, **settings)),
+            ("refit", refit_until_converged(model, plain, train, validation, **settings)),
         ):
             [row] = frame[(frame.method == name) & (frame.replacements == kind)].itertuples()
             expected = evaluate(model, reduction, test)
@@ -149,7 +150,7 @@ def test_the_run_says_how_it_was_made(tiny: Path, done: tuple[Path, Outcome]):
     about = json.loads((done[0] / "run.json").read_text())
     assert (about["task"], about["description"], about["seed"], about["keep"]) == ("tiny", "a random model", 0, 0.25)
     assert about["examples"] == {"train": 48, "validation": 24, "test": 32, "pairs": 64}
-    assert about["baseline_refit"] == {"block": 15, "most": 1, "batch_size": 128}
+    assert about["baseline_refit"] == {"patience": 15, "most": 15, "batch_size": 128}
     assert about["versions"]["torch"] == torch.__version__ and str(tiny) not in json.dumps(about)
     difference = pd.read_csv(done[0] / "evaluation.csv").folded_difference.iloc[0]
     assert 0 <= difference <= 1e-4
@@ -266,7 +267,7 @@ def test_the_batch_size_and_the_steps_reach_every_part(tiny: Path, tmp_path: Pat
     assert {name: [size for size, _ in calls if size != 8] for name, calls in seen.items()} == {
         name: [] for name in seen
     }
-    assert seen["refit"] == [(8, 2)] * 5 and len(seen) == 10  # the last one, and four orders
+    assert seen["refit"] == [(8, 2), *[(8, 2), (8, 1)] * 4] and len(seen) == 10  # the last one, and four orders
 
 
 def test_the_models_accuracy_and_the_time_are_said_before_the_search(done: tuple[Path, Outcome], tiny: Path):

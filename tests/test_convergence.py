@@ -6,13 +6,14 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
+import torch
 
 import tl_sparsify as tls
 from tl_sparsify.comparison import baselines
 from tl_sparsify.comparison.methods import Method
 from tl_sparsify.comparison.tables import markdown
 
-SMALL: dict[str, Any] = {"examples": 64, "refit_steps": 5, "refit_blocks": 2, "bootstrap": 0, "progress": False}
+SMALL: dict[str, Any] = {"examples": 64, "refit_patience": 5, "bootstrap": 0, "progress": False}
 
 
 @cache
@@ -31,30 +32,41 @@ def parts() -> tuple[Any, tls.Examples, tls.Examples, tls.Reduction]:
     return model, train, validation, tls.constants.reduced(model, circuit, means)
 
 
-@pytest.mark.parametrize("most", [1, 3, 20])
-def test_blocks_follow_one_another_until_one_gains_less_than_two_percent(most: int):
+def judged(reduction: tls.Reduction) -> float:
+    model, _, validation, _ = parts()
+    return tls.risk(model, reduction, validation).mean
+
+
+@pytest.mark.parametrize("most", [7, 400])
+def test_it_is_two_refits_the_first_of_which_ends_by_itself(most: int):
     model, train, validation, start = parts()
-    found, steps, converged = tls.refit_until_converged(model, start, train, validation, block=6, most=most)
-    by_hand, risks = start, [tls.risk(model, start, validation).mean]
-    for number in range(most):
-        again: dict[str, Any] = {"steps": 6, "per_step": 128, "seed": number, "progress": False}
-        by_hand = tls.constants.refit(model, by_hand, train, validation, **again)
-        risks.append(tls.risk(model, by_hand, validation).mean)
-        if risks[-1] > 0.98 * risks[-2] or risks[-1] < 1e-6:
-            break
-    assert found == by_hand and steps == 6 * (len(risks) - 1)
-    assert converged == (risks[-1] > 0.98 * risks[-2] or risks[-1] < 1e-6)
-    assert risks == sorted(risks, reverse=True) and risks[-1] < risks[0]
+    found = tls.refit_until_converged(model, start, train, validation, patience=20, most=most)
+    shared: dict[str, Any] = {"per_step": 128, "progress": False}
+    first = tls.constants.refit(model, start, train, validation, steps=most, patience=20, seed=0, **shared)
+    last = tls.constants.refit(model, first, train, validation, steps=min(most, 20) // 2, seed=1, **shared)
+    assert found == last and judged(last) <= judged(first) < judged(start)
 
 
-def test_one_block_that_still_gains_has_not_converged():
+def test_a_fit_with_patience_stops_where_nothing_falls_and_goes_on_where_it_does(monkeypatch: pytest.MonkeyPatch):
     model, train, validation, start = parts()
-    _, steps, converged = tls.refit_until_converged(model, start, train, validation, block=6, most=1)
-    assert (steps, converged) == (6, False)
+    steps: list[int] = []
+    original = torch.optim.Adam.step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    shared: dict[str, Any] = {"steps": 200, "patience": 20, "progress": False}
+    tls.constants.refit(model, start, train, validation, learning_rate=1e-9, **shared)
+    assert len(steps) == 20  # nothing moves
+    steps.clear()
+    tls.constants.refit(model, start, train, validation, **shared)
+    assert 20 < len(steps) <= 200
 
 
-@pytest.mark.parametrize("name", ["block", "most"])
-def test_no_block_and_no_step_are_refused(name: str):
+@pytest.mark.parametrize("name", ["patience", "most"])
+def test_no_step_is_refused(name: str):
     model, train, validation, start = parts()
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         tls.refit_until_converged(model, start, train, validation, **{name: 0})
@@ -81,12 +93,10 @@ def test_a_search_that_refits_has_its_own_figures_beside_those_from_the_means():
     rows = frame[(frame.method == "inside") & (frame["size"] == 0.3)].set_index("ablation")
     assert rows.risk["as found"] == pytest.approx(tls.risk(model, own, test).mean, rel=1e-5)
     plain = tls.constants.reduced(model, own.circuit, values)
-    fitting: dict[str, Any] = {"block": 5, "most": 2}
-    fitted, steps, _ = tls.refit_until_converged(model, plain, train, validation, **fitting)
+    fitted = tls.refit_until_converged(model, plain, train, validation, patience=5)
     assert rows.risk["refitted"] == pytest.approx(tls.risk(model, fitted, test).mean, rel=1e-5)
-    assert rows.refit_steps["refitted"] == steps
     mapped = tls.constants.neighbours(model, plain, train)
-    fitted, _, _ = tls.refit_until_converged(model, mapped, train, validation, **fitting)
+    fitted = tls.refit_until_converged(model, mapped, train, validation, patience=5)
     assert rows.risk["maps"] == pytest.approx(tls.risk(model, fitted, test).mean, rel=1e-5)
 
 

@@ -46,7 +46,7 @@ def test_what_is_wrong_is_said_by_the_options_name(options: dict[str, Any], said
 
 def test_a_small_model_has_the_packages_own_settings_by_default():
     found = Request().effort_for(bridge("GPT-2"))
-    assert found == Effort() and (found.rounds, found.pairs, found.beside) == (20, 512, 100)
+    assert found == Effort() and (found.rounds, found.pairs, found.patience) == (20, 512, 300)
     assert (found.train, found.steps, found.inner, found.batch_size) == (None, None, None, None)
     assert (found.refit_batch, found.beside_batch, found.probes) == (512, 128, 4)
 
@@ -59,8 +59,8 @@ def test_a_large_model_has_many_examples_with_one_probe():
 
 def test_steps_reach_every_refit_and_the_batch_size_too():
     found = Request(steps=30, batch_size=16, rounds=3, examples=40).effort_for(bridge("GPT-2"))
-    assert (found.steps, found.inner, found.beside, found.rounds, found.train) == (30, 2, 30, 3, 40)
-    assert found.blocks == 1  # as many steps as were asked for
+    assert (found.steps, found.inner, found.patience, found.rounds, found.train) == (30, 2, 30, 3, 40)
+    assert found.most == 30  # as many steps as were asked for
     assert (found.batch_size, found.refit_batch, found.beside_batch) == (16, 16, 16)
     assert Request(steps=1).effort_for(bridge("GPT-2")).inner == 1
     assert Request(steps=300).effort_for(bridge("GPT-2")).inner == 20  # as without
@@ -70,7 +70,7 @@ def test_steps_reach_every_refit_and_the_batch_size_too():
 def test_more_effort_is_more_of_everything(model: Any):
     quick, standard, thorough = (Request(effort=name).effort_for(model) for name in ("quick", "standard", "thorough"))
     for less, more in ((quick, standard), (standard, thorough)):
-        for name in ("train", "validation", "test", "pairs", "rounds", "beside"):
+        for name in ("train", "validation", "test", "pairs", "rounds", "patience", "most"):
             few, many = getattr(less, name), getattr(more, name)
             assert many is None or few is None or few <= many, name
         assert less != more
@@ -85,11 +85,13 @@ def test_splits_are_cut_and_time_is_that_of_the_passes(monkeypatch: pytest.Monke
     some = Examples.from_prompts(model, PROMPTS, ANSWERS)
     splits = (some, some, some)
     assert [len(split) for split in cut(splits, replace(Effort(), train=2, test=1))] == [2, 3, 1]
-    effort = Effort(rounds=1, pairs=1, steps=1, inner=1, beside=1)
+    effort = Effort(rounds=1, pairs=1, steps=1, inner=1, patience=1)
     # means and scores 7 * 3, the round 6 * 6, each of two refits 2 * 3 + 12 * 3, the evaluation 9 * 3, 60 of a pair
     assert seconds(model, splits, effort, aligns=False, compares=False) == pytest.approx((21 + 36 + 84 + 27 + 60) / 3)
     assert seconds(model, splits, effort, aligns=True, compares=False) == pytest.approx((228 + 30) / 3)
-    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx((228 + 4 * (4 * 42 + 12)) / 3)
+    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx(
+        (228 + 4 * (2 * 4 * 3 + 36 + 12)) / 3
+    )
 
 
 def test_units_are_those_of_the_kinds():

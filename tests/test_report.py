@@ -110,7 +110,7 @@ def test_every_picture_is_whole_has_a_size_and_says_what_it_shows(page: Page):
         "Faithfulness is 0.697",
         "completeness 0.005",
         "with probability 0.1, in both models alike, 89.1% of the answers agree and the risk is 0.593 nats",
-        "With the same refit of 60 steps for all, the found circuit's risk is 0.012 nats",
+        "With the same refit for all, the found circuit's risk is 0.012 nats",
         "the best of the other orders, activation variance, has 0.5 nats (accuracy 75.0%), 41.7 times as much",
         "On the original model, accepted: left, left & right, left & right (a source each). Rejected: right.",
         "On the reduced model, accepted: left. Rejected: right.",

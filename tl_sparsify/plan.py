@@ -26,7 +26,7 @@ _REFIT_BATCH = 512
 _FEW = 32  # examples at a time of a large model
 _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
-_BLOCKS = 4  # of steps, until a refit has converged
+_PATIENT = 4  # a refit has converged after about so many times its patience
 _ALIGNING, _VERIFYING = 30, 60  # passes over the pairs
 _KINDS: Mapping[str, Callable[[Any], Units]] = {
     "heads": heads,
@@ -48,7 +48,7 @@ class Effort:
         per_round: training examples in each of them; all where ``None``.
         probes: for each example, in scores and search.
         steps, inner: of the last refit, and of those within the search. The package's own where ``None``.
-        beside, blocks: the refits of the circuits that are compared: steps in a block, and the most blocks.
+        patience, most: of the refits of the circuits that are compared (:func:`refit_until_converged`), in steps.
         batch_size: examples at a time; the package's own where ``None``.
     """
 
@@ -61,8 +61,8 @@ class Effort:
     probes: int = PROBES
     steps: int | None = None
     inner: int | None = None
-    beside: int = 100
-    blocks: int = 20
+    patience: int = 300
+    most: int = 6000
     batch_size: int | None = None
 
     @property
@@ -77,18 +77,20 @@ class Effort:
 
 
 _SMALL = {
-    "quick": Effort(256, 128, 256, 128, rounds=10, steps=100, inner=6, beside=50),
+    "quick": Effort(256, 128, 256, 128, rounds=10, steps=100, inner=6, patience=60),
     "standard": Effort(),
-    "thorough": Effort(rounds=40, steps=600, inner=40, beside=200),
+    "thorough": Effort(rounds=40, steps=600, inner=40, patience=600, most=12_000),
 }
 # At equal cost many examples with one probe give a better path than few with four, and fresh ones in each round than
 # always the same.
 _OF_LARGE = {
-    "quick": Effort(256, 32, 64, 32, per_round=48, probes=1, steps=30, inner=2, beside=10, blocks=1, batch_size=_FEW),
+    "quick": Effort(256, 32, 64, 32, per_round=48, probes=1, steps=30, inner=2, patience=10, most=10, batch_size=_FEW),
     "standard": Effort(
-        512, 64, 256, 128, per_round=128, probes=1, steps=100, inner=4, beside=20, blocks=5, batch_size=_FEW
+        512, 64, 256, 128, per_round=128, probes=1, steps=100, inner=4, patience=20, most=100, batch_size=_FEW
     ),
-    "thorough": Effort(1024, 256, 512, 256, per_round=256, probes=1, steps=300, inner=20, beside=50, batch_size=_FEW),
+    "thorough": Effort(
+        1024, 256, 512, 256, per_round=256, probes=1, steps=300, inner=20, patience=50, most=500, batch_size=_FEW
+    ),
 }
 EFFORTS = tuple(_SMALL)
 
@@ -173,8 +175,8 @@ class Request:
         if self.steps is not None:
             given |= {
                 "steps": self.steps,
-                "beside": self.steps,
-                "blocks": 1,
+                "patience": self.steps,
+                "most": self.steps,
                 "inner": max(1, round(self.steps / _INNER)),
             }
         return replace(effort, **{name: value for name, value in given.items() if value is not None})
@@ -224,7 +226,7 @@ def seconds(
     total += rounds * ((2 + effort.probes) * (in_round + validation) + refit(inner, effort.refit_batch))
     total += refit(last, effort.refit_batch) + 9 * test
     if compares:
-        total += 4 * (min(effort.blocks, _BLOCKS) * refit(effort.beside, effort.beside_batch) + 4 * test)
+        total += 4 * (refit(min(effort.most, _PATIENT * effort.patience), effort.beside_batch) + 4 * test)
     total += (_VERIFYING + _ALIGNING * aligns) * effort.pairs
     return total * each
 

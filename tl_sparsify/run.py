@@ -220,13 +220,7 @@ def _compared(here: Setting, reduction: Reduction, values: Values, found: Evalua
     with step("comparing with other orders", here.shows):
         rows = beside(here, reduction.circuit, values)
     last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": reduction.kind}
-    last |= {
-        "steps": None,
-        "converged": None,
-        "kept": found.kept,
-        "risk": found.risk.mean,
-        "risk_stderr": found.risk.stderr,
-    }
+    last |= {"refitted": True, "kept": found.kept, "risk": found.risk.mean, "risk_stderr": found.risk.stderr}
     last |= {"accuracy": found.accuracy}
     frame = pd.DataFrame([*rows, last])
     here.csv(frame, "baselines.csv")
@@ -246,14 +240,14 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, here.task.ablation)
         plain = replace(plain, first_token=here.request.rule)
-        fitting: dict[str, Any] = {"block": here.effort.beside, "most": here.effort.blocks}
+        fitting: dict[str, Any] = {"patience": here.effort.patience, "most": here.effort.most}
         fitting |= {"per_step": here.effort.beside_batch, **shared}
-        again, steps, converged = refit_until_converged(model, plain, train, validation, **fitting)
-        for reduction, fitted, ended in ((plain, 0, None), (again, steps, converged)):
+        again = refit_until_converged(model, plain, train, validation, **fitting)
+        for reduction in (plain, again):
             moments = compared(model, reduction, test, _risk_and_right, batch_size=here.effort.batch_size)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
             row = {"method": name, "found": circuit is found, "as_saved": False, "replacements": reduction.kind}
-            row |= {"steps": fitted, "converged": ended, "kept": len(circuit)}
+            row |= {"refitted": reduction is again, "kept": len(circuit)}
             rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
     return rows
 
@@ -293,7 +287,9 @@ def _about(
     if beginning.prepend_bos is not None:
         about |= {"prepend_bos": beginning.prepend_bos}
     if request.comparing:
-        about |= {"baseline_refit": {"block": effort.beside, "most": effort.blocks, "batch_size": effort.beside_batch}}
+        about |= {
+            "baseline_refit": {"patience": effort.patience, "most": effort.most, "batch_size": effort.beside_batch}
+        }
     if level is not None:
         about |= {"evidence_level": level}
     left_out = {"baselines.csv": not request.comparing, "evidence.csv": level is None}

@@ -186,7 +186,7 @@ def baselines(found: float = 0.012, best: float = 0.5) -> pd.DataFrame:
             }
             rows.append(row | {"risk_stderr": risk / 10, "accuracy": 1 - risk / 2})
     last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": "refit"}
-    last |= {"steps": "", "kept": 6}
+    last |= {"refitted": True, "kept": 6}
     return pd.DataFrame([*rows, last | {"risk": 0.0101, "risk_stderr": 0.001, "accuracy": 0.9973}])
 
 
@@ -202,7 +202,7 @@ def about(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "examples": {"train": 48, "validation": 24, "test": 1234, "pairs": 512},
         "score": {"name": "risk", "measured_in": "nats", "temperature": 3.0},
-        "baseline_refit": {"block": 60, "most": 20, "batch_size": 128},
+        "baseline_refit": {"patience": 60, "most": 600, "batch_size": 128},
         "evidence_level": 0.05,
         "versions": {"python": "3.11.0", "torch": "2.0"},
     } | changes

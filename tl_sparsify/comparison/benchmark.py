@@ -53,16 +53,14 @@ class Comparison:
 
     Attributes:
         sizes: fractions of units at which circuits are judged.
-        refit_steps: in a block of the refit that every circuit gets.
-        refit_blocks: the most blocks.
+        refit_patience: of the refit that every circuit gets.
         maps: whether every circuit is also judged with affine maps.
         examples: the most training and the most validation examples that are used.
         bootstrap: replicates for intervals over test examples.
     """
 
     sizes: tuple[float, ...] = (0.2, 0.1, 0.05, 0.03)
-    refit_steps: int = 60
-    refit_blocks: int = 10
+    refit_patience: int = 300
     maps: bool = False
     examples: int = 512
     bootstrap: int = 1000
@@ -92,8 +90,7 @@ def compare(
     units: Units | None = None,
     sizes: Sequence[float] = (0.2, 0.1, 0.05, 0.03),
     seeds: int | Sequence[int] = 3,
-    refit_steps: int = 60,
-    refit_blocks: int = 10,
+    refit_patience: int = 300,
     maps: bool = False,
     examples: int = 512,
     bootstrap: int = 1000,
@@ -107,9 +104,8 @@ def compare(
         units: heads and neurons where not given.
         sizes: fractions of units at which circuits are judged; the areas CPR and CMD are over :data:`curves.SIZES`.
         seeds: how many, or which: of the data split and of everything random.
-        refit_steps: in a block of :func:`refit_until_converged`, on 128 examples each, from the same constants for
-            every method's circuits; 0: no refit.
-        refit_blocks: the most such blocks.
+        refit_patience: of :func:`refit_until_converged`, in steps of 128 examples, from the same constants for every
+            method's circuits; 0: no refit.
         maps: judge every circuit also with affine maps of its kept neighbours (:func:`constants.neighbours`), refitted
             alike, so that an order which was found with maps is told apart from the maps.
         examples: use at most so many training and validation examples, drawn at random; test examples are all used.
@@ -123,8 +119,7 @@ def compare(
         removal matters, else those whose weights do work); the cost of the chosen setting (``forward, backward``
         passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward, all_backward``).
         ``ablation`` is ``zero``, ``mean``, ``counterfactual``, ``refitted`` (from ``own_ablation``, which the task
-        calls for; ``refit_steps`` says how many steps that took, ``converged`` whether it was at its end), ``maps``, or
-        ``as found`` (where a search fits replacements itself: those).
+        calls for, until it has converged), ``maps``, or ``as found`` (where a search fits replacements itself: those).
 
     Raises:
         ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
@@ -132,7 +127,7 @@ def compare(
 
     Example:
         >>> table = tls.compare(
-        ...     model, task, [tls.baselines.random], units=units, sizes=(0.5,), seeds=1, refit_steps=1, examples=32,
+        ...     model, task, [tls.baselines.random], units=units, sizes=(0.5,), seeds=1, refit_patience=1, examples=32,
         ...     bootstrap=10, progress=False,
         ... )
         >>> table["method"].unique().tolist()
@@ -142,7 +137,7 @@ def compare(
     names = [method.name for method in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods is {names}; give at least one, each once (Method(name, ...) names one)")
-    shared = Comparison(tuple(sizes), refit_steps, refit_blocks, maps, examples, bootstrap)
+    shared = Comparison(tuple(sizes), refit_patience, maps, examples, bootstrap)
     folder = None if out is None else _prepared(Path(out), shared)
     units = heads(model) + neurons(model) if units is None else units
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -323,7 +318,7 @@ def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> lis
         own = _own(found, size)
         if own is not None:
             rows.append(_measured(data, own, shared) | {"ablation": "as found"})
-        if not shared.refit_steps:
+        if not shared.refit_patience:
             continue
         plain = constants.reduced(data.model, circuit, data.values, data.task.ablation)
         rows.append(_refitted(data, plain, shared) | {"ablation": "refitted"})
@@ -338,17 +333,10 @@ def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> lis
 
 def _refitted(data: _Data, reduction: Reduction, shared: Comparison) -> dict[str, Any]:
     """A circuit with its replacements refitted, as for every method."""
-    fitted, steps, converged = refit_until_converged(
-        data.model,
-        reduction,
-        data.train,
-        data.validation,
-        block=shared.refit_steps,
-        most=shared.refit_blocks,
-        per_step=_PER_STEP,
-        seed=data.seed,
+    settings: dict[str, Any] = {"patience": shared.refit_patience, "per_step": _PER_STEP, "seed": data.seed}
+    return _measured(
+        data, refit_until_converged(data.model, reduction, data.train, data.validation, **settings), shared
     )
-    return _measured(data, fitted, shared) | {"refit_steps": steps, "converged": float(converged)}
 
 
 def _measured(data: _Data, reduction: Reduction, shared: Comparison) -> dict[str, Any]:

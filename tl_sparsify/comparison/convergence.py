@@ -11,14 +11,11 @@ from typing import Any
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import risk
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 from tl_sparsify.search import constants
 
-FALL = 0.02  # a block that lowers the validation risk by a smaller share has converged
-_NOTHING = 1e-6  # nats: a risk as low as that is at its end
-_MANY = 10_000
+_MOST = 10**5
 
 
 @checked
@@ -28,43 +25,38 @@ def refit_until_converged(
     train: Examples,
     validation: Examples,
     *,
-    block: int = 100,
-    most: int = 20,
+    patience: int = 300,
+    most: int = 6000,
     per_step: int | None = 128,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[Reduction, int, bool]:
-    """Refit all replacements (:func:`constants.refit`) in blocks of steps, until a block lowers the validation risk by
-    less than two percent (or that risk is below a millionth of a nat).
+) -> Reduction:
+    """Refit all replacements (:func:`constants.refit`) until ``patience`` steps have not lowered the validation risk by
+    two percent, at a constant learning rate; then half as many steps in which it falls to zero.
+
+    A circuit of few units starts from a network that answers at random, and may stay there for hundreds of steps
+    before its constants find a way out: a circuit of 5 % of ``hierarchical_equality`` is at .691 nats after the usual
+    300 steps, and at .029 with a patience of 300 (.014 with 600).
 
     Args:
-        block: steps in a block; each has a learning rate that falls to zero.
-        most: blocks, converged or not.
+        most: steps before the learning rate falls, converged or not.
         per_step: examples in a step; ``None``: all of ``train``.
 
-    Returns:
-        The reduction, how many steps were taken, and whether it has converged.
-
     Raises:
-        ValueError: no step or block, and what :func:`constants.refit` raises.
+        ValueError: no step, and what :func:`constants.refit` raises.
 
-    Passes: those of :func:`constants.refit` for each block, and one forward pass of each model over ``validation``.
+    Passes: those of :func:`constants.refit` for the steps that were taken, and one forward pass over ``validation`` for
+    every tenth of ``patience`` steps.
 
     Example:
-        >>> fitted, steps, converged = tls.refit_until_converged(model, reduction, train, validation, block=10, most=2)
-        >>> steps, tls.risk(model, fitted, validation).mean < tls.risk(model, reduction, validation).mean
-        (20, True)
+        >>> fitted = tls.refit_until_converged(model, reduction, train, validation, patience=10)
+        >>> tls.risk(model, fitted, validation).mean < tls.risk(model, reduction, validation).mean
+        True
     """
-    check_count("block", block, most=_MANY)
-    check_count("most", most, most=_MANY)
-    judging: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    before = risk(model, reduction, validation, **judging).mean
-    for number in range(most):
-        fitting: dict[str, Any] = {"steps": block, "per_step": per_step, "batch_size": batch_size, "progress": progress}
-        reduction = constants.refit(model, reduction, train, validation, seed=seed + number, **fitting)
-        now = risk(model, reduction, validation, **judging).mean
-        if now > before * (1 - FALL) or now < _NOTHING:
-            return reduction, (number + 1) * block, True
-        before = now
-    return reduction, most * block, False
+    check_count("patience", patience, most=_MOST)
+    check_count("most", most, most=_MOST)
+    shared: dict[str, Any] = {"per_step": per_step, "batch_size": batch_size, "progress": progress}
+    found = constants.refit(model, reduction, train, validation, steps=most, patience=patience, seed=seed, **shared)
+    last = max(1, min(patience, most) // 2)
+    return constants.refit(model, found, train, validation, steps=last, seed=seed + 1, **shared)

@@ -14,6 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import batches_of, fitting, output, unit_positions
+from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.units import Model, Units
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -105,3 +111,49 @@ class Estimate:
 
     def __repr__(self) -> str:
         return f"{self.mean:.4g} ± {self.stderr:.2g} {self.unit}{' ' if self.unit else ''}(n={self.n:,})"
+
+
+def unit_moments(
+    model: Model, examples: Examples, units: Units, *, batch_size: int | None = None
+) -> tuple[Moments, ...]:
+    """Per site the moments ``[units, width]`` of the units' values over examples and positions that are neither
+    padding nor the beginning-of-sequence token (and, for units at positions, only there). One forward pass.
+
+    Raises:
+        ValueError: a model in training mode; NaN or infinite activations, with the hook point's name.
+
+    Example:
+        >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
+        [(4, 16), (4, 16), (4, 16)]
+    """
+    return fitting(lambda size: _moments(model, examples, units, size), model, examples, batch_size)
+
+
+def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
+    totals: list[Moments] | None = None
+    with torch.no_grad():
+        for index, batch in batches_of(model, examples, batch_size):
+            here = units.for_examples(index, examples.spans)
+            with recorded(model, here) as recording:
+                output(model, batch)
+            parts: list[Moments] = []
+            for site, v in zip(here.sites, recording.read(), strict=True):
+                if not bool(torch.isfinite(v).all()):
+                    raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
+                parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
+            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
+    return tuple(totals or ())
+
+
+def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
+    """The means in ``moments``, in the model's precision (float32 at least).
+
+    Example:
+        >>> parts = [tls.constants.unit_moments(model, part, units) for part in (train[:32], train[32:])]
+        >>> merged = tuple(tls.Moments.merge(site) for site in zip(*parts))
+        >>> torch.allclose(tls.constants.mean_of(merged, model, units).tensors[0], means.tensors[0])
+        True
+    """
+    dtype = next(iter(model.parameters())).dtype
+    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")

@@ -112,7 +112,7 @@ def compared(run: RunResults) -> list[str]:
         if ours.empty or others.empty:
             continue
         mine, best = ours.iloc[0], others.loc[others.risk.idxmin()]
-        how = "With the same refit for all" if mine.steps else f"With {kind} constants for all"
+        how = "With the same refit for all" if mine.refitted else f"With {kind} constants for all"
         text = (
             f"{how}, the found circuit's risk is {nats(mine.risk)} (accuracy {share(mine.accuracy)}); the best of the "
             f"other orders, {best.method}, has {nats(best.risk)} (accuracy {share(best.accuracy)})"
@@ -160,10 +160,11 @@ def limits(run: RunResults) -> list[str]:
         f"All of it is one seed ({about['seed']}) of the data's split, the probes and the random orders.",
     ]
     if run.baselines is not None:
+        refit = about["baseline_refit"]
         said.append(
-            f"In the comparison every circuit is refitted from {about['ablation']} constants in blocks of "
-            f"{about['baseline_refit']['block']} steps until one lowers the validation risk by less than two percent; "
-            f"{_ended(run.baselines)} The saved circuit was refitted in every round of its search and once more: what "
+            f"In the comparison every circuit is refitted from {about['ablation']} constants until "
+            f"{refit['patience']:,} steps have not lowered the validation risk by two percent (for at most "
+            f"{refit['most']:,} steps). The saved circuit was refitted in every round of its search and once more: what "
             "it has beyond that is its constants and not the choice of units. `tl-sparsify bench` compares methods "
             "alike, over seeds."
         )
@@ -177,13 +178,6 @@ def limits(run: RunResults) -> list[str]:
             f"Completeness is {found['completeness']:.3f}: what was removed carries part of the behaviour on its own."
         )
     return said + ([] if run.evidence is None else _evidence_limits(run.evidence))
-
-
-def _ended(baselines: Frame) -> str:
-    """Which of the refits were at their end."""
-    refits = baselines[baselines.steps.fillna(0).gt(0)]
-    short = list(refits.method[~refits.converged.map(bool)])
-    return f"those of {listed(short)} were stopped before that." if short else "all came to that end."
 
 
 def _evidence_limits(evidence: Frame) -> list[str]:

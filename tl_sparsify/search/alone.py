@@ -23,11 +23,10 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
 from tl_sparsify.core.intervene import recorded
-from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.moments import Moments, mean_of, unit_moments
 from tl_sparsify.core.probes import output_probes, pulled
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.search.constants import mean_of, unit_moments
 
 ROOM = 2**28
 """Bytes for the effects of wide units."""

@@ -29,53 +29,21 @@ from tl_sparsify.core.forward import (
     batch_size_for,
     batches_of,
     check_call,
-    fitting,
     frozen,
-    output,
     unit_positions,
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import computed, remembered, remembering, risk
 from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence
-from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.moments import mean_of, unit_moments
 from tl_sparsify.core.probes import output_probes, pulled
 from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.affine import neighbours
 
+_FALL = 0.02  # of the validation risk: less does not count as progress
+
 __all__ = ["curvature_weighted", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
-
-
-def unit_moments(
-    model: Model, examples: Examples, units: Units, *, batch_size: int | None = None
-) -> tuple[Moments, ...]:
-    """Per site the moments ``[units, width]`` of the units' values over examples and positions that are neither
-    padding nor the beginning-of-sequence token (and, for units at positions, only there). One forward pass.
-
-    Raises:
-        ValueError: a model in training mode; NaN or infinite activations, with the hook point's name.
-
-    Example:
-        >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
-        [(4, 16), (4, 16), (4, 16)]
-    """
-    return fitting(lambda size: _moments(model, examples, units, size), model, examples, batch_size)
-
-
-def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
-    totals: list[Moments] | None = None
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
-            here = units.for_examples(index, examples.spans)
-            with recorded(model, here) as recording:
-                output(model, batch)
-            parts: list[Moments] = []
-            for site, v in zip(here.sites, recording.read(), strict=True):
-                if not bool(torch.isfinite(v).all()):
-                    raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
-                parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
-            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-    return tuple(totals or ())
 
 
 @checked
@@ -87,20 +55,6 @@ def mean(model: Model, examples: Examples, units: Units, *, batch_size: int | No
         Values(constant for Units(12: 12 heads))
     """
     return mean_of(unit_moments(model, examples, units, batch_size=batch_size), model, units)
-
-
-def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
-    """The means in ``moments``, in the model's precision (float32 at least).
-
-    Example:
-        >>> parts = [tls.constants.unit_moments(model, part, units) for part in (train[:32], train[32:])]
-        >>> merged = tuple(tls.Moments.merge(site) for site in zip(*parts))
-        >>> torch.allclose(tls.constants.mean_of(merged, model, units).tensors[0], means.tensors[0])
-        True
-    """
-    dtype = next(iter(model.parameters())).dtype
-    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")
 
 
 @checked
@@ -134,6 +88,7 @@ def refit(
     validation: Examples,
     *,
     steps: int = 300,
+    patience: int | None = None,
     learning_rate: float = 0.05,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
@@ -149,6 +104,9 @@ def refit(
     reader changes nothing), with a cosine schedule; what does best on ``validation`` is returned, never worse there
     than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
     ``interventions``, drawn anew in every step.
+
+    With ``patience`` the learning rate stays as it is, and the fit ends early when the validation risk, taken every
+    ``patience / 10`` steps, has not fallen by two percent in so many steps.
 
     A step is on ``per_step`` examples (``None``: all of ``train``), ``batch_size`` of them at a time (as many as fit
     where not given): the numbers do not depend on that.
@@ -171,6 +129,8 @@ def refit(
     check_positive("learning_rate", learning_rate)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
+    if patience is not None:
+        check_count("patience", patience, most=MOST)
     if per_step is not None and per_step < 1:
         raise ValueError(f"per_step is {per_step}; a step needs at least one example")
     removed = (~reduction.circuit).mask
@@ -211,9 +171,10 @@ def refit(
     together = batch_size_for(model, train, batch_size)
     per_epoch = max(1, len(train) // size)
     known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
-    every = max(1, steps // 10)
+    every = max(1, min(steps, patience or steps) // 10)
+    fell, mark = 0, lowest  # after how many steps the validation risk last fell clearly
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else learning_rate)
     with frozen(model):
         for step in bar(range(steps), "refitting constants", progress):
             order = _random.permutation(len(train), seed, 41, step // per_epoch)
@@ -240,6 +201,10 @@ def refit(
                 judged = validated([t.detach() for t in theta])
                 if judged < lowest:
                     best, lowest = [t.detach().clone() for t in theta], judged
+                if judged < mark * (1 - _FALL):
+                    fell, mark = step + 1, judged
+                if patience is not None and step + 1 - fell >= patience:
+                    break
     return at(best)
 
 

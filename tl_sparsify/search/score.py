@@ -34,14 +34,14 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import batches_of, check_call, fitting, output, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.metrics import Metric
-from tl_sparsify.core.moments import Estimate, Moments
+from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.alone import alone
 from tl_sparsify.search.attribution import exact, gradient, integrated
-from tl_sparsify.search.constants import mean, unit_moments
+from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores, kept_count
 
 __all__ = [
