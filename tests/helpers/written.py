@@ -175,15 +175,9 @@ def table(
 def baselines(found: float = 0.012, best: float = 0.5) -> pd.DataFrame:
     rows = []
     for method, risk in (("random", 0.69), ("activation variance", best), ("found circuit", found)):
-        for replacements, steps, times in (("mean", 0, 3.0), ("refit", 60, 1.0)):
+        for replacements, refitted, times in (("mean", False, 3.0), ("refit", True, 1.0)):
             row = {"method": method, "found": method == "found circuit", "as_saved": False}
-            row |= {
-                "replacements": replacements,
-                "steps": steps,
-                "converged": steps > 0,
-                "kept": 6,
-                "risk": risk * times,
-            }
+            row |= {"replacements": replacements, "refitted": refitted, "kept": 6, "risk": risk * times}
             rows.append(row | {"risk_stderr": risk / 10, "accuracy": 1 - risk / 2})
     last = {"method": "found circuit, as saved", "found": True, "as_saved": True, "replacements": "refit"}
     last |= {"refitted": True, "kept": 6}
