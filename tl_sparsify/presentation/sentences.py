@@ -165,8 +165,8 @@ def limits(run: RunResults) -> list[str]:
             f"In the comparison every circuit is refitted from {about['ablation']} constants until "
             f"{refit['patience']:,} steps have not lowered the validation risk by two percent (for at most "
             f"{refit['most']:,} steps). The saved circuit was refitted in every round of its search and once more: "
-            "what it has beyond that is its constants and not the choice of units. `tl-sparsify bench` compares methods "
-            "alike, over seeds."
+            "what it has beyond that is its constants and not the choice of units. `tl-sparsify bench` compares "
+            "methods alike, over seeds."
         )
     if run.evidence is not None:
         said.append(
