@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "checks random arguments files progress versions directory storage checksum",
+    "_internal": "after_import checks random arguments files progress versions directory storage checksum",
     "core": "site units prompts examples circuit first_token reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage joint compensating exchanges",
-    "folding": "narrow stream_writes rebuild bridge export fold sizes",
+    "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das align",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
     "beginning overview",

@@ -29,8 +29,7 @@ from tl_sparsify.folding.fold import fold
 from tl_sparsify.tasks.language_models import load_language_model
 from tl_sparsify.tasks.task import own_language_model
 
-EXPORTED = [name for name in CONFIGS if CONFIGS[name][0] not in ("GPTNeoXForCausalLM", "Gemma2ForCausalLM")]
-EXPORTED.remove("Gemma 3")
+EXPORTED = list(CONFIGS)
 
 
 def exported(folded: Any, path: Path) -> Any:
@@ -146,11 +145,9 @@ def test_the_tokenizer_is_exported_too(tmp_path: Path):
 def test_what_cannot_be_exported_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="export_hf exports what fold returns, not a TransformerBridge"):
         export_hf(bridge("Llama"), tmp_path / "model")
-    for other, architecture in ((native(), "TransformerLensNative"), (bridge("Pythia"), "GPTNeoXForCausalLM")):
-        with pytest.raises(
-            ValueError, match=f"architecture {architecture} cannot be exported; these can: GPT2LM.*Use sa"
-        ):
-            export_hf(fold(other, reduction_of(other, ["L0H1"])), tmp_path / "model")
+    other = native()
+    with pytest.raises(ValueError, match=r"TransformerLensNative cannot be exported; these can: GPT2LM.*Use sa"):
+        export_hf(fold(other, reduction_of(other, ["L0H1"])), tmp_path / "model")
     model = bridge("Llama")
     units = directions(model, "blocks.1.hook_resid_post", torch.eye(24, 1))
     stepped = fold(model, Reduction(Circuit.empty(units), Values(units, (torch.ones(1, 1),))))

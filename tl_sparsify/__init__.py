@@ -18,9 +18,10 @@ physical fold                                        0 or 1, put into the weight
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import Any
+
+from tl_sparsify._internal.after_import import import_after
 
 __version__ = "0.1.0"
 
@@ -99,5 +100,5 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-if "transformers" in sys.modules:  # whose auto classes then load what export_hf wrote, as the package promises
-    import_module("tl_sparsify.folding.export")
+# The auto classes of transformers load what export_hf wrote, whichever of the two packages is imported first.
+import_after("transformers.models.auto.modeling_auto", "tl_sparsify.folding.checkpoint")

@@ -47,6 +47,9 @@ def fresh(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251
         model = randomised(model_class(config).to(dtype), scale=0.4)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma's: a model made in float64 has it in float64
+        embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     return build_bridge_from_module(model, architecture, hf_config=config).eval()
 
 

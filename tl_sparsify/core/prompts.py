@@ -233,3 +233,9 @@ def padded(rows: list[list[int]], width: int, side: str, fill: int) -> Int[Tenso
     gaps = [[fill] * (width - len(row)) for row in rows]
     parts = [gap + row if side == "left" else row + gap for row, gap in zip(rows, gaps, strict=True)]
     return torch.tensor(parts, dtype=torch.long)
+
+
+def adds_beginning(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its beginning-of-sequence token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("the", verbose=False)["input_ids"][:1] == [bos]

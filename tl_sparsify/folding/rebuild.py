@@ -17,6 +17,8 @@ from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers.initialization import no_init_weights
 
+from tl_sparsify.folding.checkpoint import ATTENTION_IMPLEMENTATIONS, check_attention
+
 NATIVE = "TransformerLensNative"
 HUGGING_FACE = (
     "GPT2LMHeadModel",
@@ -41,6 +43,7 @@ def describe(bridge: Any) -> dict[str, Any]:
     else:
         config = json.loads(model.config.to_json_string(use_diff=False))
         attention = model.config._attn_implementation
+        attention = attention if attention in ATTENTION_IMPLEMENTATIONS else "eager"  # which a bridge runs anyway
     return {
         "architecture": bridge.cfg.architecture,
         "config": config,
@@ -54,7 +57,7 @@ def build(description: Mapping[str, Any], tokenizer: Any) -> Any:
     """A bridge of full size whose weights are not to be used. Global random state stays as it is.
 
     Raises:
-        ValueError: an architecture that is not named here.
+        ValueError: an architecture that is not named here, or an attention implementation that no file may name.
     """
     architecture, dtype = description["architecture"], getattr(torch, description["dtype"])
     if architecture not in (NATIVE, *HUGGING_FACE):
@@ -66,6 +69,9 @@ def build(description: Mapping[str, Any], tokenizer: Any) -> Any:
             bridge = bridge_class.boot_native(config, tokenizer=tokenizer, dtype=dtype)
         else:
             model_class = getattr(transformers, architecture)
+            for name in ("attn_implementation", "_attn_implementation"):
+                check_attention(description["config"].get(name))
+            check_attention(description["attention"])
             config = model_class.config_class.from_dict(description["config"])
             config._attn_implementation = description["attention"]
             with no_init_weights():

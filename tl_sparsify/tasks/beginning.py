@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from tl_sparsify.core.forward import device_of
+from tl_sparsify.core.prompts import adds_beginning
 from tl_sparsify.tasks.accuracy import Accuracy, accuracy
 from tl_sparsify.tasks.language_models import load_tokenizer
 from tl_sparsify.tasks.task import Task, load_task, takes
-from tl_sparsify.tasks.tokenizers import adds_beginning
 
 EXAMPLES = 64
 """Validation examples that are asked both ways."""

@@ -23,10 +23,11 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.prompts import adds_beginning
 from tl_sparsify.tasks.language_models import load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
 from tl_sparsify.tasks.task import Task
-from tl_sparsify.tasks.tokenizers import adds_beginning, digit_by_digit, single_token_words, two_token_numbers
+from tl_sparsify.tasks.tokenizers import digit_by_digit, single_token_words, two_token_numbers
 
 __all__ = [
     "Counterfactual",

@@ -1,4 +1,4 @@
-"""Tokenizers: which words and numbers are single tokens, and whether a beginning token goes first. No model pass."""
+"""Tokenizers: which words and numbers are single tokens. No model pass."""
 
 from __future__ import annotations
 
@@ -53,12 +53,6 @@ def digit_by_digit(tokenizer: Any, numbers: Sequence[str]) -> Bool[np.ndarray, "
         grown = all([*one, digit] == more for one, more, digit in zip(rows[1:], rows[2:], digits[1:], strict=False))
         found.append(grown and rows[1][:-1][: len(rows[0])] == rows[0] and unknown not in digits)
     return np.array(found, dtype=bool)
-
-
-def adds_beginning(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts its beginning-of-sequence token before a text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("the", verbose=False)["input_ids"][:1] == [bos]
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
