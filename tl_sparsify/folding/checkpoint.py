@@ -173,9 +173,11 @@ def _check_layers(layers: Any, n_layers: int | None) -> None:
     problem = "is no list of the model's layers" if not isinstance(layers, list) or len(layers) != n_layers else None
     for layer, sizes in enumerate(layers if problem is None else ()):
         index, neurons, units = sizes["kv_index"], sizes["neurons"], sizes["units"]
+        if problem is not None:
+            break
         if sorted(set(index)) != list(range(len(set(index)))) or neurons < 0:
             problem = f"has impossible sizes in layer {layer}"
-        if [len(units["H"]), len(units["N"])] != [len(index), neurons]:
+        elif [len(units["H"]), len(units["N"])] != [len(index), neurons]:
             problem = f"names too many or too few units in layer {layer}"
     if problem is not None:
         raise ValueError(f"folded_layers of the configuration {problem}: export the model again")
