@@ -12,8 +12,9 @@ explicit step ``x + B (c - D' x)`` at its hook point: directions of the stream i
 (Gemma's post-norms).
 
 For every input the folded model computes what the ablated one does, up to the order in which floating-point numbers
-are added (in float32 usually below 1e-4 on input tokens; at padding, which nothing reads, it may be more). It is a bridge with the same hook points, which carry the kept units only, and ``folded.units`` says which
-original unit each of its own is. Nothing is masked and no zeroed row stays.
+are added (in float32 usually below 1e-4 on input tokens; at padding, which nothing reads, it may be more). It is a
+bridge with the same hook points, which carry the kept units only, and ``folded.units`` says which original unit each of
+its own is. Nothing is masked and no zeroed row stays.
 
 Only constants fold that are the same for every example and position. Layer norms are not folded into weights unless
 the model's already were; compatibility mode is enabled before folding.
