@@ -94,23 +94,31 @@ def swapped(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Gener
     }
 
 
+def unlike(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Words:
+    """A name for each row that it does not have."""
+    found = rng.choice(words["third"], len(rows["third"]))
+    while (clash := (found == rows["first"]) | (found == rows["second"])).any():
+        found[clash] = rng.choice(words["third"], int(clash.sum()))
+    return found
+
+
 def another(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:
     """A third person gives: ABB becomes ABC, which has no right answer."""
-    third = rng.choice(words["third"], len(rows["third"]))
-    while (clash := (third == rows["first"]) | (third == rows["second"])).any():
-        third[clash] = rng.choice(words["third"], int(clash.sum()))
-    return {**rows, "third": third}
+    return {**rows, "third": unlike(rows, words, rng)}
 
 
 def sources(rows: Rows, words: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Rows:
-    """The same two names in any order, either of which comes again, in a sentence of any form: so that place and name
-    can be told apart."""
+    """The base's third name or its answer comes again; with the answer stands a name that the base does not have. In
+    any order, in a sentence of any form. So place and name can be told apart, and so can the name that comes again and
+    the answer: the source's answer is then a new name, while its third name in the base makes the base's own third name
+    the answer."""
     n = len(rows["first"])
-    turned, repeated = rng.integers(2, size=(2, n))
-    first = np.where(turned == 1, rows["second"], rows["first"])
-    second = np.where(turned == 1, rows["first"], rows["second"])
-    others = {"template": rng.choice(TEMPLATES, n), "place": rng.choice(words["place"], n)}
-    return {**rows, **others, "first": first, "second": second, "third": np.where(repeated == 1, second, first)}
+    turned, changed = rng.integers(2, size=(2, n)) == 1
+    answer = np.where(rows["third"] == rows["first"], rows["second"], rows["first"])
+    new = unlike(rows, words, rng)
+    third, other = np.where(changed, answer, rows["third"]), np.where(changed, new, answer)
+    names = {"first": np.where(turned, third, other), "second": np.where(turned, other, third), "third": third}
+    return {**rows, **names, "template": rng.choice(TEMPLATES, n), "place": rng.choice(words["place"], n)}
 
 
 SENTENCES = tls.text.Sentences(

@@ -94,7 +94,8 @@ ROLES = {
 def row(model: str, intervention: str, variable: str, accuracy: float, changed: float = 0.0, **other: Any) -> Row:
     plain = Row(model, intervention, variable, accuracy, 0.01, accuracy - 0.02, min(1.0, accuracy + 0.02), changed,
                 float("nan"), float("nan"), 512, 1.0, 1.0, 0, ROLES.get(intervention, Role.CONTROL),
-                model == "random weights", intervention == "aligned units, a source each")  # fmt: skip
+                model == "random weights", intervention == "aligned units, a source each",
+                float("nan") if variable == NOTHING else 0.5, changes=0.5)  # fmt: skip
     return replace(plain, **other)
 
 

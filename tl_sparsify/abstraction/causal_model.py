@@ -130,6 +130,25 @@ class CausalModel:
         _refuse_unknown("sources", sources, (*self.inputs, *self.variables))
         return self.run(base, do={name: self.run(source)[name] for name, source in sources.items()})
 
+    def fixes_output(self, variables: Iterable[str]) -> bool:
+        """Whether the output is one of these ``variables``, or follows from them alone: every way from an input to the
+        output leads through them. Interchanging them then gives the source's own output, whatever the base.
+
+        Raises:
+            ValueError: a name that is no variable.
+
+        Example:
+            >>> task.causal_model.fixes_output(["left"]), task.causal_model.fixes_output(["left", "right"])
+            (False, True)
+        """
+        passed = set(variables)
+        _refuse_unknown("variables", passed, (*self.inputs, *self.variables))
+        reached = {self.output} - passed
+        for name in reversed(self.variables):  # children before their parents
+            if name in reached:
+                reached |= set(self.parents[name]) - passed
+        return reached.isdisjoint(self.inputs)
+
     def graph(self) -> str:
         """The model's graph as plain Mermaid text, one edge a line; many notebooks and web pages draw it, and
         ``tl_sparsify.plot.causal_graph`` does with matplotlib."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify.abstraction.causal_model import CausalModel
@@ -95,6 +95,17 @@ class Pairs:
             raise ValueError(f"answers has no token for the causal model's output {sorted(map(str, unknown))}")
         return torch.tensor([self.answers[value] for value in np.asarray(output).tolist()])
 
+    def tells_apart(self, causal_model: CausalModel, variables: Sequence[str]) -> Bool[Tensor, "n"]:
+        """For each pair whether units that carry ``variables`` and units that carry the answer would act differently:
+        whether the answer expected with ``variables`` from the source is another one than the source's own. No model
+        pass.
+
+        Example:
+            >>> float(pairs.tells_apart(task.causal_model, ("left",)).double().mean())
+            0.5
+        """
+        return self.expected(causal_model, variables) != self.source.labels[self.source.labels != NO_LABEL]
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -145,6 +156,13 @@ class Row:
         role: what the line is for.
         untrained: whether the model has random weights; its lines are controls of the other models'.
         sources_apart: whether each of several variables has a source of its own.
+        tells_apart: the share of the counted pairs that tell the variable from the answer: units that carry the
+            source's answer, and not the variable, would be wrong on just these. With a source each, for that source
+            whose answer is told apart least. NaN where no variable is interchanged.
+        is_answer: whether the variable is the causal model's output, or fixes it alone
+            (:meth:`CausalModel.fixes_output`), so that no pair of right answers can tell the two apart.
+        changes: the share of the counted pairs whose expected answer differs from the base's own; on the others
+            units that carry nothing are right.
     """
 
     model: str
@@ -164,6 +182,9 @@ class Row:
     role: Role
     untrained: bool = False
     sources_apart: bool = False
+    tells_apart: float = float("nan")
+    is_answer: bool = False
+    changes: float = float("nan")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ def verify(
     """Interchange intervention accuracy of every aligned variable, alone and jointly, on the original and on a reduced
     model, beside its controls.
 
+    Each row of a variable says which share of its pairs tell the variable from the answer (``tells_apart``): units that
+    carry the source's answer are right on all others. A verdict needs :data:`verdicts.TOLD_APART` of them.
+
     Args:
         reduced: a folded model, or a :class:`Reduction` of ``model`` (run ablated). An aligned unit that it no longer
             has is not interchanged, and is counted.
@@ -184,6 +187,22 @@ class _Plain:
     source_right: Bool[Tensor, "n"]
 
 
+@dataclass(frozen=True)
+class _Apart:
+    """Which pairs tell some variables from the answer of each of their sources, and whether none ever can."""
+
+    told: Sequence[Bool[Tensor, "n"]] = ()
+    is_answer: bool = False
+
+    def share(self, counts: Bool[Tensor, "n"]) -> float:
+        """Of the pairs that count, for the source whose answer is told apart least."""
+        shares = [float(told[counts].double().mean()) for told in self.told]
+        return min(shares, default=float("nan"))
+
+
+_NOTHING_CARRIED = _Apart()
+
+
 def _rows(check: _Check, pairs: Pairs) -> Iterator[Row]:
     """All lines of one model."""
     [base], [source] = check.answers(pairs.base), check.answers(pairs.source)
@@ -208,6 +227,7 @@ def _row(
     removed: int = 0,
     right: Bool[Tensor, "n"] | None = None,
     sources_apart: bool = False,
+    apart: _Apart = _NOTHING_CARRIED,
 ) -> Row:
     """The line of some interventions (one, or the draws of a random one) by the answers ``given`` to them."""
     right = plain.right & plain.source_right if right is None else right
@@ -233,12 +253,16 @@ def _row(
         role=names[2],
         untrained=check.subject.untrained,
         sources_apart=sources_apart,
+        tells_apart=apart.share(counts),
+        is_answer=apart.is_answer,
+        changes=float((expected != right_answers(pairs.base))[counts].double().mean()),
     )
 
 
 def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> Iterator[Row]:
     """The alignment of one variable, and its controls."""
     subject, expected = check.subject, pairs.expected(check.causal_model, (variable,))
+    apart = _apart(check.causal_model, pairs, (variable,))
     chosen = list(check.alignment.units[variable])
     own = subject.own(chosen)
     trained = not subject.untrained
@@ -255,7 +279,8 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
 
     def row(name: str, some: Sequence[Int[Tensor, "n"]], units: float, role: Role = Role.CONTROL) -> Row:
         removed = len(chosen) - len(own) if role is Role.ALIGNED else 0
-        return _row(check, (name, variable, role), plain, pairs, some, expected, units, removed=removed)
+        names = (name, variable, role)
+        return _row(check, names, plain, pairs, some, expected, units, removed=removed, apart=apart)
 
     yield row(ALIGNED_UNITS, given[:1], float(len(own)), Role.ALIGNED)
     yield row("do nothing", [plain.base], 0.0)
@@ -267,7 +292,8 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     if moved:
         yield row("norm-matched random subspace", moved, float(len(own)))
     arbitrary = made_up(pairs, check.seed)
-    yield _row(check, ("arbitrary labels", variable, Role.CONTROL), plain, pairs, given[:1], arbitrary, float(len(own)))
+    names = ("arbitrary labels", variable, Role.CONTROL)
+    yield _row(check, names, plain, pairs, given[:1], arbitrary, float(len(own)), apart=apart)
     ceilings = [
         row("whole residual stream", [answer], float(len(units)), Role.CEILING)
         for units, answer in zip(whole, given[1 + len(random) :], strict=True)
@@ -287,20 +313,27 @@ def _jointly(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:
     units = sum(map(len, own.values()))
     settings: dict[str, Any] = {"units": float(units), "removed": len(chosen) - units}
     expected = pairs.expected(check.causal_model, variables)
-    yield _row(check, (ALIGNED_UNITS, names, Role.ALIGNED), plain, pairs, given[:1], expected, **settings)
+    apart = _apart(check.causal_model, pairs, variables)
+    yield _row(check, (ALIGNED_UNITS, names, Role.ALIGNED), plain, pairs, given[:1], expected, **settings, apart=apart)
     first = torch.arange(0, len(pairs) - len(variables) + 1, len(variables))
     if any(isinstance(unit.site.positions, Tensor) for unit in chosen) or not len(first):
         return
     # one base and its sources from as many pairs of their own: no pair is in two draws, so that draws are independent
     some, check = pairs[first], check.on(first)
-    apart = {variable: pairs[first + number] for number, variable in enumerate(variables)}
-    each = [(own[variable], apart[variable].source) for variable in variables]
+    givers = {variable: pairs[first + number] for number, variable in enumerate(variables)}
+    each = [(own[variable], givers[variable].source) for variable in variables]
     given = check.answers(some.base, [each])
-    inputs = {variable: other.source_inputs for variable, other in apart.items()}
+    inputs = {variable: other.source_inputs for variable, other in givers.items()}
     expected = some.expected(check.causal_model, variables, inputs)
+    told = [expected != right_answers(other.source) for other in givers.values()]
+    settings |= {"apart": _Apart(told, any(check.causal_model.fixes_output((v,)) for v in variables))}
     right = plain.right[first] & torch.stack([plain.source_right[first + n] for n in range(len(variables))]).all(0)
     name = (f"{ALIGNED_UNITS}, a source each", names, Role.ALIGNED)
     yield _row(check, name, plain, some, given, expected, **settings, right=right, sources_apart=True)
+
+
+def _apart(causal_model: CausalModel, pairs: Pairs, variables: Sequence[str]) -> _Apart:
+    return _Apart([pairs.tells_apart(causal_model, variables)], causal_model.fixes_output(variables))
 
 
 def _unaligned(check: _Check, pairs: Pairs, plain: _Plain) -> Iterator[Row]:

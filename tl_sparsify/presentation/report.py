@@ -234,11 +234,14 @@ def _verdicts(evidence: Frame) -> pd.DataFrame:
             "accuracy": _decimals(table.accuracy),
             "where it should change": _decimals(table.changed),
             "lower bound": _decimals(table.lower),
+            "pairs that tell it from the answer": [
+                sentences.told_apart(*cells) for cells in zip(table.tells_apart, table.is_answer, strict=True)
+            ],
             "best control": [
                 f"{row.control_accuracy:.3f} ({row.control}{_number(row)})" if row.control else ""
                 for row in table.itertuples()
             ],
-            "verdict": ["accepted" if fine else "rejected" for fine in table.accepted],
+            "verdict": table.verdict,
         }
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_sparsify.abstraction.verdicts import GOAL, GOAL_CHANGED, Role, verdicts
+from tl_sparsify.abstraction.verdicts import GOAL, GOAL_CHANGED, TOLD_APART, Role, verdicts
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.presentation.results import Frame, RunResults
 
@@ -41,6 +41,11 @@ def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
+def told_apart(part: float, is_answer: bool) -> str:
+    """Which share of pairs tells a variable from the answer: ``50.0%``, or that the variable is the answer."""
+    return "is the answer" if is_answer else "" if np.isnan(part) else share(part)
+
+
 def listed(names: list[str]) -> str:
     """``a, b and c``."""
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
@@ -52,13 +57,20 @@ def headline(run: RunResults) -> str:
     if run.evidence is None:
         verdict = "not been put to the test"
     else:
-        verdict = "accepted" if bool(verdicts(run.evidence).accepted.all()) else "not accepted"
+        verdict = _together(set(verdicts(run.evidence).verdict))
     return (
         f"{kept:,} of {len(run.reduction.units):,} units ({share(kept / len(run.reduction.units))}) answer "
         f"{share(found['accuracy'])} of the test examples right, where the whole model answers "
         f"{share(found['original_accuracy'])}. The hypothesised algorithm "
         + (f"has {verdict}." if run.evidence is None else f"is {verdict} on this evidence.")
     )
+
+
+def _together(found: set[str]) -> str:
+    """The verdict on all variables at once: the worst of them."""
+    if "rejected" in found:
+        return "not accepted"
+    return "neither accepted nor rejected" if "cannot tell" in found else "accepted"
 
 
 def discovered(run: RunResults) -> list[str]:
@@ -133,11 +145,14 @@ def algorithm(run: RunResults) -> list[str]:
         return ["Nobody looked for the units that carry its variables (`--no-align`), so nothing is said of it."]
     said = [
         f"A variable counts as accepted when at least {share(GOAL)} of the interchanged runs answer what the causal "
-        f"model answers, and at least {share(GOAL_CHANGED)} of those whose answer should change."
+        f"model answers, and at least {share(GOAL_CHANGED)} of those whose answer should change; where fewer than "
+        f"{share(TOLD_APART)} of the pairs tell the variable from the answer, this is no evidence for it: cannot tell."
     ]
     for model, part in verdicts(run.evidence).groupby("model", sort=False):
-        fine, wrong = (", ".join(part.variable[part.accepted == side]) or "none" for side in (True, False))
-        text = f"On the {model} model, accepted: {fine}. Rejected: {wrong}."
+        sides = ("accepted", "rejected", "cannot tell")
+        fine, wrong, unclear = (", ".join(part.variable[part.verdict == side]) for side in sides)
+        text = f"On the {model} model, accepted: {fine or 'none'}. Rejected: {wrong or 'none'}."
+        text += f" Cannot tell: {unclear}." if unclear else ""
         beside = part.dropna(subset="control_accuracy")
         if len(beside):
             worst, best = beside.accuracy.min(), beside.loc[beside.control_accuracy.idxmax()]
@@ -182,7 +197,7 @@ def limits(run: RunResults) -> list[str]:
 
 def _evidence_limits(evidence: Frame) -> list[str]:
     table = verdicts(evidence)
-    said: list[str] = []
+    said: list[str] = [text[0].upper() + text[1:] for text in dict.fromkeys(table.reservation) if text]
     for row in table[table.passing.map(bool)].itertuples():
         said.append(
             f"For {row.variable} ({row.model}) {listed(row.passing)} would be accepted too: its accuracy shows nothing."
