@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.carrier import PLACE, SUM, Carrier, sums
 from helpers.equality import (
     BOTH,
     EQUALITY,
@@ -133,6 +134,15 @@ def test_a_smaller_set_is_preferred_within_the_tolerance():
     assert loose.searched["left"] < strict.searched["left"] == 1
 
 
+def test_pairs_that_tell_the_variable_from_the_answer_count_for_half_of_what_is_searched():
+    """Units that carry the answer are right on all pairs but one in twenty, which tells them from the variable's."""
+    few = [*([((0, 1), (2, 1)), ((1, 2), (1, 2)), ((3, 0), (1, 0)), ((2, 3), (0, 3))] * 5)[:19], ((1, 0), (3, 2))]
+    pairs = sums(*zip(*few * 2, strict=True))
+    found = align(Carrier(), SUM, pairs, pairs, units=tls.Units((PLACE[0].site,)), variables=("first",), trials=4)
+    assert (found.held_out["first"], found.searched["first"], found.tells_apart["first"]) == (0.95, 0.5, 0.05)
+    assert found.to_frame().tells_apart.tolist() == [0.05]
+
+
 def test_pairs_that_the_model_answers_wrong_are_left_out():
     model, (pairs, held_out) = Network(blind=1), known(800)
     found = align(model, EQUALITY, pairs, held_out, units=UNITS, variables=("left", "right"), trials=12)
@@ -158,7 +168,7 @@ def test_what_was_found_prints_in_a_line_and_as_a_table():
     assert repr(found).startswith("AlignmentResult(left: 3 units 1.000, right: 3 units 1.000, same: 2 units 1.000; ")
     assert f"{found.forward} + {found.backward} passes, every unit alone 13)" in repr(found)
     frame = found.to_frame().set_index("variable")
-    assert list(frame.columns) == ["units", "names", "held_out", "held_out_changed", "searched"]
+    assert list(frame.columns) == ["units", "names", "held_out", "held_out_changed", "searched", "tells_apart"]
     assert frame.loc["left", "units"] == 3 and set(frame.loc["left", "names"].split()) == {u.name for u in LEFT}
     many = replace(found, alignment=Alignment({"left": [Unit(FIRST, i) for i in range(7)]}))
     assert many.to_frame().names[0].endswith("L0N5 ...")

@@ -17,7 +17,8 @@ ORDER = {
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage joint compensating exchanges",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
-    "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das align",
+    "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
+    "align",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
     "beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "

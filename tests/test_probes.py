@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_joint_moments_are_the_expansion_of_every_set(seed: int):
 def test_several_answers_are_kept_apart_by_random_signs():
     model, data = bridge(), examples(40, answers=2, choices=(3, 6))
     reduction = reduction_of(model)
-    found = one(samples(model, data, reduction, seed=1)).effects
+    found = one(samples(model, data, reduction, probes=1, seed=1)).effects
     p = original(model, data).softmax(1).reshape(40, 2, 2)
     alone = jacobian(model, data, reduction).reshape(40, 2, 2, -1)
     each = p.prod(2).sqrt()[..., None] * (alone[:, :, 0] - alone[:, :, 1])  # one probe is exact for two answers
@@ -169,6 +170,35 @@ def test_several_answers_are_kept_apart_by_random_signs():
     opposite = torch.isclose(found[0].abs(), (each[:, 0] - each[:, 1]).abs() / 2**0.5).all(1)
     assert len(found) == 1 and (same | opposite).all()
     assert same.sum() > 8 and opposite.sum() > 8
+
+
+@pytest.mark.parametrize(("probes", "passes"), [(1, 1), (2, 2), (3, 3), (9, 3)])
+def test_more_probes_keep_several_answers_further_apart_and_as_many_as_answers_are_exact(probes: int, passes: int):
+    model, data = bridge(), examples(40, answers=3, choices=(3, 6))
+    reduction = reduction_of(model)
+    found = one(samples(model, data, reduction, probes=probes, seed=1)).effects
+    p = original(model, data).softmax(1).reshape(40, 3, 2)
+    alone = jacobian(model, data, reduction).reshape(40, 3, 2, -1)
+    each = p.prod(2).sqrt()[..., None] * (alone[:, :, 0] - alone[:, :, 1])  # one probe is exact for two answers
+    exact = each.square().sum(1) / 3
+    assert len(found) == passes
+    wrong = (found.square().sum(0) - exact).abs().mean() / exact.mean()
+    assert float(wrong) < 1e-12 if probes >= 3 else 0.01 < float(wrong)
+    fewer = one(samples(model, data, reduction, probes=1, seed=1)).effects.square().sum(0)
+    assert float(wrong) < float((fewer - exact).abs().mean() / exact.mean()) or probes == 1
+
+
+def test_examples_with_few_and_with_many_answers_have_as_many_probes_in_every_batch():
+    model, data = bridge(), examples(12, answers=3, choices=(3, 6))
+    labels = data.labels.clone()
+    for row in labels[:6]:
+        row[(row != -100).nonzero()[1:]] = -100
+    data = replace(data, labels=labels)
+    reduction = reduction_of(model)
+    whole = one(samples(model, data, reduction, probes=2, seed=1)).effects
+    parts = list(samples(model, data, reduction, probes=2, seed=1, batch_size=5))
+    torch.testing.assert_close(torch.cat([part.effects for part in parts], 1), whole, rtol=1e-10, atol=1e-14)
+    assert not whole[1, :6].any() and whole[1, 6:].any()  # one answer: one probe says all
 
 
 def test_the_linear_term_is_a_finite_difference():

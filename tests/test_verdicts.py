@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from helpers.carrier import PLACE, SUM, Carrier, sums
 from helpers.equality import BOTH, EQUALITY, LEFT, NEITHER, RIGHT, TRUE, Network, drawn, pairs_of
 from helpers.written import evidence, row
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
-from tl_sparsify import Alignment, CausalModel, Evidence, Examples, Pairs, Site, Unit, verify
+from tl_sparsify import Alignment, Evidence, verify
 from tl_sparsify.abstraction.verdicts import Role, Verdict, accepted, verdicts
 
 
@@ -86,32 +84,6 @@ def test_a_table_without_the_share_is_judged_as_it_was():
 
 # Units that carry the answer
 
-SUM = CausalModel(("a", "b"), {"first": lambda a: a, "total": lambda first, b: (first + b) % 4}, "total")
-
-
-PLACE = [Unit(Site("neuron", 0, "hook_place", 4), i) for i in range(4)]
-
-
-class CarrierModel(HookedRootModule):
-    """(a + b) % 4 in one place, which so carries the answer, and never a alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.hook_place = HookPoint()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-        self.setup()
-        self.eval()
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.scale * self.hook_place(torch.nn.functional.one_hot(tokens.sum(1) % 4, 4).float())
-
-
-def sums(base: list[tuple[int, int]], source: list[tuple[int, int]]) -> Pairs:
-    sides = [torch.tensor(side) for side in (base, source)]
-    inputs = [dict(zip("ab", side.T.numpy(), strict=True)) for side in sides]
-    examples = [Examples(side, side.sum(1, keepdim=True) % 4) for side in sides]
-    return Pairs(*inputs, *examples, {i: i for i in range(4)})
-
 
 def test_pairs_tell_a_variable_from_the_answer_where_both_predict_different_outputs():
     # a from the source: 2 + 1, 3 + 0, 0 + 2, 1 + 1; the source's own answers: 3, 1, 2, 1
@@ -120,7 +92,7 @@ def test_pairs_tell_a_variable_from_the_answer_where_both_predict_different_outp
     assert pairs.tells_apart(SUM, ("first",)).tolist() == [False, True, False, True]
     assert not pairs.tells_apart(SUM, ("total",)).any() and not pairs.tells_apart(SUM, ("first", "total")).any()
     alignment = Alignment({"first": PLACE, "total": PLACE})
-    found = verify(CarrierModel(), SUM, alignment, pairs, draws=0)
+    found = verify(Carrier(), SUM, alignment, pairs, draws=0)
     for line in found.rows:
         if line.variable == "first" and line.intervention != "arbitrary labels":
             # 3 and 3 are another answer than the base's 1 and 1, then 2 and 2 are the base's own
@@ -137,7 +109,7 @@ def test_units_that_carry_the_answer_are_not_accepted_for_a_variable_by_pairs_th
     """With b the same on both sides, carrying a and carrying the answer is one and the same."""
     inputs = list(itertools.product(range(4), range(4)))
     base, source = zip(*((x, y) for x in inputs for y in inputs if x[1] == y[1]), strict=True)
-    found = verify(CarrierModel(), SUM, Alignment({"first": PLACE}), sums([*base], [*source]), draws=0)
+    found = verify(Carrier(), SUM, Alignment({"first": PLACE}), sums([*base], [*source]), draws=0)
     verdict = found.verdict("first")
     assert (verdict.accuracy, verdict.tells_apart, verdict.verdict) == (1.0, 0.0, "cannot tell")
     assert not verdict.accepted and "tell first from the answer" in verdict.reservation

@@ -6,6 +6,9 @@ gradient ``g`` taken at several points between the two runs. Summed over pairs i
 variable and low for those that carry another one, whose interchange is wrong where the answer should stay. What ranks
 high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen.
 
+Units that carry the source's answer, and not the variable, are right on every pair that does not tell the two apart.
+Where fewer than half of the pairs do, these count for one half of a set's accuracy in the search.
+
 A search looks at many candidates, so its own accuracy is optimistic: the one to report is ``held_out``, next to the
 controls of :func:`tl_sparsify.verify`.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -22,13 +26,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify.abstraction.candidates import Group, candidates, every_place, grouped, prefixes
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, answers, families, interchange_gradients, right_answers
 from tl_sparsify.core.forward import check_model
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Unit, Units
 
 _STAGES = 6  # looks at what was tried so far
@@ -42,7 +46,10 @@ class AlignmentResult:
         alignment: the units of each variable.
         held_out: interchange accuracy of each variable on the held-out pairs.
         held_out_changed: the same where the answer should change.
-        searched: its accuracy in the search (optimistic).
+        searched: its accuracy in the search (optimistic), in which pairs that tell the variable from the answer count
+            for at least one half.
+        tells_apart: the share of the held-out pairs that do (:meth:`Pairs.tells_apart`): where it is small, units that
+            carry the answer are found as well, and :func:`tl_sparsify.verify` cannot tell.
         forward, backward: passes over half of the pairs that the search took (one over all of them counts as two;
             those over held-out pairs are not counted).
         exhaustive: the forward passes that trying every unit at every position alone would take: over half of the
@@ -60,12 +67,14 @@ class AlignmentResult:
     held_out: Mapping[str, float]
     held_out_changed: Mapping[str, float]
     searched: Mapping[str, float]
+    tells_apart: Mapping[str, float]
     forward: int
     backward: int
     exhaustive: int
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a variable: ``variable, units, names`` (the first six), ``held_out, held_out_changed, searched``."""
+        """One row a variable: ``variable, units, names`` (the first six), ``held_out, held_out_changed, searched,
+        tells_apart``."""
         return pd.DataFrame(
             [
                 {
@@ -75,6 +84,7 @@ class AlignmentResult:
                     "held_out": self.held_out[variable],
                     "held_out_changed": self.held_out_changed[variable],
                     "searched": self.searched[variable],
+                    "tells_apart": self.tells_apart[variable],
                 }
                 for variable, units in self.alignment.units.items()
             ]
@@ -144,13 +154,13 @@ def align(
         if bool((part.expected(causal_model, (variable,)) == right_answers(part.base)).all()):
             raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
     maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
-    exhaustive = _exhaustive(subject, everywhere, maps[wanted[0]])
+    exhaustive = every_place(subject, everywhere, maps[wanted[0]])
     forward, backward = 5 + len(LEVELS), len(LEVELS) * len(wanted)
     share = max(6, min(32, (exhaustive // 5 - forward - _STAGES) // len(wanted) - 2)) if trials is None else trials
     searches = {v: _Search(subject, causal_model, trying, v, tolerance, batch_size) for v in wanted}
     held = _held(pairs, held_out)
-    groups = {v: _groups(everywhere, maps[v], subject, held) for v in wanted}
-    tried, spent = _tried(searches, {v: _candidates(groups[v]) for v in wanted}, share * len(wanted) * 2 // 3)
+    groups = {v: grouped(everywhere, maps[v], subject, held) for v in wanted}
+    tried, spent = _tried(searches, {v: candidates(groups[v]) for v in wanted}, share * len(wanted) * 2 // 3)
     forward += spent
     chosen: dict[str, list[Unit]] = {}
     searched: dict[str, float] = {}
@@ -171,6 +181,7 @@ def align(
         {v: accuracy for v, (accuracy, _) in found.items()},
         {v: changed for v, (_, changed) in found.items()},
         searched,
+        {v: float(judged.tells_apart(causal_model, (v,)).double().mean()) for v in wanted},
         forward,
         backward,
         exhaustive,
@@ -192,12 +203,6 @@ def _check(
             raise ValueError(f"units of {site.hook} have a position for each example; name positions that all share")
 
 
-def _exhaustive(subject: TestedModel, units: Units, effects: Sequence[Float[Tensor, "pos _"]]) -> int:
-    """One pass for each unit at each of its positions, and one over the sources."""
-    had = [(_places(site, len(effect)), site) for site, effect in zip(units.sites, effects, strict=True)]
-    return 1 + sum(len(places) * sum(subject.has(Unit(site, i)) for i in range(site.size)) for places, site in had)
-
-
 def _held(*several: Pairs) -> Bool[Tensor, "#pos"]:
     """The positions that are input in every pair: elsewhere a unit has no value that means anything."""
     sides = [side.attention_mask for pairs in several for side in (pairs.base, pairs.source)]
@@ -205,12 +210,6 @@ def _held(*several: Pairs) -> Bool[Tensor, "#pos"]:
     if len({mask.shape[1:] for mask in masks}) > 1:
         raise ValueError("pairs and held_out are of different widths: pad both to one")
     return torch.cat(masks).all(0) if masks else torch.ones(1, dtype=torch.bool)
-
-
-def _places(site: Site, length: int) -> list[int]:
-    """The positions at which a site's units are meant, of ``length``."""
-    mask = site.position_mask(1, length)
-    return list(range(length)) if mask is None else mask[0].nonzero().flatten().tolist()
 
 
 def _usable(subject: TestedModel, pairs: Pairs, batch_size: int | None) -> Pairs:
@@ -244,45 +243,6 @@ def _effects(
 
 
 @dataclass(frozen=True)
-class Group:
-    """Units of one site at one position, or at all of them.
-
-    Attributes:
-        promising: those with a positive effect, the most promising first.
-        whole: all of the site's.
-    """
-
-    promising: list[Unit]
-    whole: list[Unit]
-
-
-def _groups(
-    units: Units, effects: Sequence[Float[Tensor, "pos _"]], subject: TestedModel, held: Bool[Tensor, "#pos"]
-) -> list[Group]:
-    """Sites at each position that every pair has, and at all of them, in the order of what their promising units
-    promise together; the one of the highest effect where none is positive."""
-    found: list[tuple[float, Group]] = []
-    for site, effect in zip(units.sites, effects, strict=True):
-        had = [i for i in range(site.size) if subject.has(Unit(site, i))]
-        places = _places(site, len(effect))
-        each = [place for place in places if bool(held.expand(len(effect))[place])]
-        rows = {site.positions if len(effect) == 1 else position: effect[position] for position in each}
-        total = effect[places].clamp_min(0).sum()
-        if len(places) > 1 and effect[places].clamp_min(0).sum(1).max() < 0.9 * total:  # else the one place says it all
-            rows[site.positions] = effect[places].sum(0)
-        for where, row in rows.items():
-            order = sorted(had, key=lambda i, row=row: -float(row[i]))
-            order = order[: max(1, int((row[had] > 0).sum()))]
-            if order:
-                group = Group([Unit(site, i).at(where) for i in order], [Unit(site, i).at(where) for i in had])
-                found.append((float(row[order].sum()), group))
-    if not found:
-        raise ValueError("the reduction keeps none of the units: nothing to align with")
-    found.sort(key=lambda pair: -pair[0])
-    return [group for promise, group in found if promise > 0] or [found[0][1]]
-
-
-@dataclass(frozen=True)
 class _Search:
     """One variable's exact interchanges."""
 
@@ -305,10 +265,22 @@ class _Search:
         swaps = [[(units, self.pairs.source)] for units in sets]
         given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
         expected = {v: self.pairs.expected(self.causal_model, (v,)) for v in searches}
-        return {v: [float((answer == right).double().mean()) for answer in given] for v, right in expected.items()}
+        return {v: [searches[v].score(answer == right) for answer in given] for v, right in expected.items()}
 
     def scores(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
-        return [float(hit.double().mean()) for hit in self.hits(sets)]
+        return [self.score(hit) for hit in self.hits(sets)]
+
+    @cached_property
+    def told(self) -> Bool[Tensor, "n"]:
+        """Which pairs tell the variable from the answer."""
+        return self.pairs.tells_apart(self.causal_model, (self.variable,))
+
+    def score(self, hit: Bool[Tensor, "n"]) -> float:
+        """The accuracy, of which the pairs that tell the variable from the answer are at least one half."""
+        told = self.told
+        if 0 < int(told.sum()) < len(told) / 2:
+            return float(hit[told].double().mean() + hit[~told].double().mean()) / 2
+        return float(hit.double().mean())
 
     def judge(self, units: Sequence[Unit]) -> tuple[float, float]:
         """Accuracy over all pairs and over those whose answer should change."""
@@ -325,7 +297,7 @@ class _Search:
         best = self.best(tried)
         spent, left = len(joined) + bool(joined), trials - len(joined)
         # prune: sizes between the best prefix and the next smaller one, and without the least promising
-        smaller = _between(best, left)
+        smaller = prefixes(best, left)
         tried = tried | (dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {})
         best = self.best(tried)
         return list(best), tried[best], spent + len(smaller) + bool(smaller)
@@ -334,14 +306,6 @@ class _Search:
         """The smallest set whose accuracy is within the tolerance of the highest."""
         top = max(tried.values())
         return min((s for s in tried if tried[s] >= top - self.tolerance), key=lambda s: (len(s), -tried[s]))
-
-
-def _sizes(n: int) -> list[int]:
-    """All of them, and a quarter, a sixteenth, ... of them, down to one."""
-    sizes = [n]
-    while sizes[-1] > 1:
-        sizes.append(max(1, sizes[-1] // 4))
-    return sizes
 
 
 Tried = dict[tuple[Unit, ...], float]
@@ -370,21 +334,3 @@ def _tried(
                 tried[variable] |= dict(zip(pool, scores, strict=True))
             left, passes = left - len(pool), passes + len(pool) + 1
     return tried, passes
-
-
-def _candidates(groups: Sequence[Group]) -> list[list[Unit]]:
-    """What to try, the most promising group and the plainest sets first: all promising units of a group, the first of
-    them alone, all units of the site, then shares of the promising ones."""
-    found: list[tuple[float, list[Unit]]] = []
-    for rank, group in enumerate(groups):
-        found += [(rank, group.promising), (rank + 1.5, group.promising[:1]), (rank + 2, group.whole)]
-        found += [(rank + 3 + i, group.promising[:size]) for i, size in enumerate(_sizes(len(group.promising))[1:-1])]
-    ordered = [tuple(units) for _, units in sorted(found, key=lambda pair: pair[0])]
-    return [list(units) for units in dict.fromkeys(ordered)]
-
-
-def _between(best: Sequence[Unit], count: int) -> list[list[Unit]]:
-    """Prefixes of the best set, evenly spaced, above a quarter of it."""
-    low, high = len(best) // 4, len(best)
-    sizes = {low + round((high - low) * (i + 1) / (count + 1)) for i in range(count)} - {0, low, high}
-    return [list(best[:size]) for size in sorted(sizes)]

@@ -36,6 +36,7 @@ from tl_sparsify.core.intervene import Intervention, Recording, ablate, interven
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import Metric, divergence, measured_by
 from tl_sparsify.core.moments import Moments
+from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 
@@ -68,24 +69,31 @@ def fisher_probes(
     probes: int,
     temperature: float,
     seed: int,
+    most: int = 1,
 ) -> list[Float[Tensor, "rows choices"]]:
     """Probes on the logits whose second moments sum to the Fisher matrix of ``softmax(logits / temperature)``.
 
     Up to ``probes + 1`` answers the Fisher matrix is factored exactly (its Cholesky columns in closed form: Tanabe
-    and Sagae, 1992), with random signs that keep several labelled positions apart; beyond that a probe is the
-    gradient of ``log p(y)`` at a sampled ``y``. With ``temperature`` other than 1 the risk that they give is
-    ``temperature**2`` times the risk at that temperature.
+    and Sagae, 1992). Several labelled positions of an example are kept apart by probes of their own where ``probes``
+    are enough for that, which is exact too, and else by random signs, drawn as often as ``probes`` allow. ``most`` is
+    the largest number of positions of any example, also of other batches, so that all have as many probes. With more
+    answers a probe is the gradient of ``log p(y)`` at a sampled ``y``. With ``temperature`` other than 1 the risk that
+    they give is ``temperature**2`` times the risk at that temperature.
     """
     example, _ = answer_rows(batch)
     # An example's divergence is the mean over its answers. Probes are squared, so each takes the root of that share.
     scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
     scale = scale.to(logits)[:, None]
     p = (logits / temperature).softmax(1)
-    place = (index[example], _number(example))
     if logits.shape[1] - 1 <= probes:
         columns = _covariance_root(p)
-        signs = [_random.signs(seed, 5, *place, column)[:, None].to(logits) for column in range(len(columns))]
-        return [scale * sign * column for sign, column in zip(signs, columns, strict=True)]
+        draws = probes // max(1, len(columns))
+        return [
+            scale * sign[:, None].to(logits) * column
+            for number, column in enumerate(columns)
+            for sign in _kept_apart(example, index, draws=draws, most=most, column=number, seed=seed)
+        ]
+    place = (index[example], _number(example))
     found: list[Float[Tensor, "rows choices"]] = []
     for probe in range(probes):
         u = _random.uniform(seed, 7, *place, probe).to(logits)[:, None]
@@ -99,6 +107,20 @@ def fisher_probes(
 def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
     """Which of its example's answers each row is: draws by this and not by position know nothing of padding."""
     return torch.arange(len(example)) - torch.searchsorted(example, example)
+
+
+def _kept_apart(
+    example: Int[Tensor, "rows"], index: Int[Tensor, "batch"], *, draws: int, most: int, column: int, seed: int
+) -> list[Float[Tensor, "rows"]]:
+    """Factors of the rows in each of at most ``draws`` probes, whose products sum to one for a row with itself and to
+    zero for two rows of an example: exactly where it has at most ``draws``, else on average over random signs."""
+    number, rows = _number(example), torch.bincount(example, minlength=len(index))[example]
+    signs = [
+        _random.signs(seed, 5, index[example], number, column, *([draw] if draw else []))
+        for draw in range(min(draws, max(most, int(rows.max()))))
+    ]
+    own = [signs[0] * (number == draw) for draw in range(len(signs))]
+    return [torch.where(rows <= draws, one, sign / math.sqrt(draws)) for one, sign in zip(own, signs, strict=True)]
 
 
 def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "rows choices"]]:
@@ -115,16 +137,23 @@ def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "ro
 
 
 def metric_probe(
-    logits: Float[Tensor, "rows choices"], batch: Examples, index: Int[Tensor, "batch"], *, metric: Metric, seed: int
+    logits: Float[Tensor, "rows choices"],
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    *,
+    metric: Metric,
+    seed: int,
+    probes: int = 1,
+    most: int = 1,
 ) -> list[Float[Tensor, "rows choices"]]:
-    """The one probe of a scalar metric: its gradient, with a random sign for each of several labelled positions."""
+    """The one probe of a scalar metric, its gradient; of several labelled positions as :func:`fisher_probes`."""
     example, _ = answer_rows(batch)
     scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
-    sign = _random.signs(seed, 5, index[example], _number(example), 0)
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(measured_by(metric, z, batch).sum(), z)
-    return [(scale * sign).to(logits)[:, None] * gradient]
+    signs = _kept_apart(example, index, draws=probes, most=most, column=0, seed=seed)
+    return [(scale * sign).to(logits)[:, None] * gradient for sign in signs]
 
 
 def output_probes(
@@ -136,11 +165,12 @@ def output_probes(
     temperature: float,
     metric: Metric | None,
     seed: int,
+    most: int = 1,
 ) -> list[Float[Tensor, "rows choices"]]:
     """The probes of the divergence: Fisher probes for KL, the one exact probe for a scalar metric."""
     if metric is not None:
-        return metric_probe(logits, batch, index, metric=metric, seed=seed)
-    return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed)
+        return metric_probe(logits, batch, index, metric=metric, seed=seed, probes=probes, most=most)
+    return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed, most=most)
 
 
 def samples(
@@ -163,7 +193,7 @@ def samples(
     Units that are already removed have no effect; with ``restorable``, minus that of taking them back. ``recall`` may
     know the original's logits from an earlier call (:func:`remembering`).
 
-    One forward and ``probes`` backward passes over the data (fewer probes where fewer are exact); with ``current``
+    One forward and ``probes`` backward passes over the data (fewer where fewer are exact); with ``current``
     one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
     model. Memory does not grow with the number of examples. With ``temperature`` other than 1 everything is
     ``temperature**2`` times the divergence at that temperature.
@@ -180,6 +210,7 @@ def samples(
     for site, value in zip(removal.units.sites, removal.values.tensors, strict=True):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
+    most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
     for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
         same = (interventions, model, removal, examples, index, seed)
         removed = () if current is None else (ablate(current.for_examples(index, examples.spans)),)
@@ -190,7 +221,7 @@ def samples(
                     z = recall(index, lambda batch=batch: answer_logits(model, batch))
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
-        settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
+        settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed, "most": most}
         part = _linearised(
             model, batch, index, removal.for_examples(index, examples.spans), removed, drawn, z, settings
         )
