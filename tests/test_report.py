@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,18 @@ def test_a_browser_draws_it(both: Path, tmp_path: Path):
     assert image.shape[:2] == (1600, 1100) and image.std() > 0.05
     rows: Any = np.ptp(image[..., :3], axis=(1, 2)) > 0.3
     assert rows.mean() > 0.5  # most rows of pixels have ink
+
+
+def test_a_report_says_where_pairs_cannot_tell_a_variable_from_the_answer(tmp_path: Path):
+    unclear = [replace(r, tells_apart=0.01) if r.variable == "left" else r for r in evidence().rows]
+    run = RunResults.load(run_folder(tmp_path / "run", evidence=Evidence(tuple(unclear))))
+    said = " ".join(sentences.algorithm(run))
+    assert "On the original model, accepted: left & right, left & right (a source each). Rejected: right." in said
+    assert said.count("Cannot tell: left.") == 2
+    assert any(text.startswith("1.0% of the pairs tell left from the answer") for text in sentences.limits(run))
+    one = Evidence(tuple(r for r in unclear if r.variable == "left"))
+    assert "neither accepted nor rejected" in sentences.headline(
+        RunResults.load(run_folder(tmp_path / "one", evidence=one))
+    )
+    page = report.write(tmp_path / "run", tmp_path / "report.html").read_text()
+    assert "<td>cannot tell</td>" in page and "<td>1.0%</td>" in page and "<td>50.0%</td>" in page
