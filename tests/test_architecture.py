@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "after_import checks random arguments files progress versions directory storage checksum",
+    "_internal": "after_import checks random arguments beside files progress versions directory storage checksum",
     "core": "site units prompts examples circuit first_token reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "

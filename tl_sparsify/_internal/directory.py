@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from tl_sparsify._internal.beside import beside, left_over, remove, sweep
+from tl_sparsify._internal.files import write_text
+
+_NEW = ".complete"
+"""In a folder of new results that are complete: their names. From then on they replace the older ones, come what may."""
 
 
 def check_free(path: Path, mark: str, kind: str) -> None:
@@ -27,22 +33,35 @@ def directory(path: Path, mark: str, kind: str) -> Iterator[Path]:
     Raises:
         FileExistsError: ``path`` is there and is of no such kind.
     """
+    settle_directory(path)
     check_free(path, mark, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    part, old = beside(path), beside(path, "old")
     try:
-        beside.mkdir()
-        yield beside
+        part.mkdir()
+        yield part
         if path.exists():
             path.replace(old)
-        beside.replace(path)
+        part.replace(path)
     except BaseException:
         if old.exists() and not path.exists():
             old.replace(path)
-        shutil.rmtree(beside, ignore_errors=True)
+        remove(part)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def settle_directory(path: Path) -> None:
+    """Bring back a directory whose replacement was killed between its two renamings, and remove what else such
+    processes left next to it."""
+    if not path.parent.is_dir():
+        return
+    for old in left_over(path.parent, "old", path.name):
+        if path.exists():
+            remove(old)
+        else:
+            old.replace(path)
+    sweep(path.parent, path.name)
 
 
 @contextmanager
@@ -51,19 +70,32 @@ def results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
     of them; else aside, and at the end they take the place of all the older ones. After an exception these are as
     they were. Other things in the folder are left alone.
 
-    Old and new are never side by side: in between, ``mark`` is not there.
+    Old and new are never side by side: in between, ``mark`` is not there. One process at a time writes: the folder is
+    locked.
+
+    Raises:
+        ValueError: another process is writing results into the folder.
     """
-    if not any((folder / name).exists() for name in names):
-        yield folder
-        return
-    aside, old = (folder / f".{kind}.{os.getpid()}.part" for kind in ("new", "old"))
-    order = [mark, *sorted(set(names) - {mark})]
+    with _locked(folder):
+        settle(folder, names, mark)
+        if any((folder / name).exists() for name in names):
+            with _aside(folder, names, mark) as into:
+                yield into
+        else:
+            yield folder
+
+
+@contextmanager
+def _aside(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
+    aside, old = beside(folder / "new"), beside(folder / "new", "old")
+    order = _order(names, mark)
     out: list[str] = []
     back: list[str] = []
     try:
         aside.mkdir()
-        old.mkdir()
         yield aside
+        write_text(aside / _NEW, json.dumps([name for name in order if (aside / name).exists()]))
+        old.mkdir()
         for name in order:  # the mark goes first and comes last
             if (folder / name).exists():
                 (folder / name).replace(old / name)
@@ -79,5 +111,60 @@ def results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
             (old / name).replace(folder / name)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(aside)
+        remove(old)
+
+
+def settle(folder: Path, names: Collection[str], mark: str) -> None:
+    """What a process left that was killed while it wrote results: new ones that were complete take their places, others
+    go, and so do files that were half written."""
+    if not folder.is_dir():
+        return
+    for aside in left_over(folder, "part", "new"):
+        if (aside / _NEW).is_file():
+            _finish(folder, aside, _order(names, mark))
+        remove(aside)
+    for old in left_over(folder, "old", "new"):
+        remove(old)
+    sweep(folder)
+    for name in names:
+        if not (folder / name).exists():
+            settle_directory(folder / name)
+
+
+def _finish(folder: Path, aside: Path, order: Sequence[str]) -> None:
+    """Go on where the exchange stopped. What is new and no longer aside is in its place."""
+    new = json.loads((aside / _NEW).read_text())
+    for name in order:
+        if name not in new or (aside / name).exists():
+            remove(folder / name)
+    for name in reversed(order):
+        if name in new and (aside / name).exists():
+            (aside / name).replace(folder / name)
+
+
+def _order(names: Collection[str], mark: str) -> list[str]:
+    return [mark, *sorted(set(names) - {mark})]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else may hold this lock; it ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is writing into {folder}: wait until it ends, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from tl_sparsify._internal.beside import beside, sweep
 
 _KEY = "tl_sparsify"  # one metadata key only: the order of several is not deterministic in safetensors
 
@@ -32,13 +34,15 @@ def digest(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` next to ``path`` and rename it: complete, or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write ``content`` next to ``path`` and rename it: complete, or not at all. What a process that was killed left of
+    an earlier attempt goes."""
+    part = beside(path)
+    sweep(path.parent, path.name)
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        part.write_bytes(content)
+        part.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -56,8 +60,26 @@ def write_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Map
     write_bytes(path, save(tensors, metadata={_KEY: json.dumps(description, sort_keys=True)}))
 
 
+@contextmanager
+def reading(path: Path, what: str, mend: str = "Save it again.") -> Iterator[None]:
+    """What goes wrong while the content of a file is taken in: a refusal that names the file.
+
+    Raises:
+        ValueError: any exception in the block but one that already names the file, and what is no fault of a file's.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and type(error) is ValueError and str(path) in str(error):
+            raise
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path} is damaged, or is no {what} ({said}). {mend}") from error
+
+
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`write_tensors` wrote.
+    """Read what :func:`write_tensors` wrote. What it is gets asked before memory is taken for its tensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -66,23 +88,28 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
     if not path.is_file():
         raise FileNotFoundError(f"no {kind} file at {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+        with safe_open(str(path), framework="pt") as file:  # it holds all sizes against the file's own
+            header, checksum = _described(path, kind, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}. Save it again.") from error
+    if digest(kind, header, tensors) != checksum:
+        raise ValueError(f"{path} is damaged: its checksum does not match its content. Save it again.")
+    return header, tensors
+
+
+def _described(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Header and checksum of a file of a ``kind``."""
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but was not written by tl_sparsify")
     try:
         description = json.loads(metadata[_KEY])
         found, version, checksum = description["kind"], description["version"], description["sha256"]
-        header = description["header"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        header = dict(description["header"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged header: {error!r}. Save it again.") from error
     if found != kind:
         raise ValueError(f"{path} holds a {found}, not a {kind}")
     if version != 1:
         raise ValueError(f"{path} has format version {version}; this tl_sparsify reads version 1: update it")
-    if digest(kind, header, tensors) != checksum:
-        raise ValueError(f"{path} is damaged: its checksum does not match its content. Save it again.")
-    return header, tensors
+    return header, checksum

@@ -7,9 +7,9 @@ keys, their values and the MLP.
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import reading, write_bytes, write_text
 from tl_sparsify.formats.mib_names import Sizes, edge_table
 
 
@@ -163,12 +163,9 @@ def _write_tensors(path: Path, parts: Parts) -> None:
     }
     if bool(parts.node_scores[:-1].isfinite().any()):
         content["nodes_scores"] = parts.node_scores[:-1].float()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def _read_tensors(path: Path) -> Parts:
