@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "after_import checks random arguments beside files progress versions directory storage checksum",
+    "_internal": "after_import checks random arguments beside files progress versions directory storage checksum "
+    "processes",
     "core": "site units prompts examples circuit first_token reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
@@ -22,10 +23,10 @@ ORDER = {
     "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
     "beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
-    "methods tables benchmark",
+    "methods tables cells benchmark",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
     "mib_graph mib_scores mib_tasks mib importers share",
-    "presentation": "results sentences diagrams plot printed report circuit_data neuronpedia page",
+    "presentation": "sealed results sentences diagrams plot printed report circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "tasks": 3, "comparison": 4,

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from tl_sparsify import __version__
 from tl_sparsify._internal.directory import check_free, results
+from tl_sparsify._internal.processes import Ended, ending
 from tl_sparsify._internal.progress import step
 
 _LINE = "{:<24} {:>8} {:>6} {:>6}  {:<17} {}"
@@ -211,7 +212,8 @@ def main() -> None:
     """The entry point: status 0 when every step was done, 2 for a wrong argument (one sentence, no traceback)."""
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     try:
-        status = app(standalone_mode=False)
+        with ending():
+            status = app(standalone_mode=False)
     except typer.Exit as stop:
         status = stop.exit_code
     except _USAGE_ERROR as error:
@@ -221,9 +223,11 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"tl-sparsify: {error}; the files written so far are complete", err=True)
         status = 1
+    except Ended as signalled:
+        status = 128 + signalled.args[0]
     except (typer.Abort, KeyboardInterrupt):
         status = 130
-    if status == 130:
+    if status in (129, 130, 143):
         typer.echo("interrupted; the files written so far are complete", err=True)
     sys.exit(status)
 

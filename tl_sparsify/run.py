@@ -33,11 +33,13 @@ from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import compared
 from tl_sparsify.core.metrics import by_example, correct, kl
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.folding.bridge import save_folded
+from tl_sparsify.folding.bridge import FOLDED, save_folded
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.folding.sizes import sizes_by_layer
 from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
 from tl_sparsify.presentation import plot, printed
+from tl_sparsify.presentation.results import RUN_ENTRIES
+from tl_sparsify.presentation.sealed import sealed
 from tl_sparsify.search import constants, score
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
@@ -137,6 +139,7 @@ def carry_out(beginning: Beginning, request: Request, folder: Path, console: Con
     about = _about(here, about, beginning, right, level, len(pairs))
     if alignment is not None and not task.alignment.units:
         about |= {"alignment": {name: [unit.name for unit in chosen] for name, chosen in alignment.units.items()}}
+    about = sealed(json.loads(json.dumps(about)), folder, (*RUN_ENTRIES, f"folded/{FOLDED}"))
     write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 

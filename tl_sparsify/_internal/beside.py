@@ -14,7 +14,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.(?P<kind>part|old)")
 _MINE: set[str] = set()
-"""Of the names that begin with this process's number, those that it gave: an earlier process may have had its number."""
+"""Of the names with this process's number those that it gave: an earlier process may have had its number."""
 
 
 def beside(path: Path, kind: str = "part") -> Path:
@@ -25,8 +25,8 @@ def beside(path: Path, kind: str = "part") -> Path:
 
 
 def left_over(folder: Path, kind: str = "part", name: str | None = None) -> list[Path]:
-    """What processes that are gone left in a folder of the names that :func:`beside` gives (for ``name`` alone, where it
-    is given)."""
+    """What processes that are gone left in a folder of the names that :func:`beside` gives (for ``name`` alone, where
+    it is given)."""
     found: list[Path] = []
     for path in folder.glob(f".*.{kind}"):
         match = _NAME.fullmatch(path.name)

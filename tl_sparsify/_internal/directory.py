@@ -12,7 +12,7 @@ from tl_sparsify._internal.beside import beside, left_over, remove, sweep
 from tl_sparsify._internal.files import write_text
 
 _NEW = ".complete"
-"""In a folder of new results that are complete: their names. From then on they replace the older ones, come what may."""
+"""In a folder of new results that are complete: their names. From then on they replace the older ones."""
 
 
 def check_free(path: Path, mark: str, kind: str) -> None:

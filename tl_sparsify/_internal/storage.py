@@ -1,9 +1,31 @@
-"""How many numbers a module holds, by where they are stored."""
+"""How many numbers a module holds, by where they are stored, and how many it may hold that a file describes."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+_TIMES, _LEAST = 256, 2**28
+"""A model that a file describes may be so many times as large as the file, and of so many numbers in any case."""
+
+
+def check_size(build: Callable[[], Any], there: int) -> Any:
+    """What ``build`` makes, without memory for it, if a model of that size can belong to ``there`` numbers in a file.
+
+    Raises:
+        ValueError: one that is far too large.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build()
+    numbers = sum(tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if numbers > max(_LEAST, _TIMES * there):
+        raise ValueError(f"the model that it describes has {numbers:,} numbers, the file {there:,}")
+    return model
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -46,7 +46,7 @@ from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_model
 from tl_sparsify.core.metrics import kl
-from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.reduction import Reduction, check_fingerprint, check_origin
 from tl_sparsify.core.units import Model, Unit
 
 __all__ = ["Alignment", "Evidence", "Pairs", "Row", "verify"]
@@ -142,6 +142,7 @@ def _tested(model: Model, reduced: Any | None) -> list[TestedModel]:
         check_fingerprint(model, reduced)
         return [TestedModel("original", model), TestedModel("reduced", model, removal=reduced)]
     check_model(reduced)
+    check_origin(model, getattr(reduced, "origin", None), "reduced")
     origin = getattr(reduced, "units", None)
     if not isinstance(origin, Mapping):
         raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")

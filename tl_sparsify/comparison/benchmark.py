@@ -25,9 +25,12 @@ import pandas as pd
 import torch
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.files import write_bytes, write_text
+from tl_sparsify._internal.beside import sweep
+from tl_sparsify._internal.files import reading, write_bytes, write_text
+from tl_sparsify._internal.processes import end_with_parent
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.versions import versions
+from tl_sparsify.comparison import cells
 from tl_sparsify.comparison.convergence import refit_until_converged
 from tl_sparsify.comparison.cost import Cost, cost_of
 from tl_sparsify.comparison.curves import SIZES, Curve
@@ -110,7 +113,7 @@ def compare(
             alike, so that an order which was found with maps is told apart from the maps.
         examples: use at most so many training and validation examples, drawn at random; test examples are all used.
         bootstrap: replicates for the intervals; 0: none.
-        out: a folder for finished cells; those that it already has are not run again.
+        out: a folder for finished cells; those that it already has are not run again, but for those that are damaged.
 
     Returns:
         A row for each task, method, seed, ablation and size: ``task, method, ours, setting, seed, own_ablation,
@@ -146,14 +149,14 @@ def compare(
         data: _Data | None = None
         for method in bar(chosen, f"{task.name}, seed {seed}", progress):
             file = None if folder is None else cell_file(folder, task.name, method.name, seed)
-            if file is not None and file.is_file():
-                found.append(pd.read_csv(file))
+            kept = None if file is None else cells.read(file, _key(task.name, method.name, seed))
+            if kept is not None:
+                found.append(kept)
                 continue
             data = _data(model, task, units, seed, examples) if data is None else data
             frame = _cell(data, method, shared)
             if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, frame.to_csv(index=False))
+                frame = cells.write(file, _key(task.name, method.name, seed), frame)
             found.append(frame)
     return pd.concat(found, ignore_index=True)
 
@@ -194,12 +197,17 @@ def compare_tasks(
     for task in tasks:
         load_task(task)
     groups = [(task, list(methods), seed, str(out), settings) for seed in range(seeds) for task in tasks]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    before = {process.pid for process in multiprocessing.active_children()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         futures = [pool.submit(_group, *group) for group in groups]
         try:
             for future in bar(futures, "tasks and seeds", progress):
                 future.result()
         except BaseException:
+            for process in multiprocessing.active_children():
+                if process.pid not in before:
+                    process.terminate()  # a cell takes minutes, and what is half done is of no use
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return gathered(out)
@@ -225,11 +233,12 @@ def gathered(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: none is there.
+        ValueError: a cell that is damaged, or has no checksum, as those of older versions.
     """
-    files = sorted((Path(folder) / "cells").glob("*/*.csv"))
+    files = sorted((Path(folder) / "cells").glob("*/[!.]*.csv"))
     if not files:
         raise FileNotFoundError(f"no finished cells in {folder}: run `tl-sparsify bench --out {folder}`")
-    table = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    table = pd.concat([cells.checked_cell(file) for file in files], ignore_index=True)
     places = {method.name: place for place, method in enumerate(METHODS)}
     rank = table.method.map(places).fillna(len(places))
     return table.assign(rank=rank).sort_values(["task", "rank", "method", "seed"], kind="stable").drop(columns="rank")
@@ -238,11 +247,14 @@ def gathered(folder: str | Path) -> pd.DataFrame:
 def _prepared(folder: Path, shared: Comparison) -> Path:
     """The folder, with the settings of its cells written down; refused where they are others."""
     folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *(folder / "cells").glob("*/")):
+        sweep(place)
     file, mine = folder / "settings.json", json.loads(json.dumps(asdict(shared)))
     if not file.is_file():
         write_text(file, json.dumps(mine, indent=1) + "\n")
         return folder
-    before = json.loads(file.read_text())
+    with reading(file, "settings of a comparison", "Remove it with the cells beside it, or name another folder."):
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
     for name in mine:
         if mine[name] != before.get(name):
             raise ValueError(
@@ -250,6 +262,11 @@ def _prepared(folder: Path, shared: Comparison) -> Path:
                 f"name another folder than {folder}"
             )
     return folder
+
+
+def _key(task: str, method: str, seed: int) -> dict[str, Any]:
+    """What a cell is of, as its file says."""
+    return {"task": task, "method": method, "seed": seed}
 
 
 def _data(model: Model, task: Task, units: Units, seed: int, most: int) -> _Data:

@@ -90,6 +90,10 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
     """
     device = device_of(model)
     embedding = getattr(model, "W_E", None)
+    if device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
+    if embedding is not None and not batch.tokens.is_floating_point() and batch.tokens.ndim != 2:
+        raise ValueError(f"tokens are of shape {tuple(batch.tokens.shape)}; a language model takes [n, pos]")
     if embedding is not None and not batch.tokens.is_floating_point():
         low, high = int(batch.tokens.min()), int(batch.tokens.max())
         if low < 0 or high >= len(embedding):

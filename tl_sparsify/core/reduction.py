@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked_fields
 from tl_sparsify._internal.checksum import checksum
-from tl_sparsify._internal.files import read_tensors, write_tensors
+from tl_sparsify._internal.files import read_tensors, reading, write_tensors
 from tl_sparsify.core.circuit import (
     FIRST_TOKENS,
     REFIT,
@@ -86,6 +86,11 @@ class Reduction:
         for site, kept, part in zip(self.units.sites, self.units.split(self.circuit.mask), mixing, strict=True):
             if part is None:
                 continue
+            if not bool(torch.isfinite(part.weights).all()):
+                raise ValueError(f"mixing of {site.hook} has NaN or infinite weights")
+            for name, index in (("rows", part.rows), ("columns", part.columns)):
+                if len(index) != len(part.weights) or bool(((index < 0) | (index >= part.size)).any()):
+                    raise ValueError(f"mixing of {site.hook} has {name} that are no units of it, or not one a weight")
             if part.size != site.size or site.kind not in ("neuron", "direction"):
                 raise ValueError(f"mixing of {site.hook} is for {part.size} units, not {site.size} {site.kind} units")
             if bool(kept[part.rows].any()) or not bool(kept[part.columns].all()):
@@ -156,7 +161,16 @@ class Reduction:
             FileNotFoundError: no such file.
             ValueError: the file is damaged, truncated or no reduction.
         """
-        header, tensors = read_tensors(Path(path), "reduction")
+        path = Path(path)
+        header, tensors = read_tensors(path, "reduction")
+        with reading(path, "reduction"):
+            return Reduction._from_file(header, tensors)
+
+    @staticmethod
+    def _from_file(header: dict[str, Any], tensors: dict[str, Tensor]) -> Reduction:
+        total = sum(site["size"] for site in header["sites"])
+        if tensors["mask"].shape != (total,):  # before there is memory for so many
+            raise ValueError(f"its sites have {total:,} units, its mask {tensors['mask'].numel():,}")
         bases = [tensors.get(f"basis.{i}") for i in range(len(header["sites"]))]
         sites = [_site_from_json(site, basis) for site, basis in zip(header["sites"], bases, strict=True)]
         units = Units(tuple(sites))
@@ -205,6 +219,14 @@ def _site_to_json(site: Site) -> dict[str, Any]:
 
 
 def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | None) -> Site:
+    kinds = {"kind": str, "hook": str, "layer": int, "size": int}
+    for name, kind in kinds.items():
+        if type(site[name]) is not kind:
+            raise ValueError(f"{name} of a site is {site[name]!r}; it is of type {kind.__name__}")
+    where = site.get("positions")
+    listed = isinstance(where, list) and all(type(position) in (int, str) for position in where)
+    if where is not None and not listed and type(where) not in (int, str):
+        raise ValueError(f"positions of a site are {where!r}")
     return Site(**site | {"basis": basis, "also": tuple(site.get("also", ()))})
 
 
@@ -259,7 +281,15 @@ def check_fingerprint(model: Any, reduction: Reduction) -> None:
     Raises:
         ValueError: another model, or the same one in another precision or in compatibility mode, with how to go on.
     """
-    made = reduction.fingerprint
+    check_origin(model, reduction.fingerprint, "reduction")
+
+
+def check_origin(model: Any, made: str | None, what: str) -> None:
+    """Refuse what was made for another model than one with the fingerprint ``made``; ``None`` is never refused.
+
+    Raises:
+        ValueError: as :func:`check_fingerprint`.
+    """
     if made is None:
         return
     found = fingerprint(model) if "-" in made else _sampled_fingerprint(model)
@@ -277,4 +307,4 @@ def check_fingerprint(model: Any, reduction: Reduction) -> None:
             "this model is in compatibility mode, which changes its weights: use the reduction without that mode, or "
             "make one in it"
         )
-    raise ValueError(f"reduction was made for the model {made}, this one is {found}: {mend}")
+    raise ValueError(f"{what} was made for the model {made}, this one is {found}: {mend}")

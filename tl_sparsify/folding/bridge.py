@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformer_lens import TransformerBridge
 from transformers import AutoTokenizer
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.directory import directory
-from tl_sparsify._internal.files import read_tensors, write_tensors
+from tl_sparsify._internal.directory import directory, settle_directory
+from tl_sparsify._internal.files import read_tensors, reading, write_tensors
 from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.intervene import streaming
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
@@ -30,12 +31,14 @@ class FoldedBridge(TransformerBridge):
     Attributes:
         first_stream: ``[layers, d_model]``, the residual stream after each block at a beginning-of-sequence token,
             where units were folded that are left alone there; else ``None``.
+        origin: fingerprint of the model that was folded, where it is known.
         units: original unit name of each head and neuron, by its name here (``{"L1H0": "L1H3", ...}``). Whole layers
             and directions keep their names.
     """
 
     units: dict[str, str]
     first_stream: Tensor | None = None
+    origin: str | None = None
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As any bridge's; where units are left alone at a beginning-of-sequence token, whose activations depend on
@@ -162,19 +165,22 @@ def load_folded(path: str | Path) -> FoldedBridge:
         Units(6: 6 heads)
     """
     path = Path(path)
+    if not path.exists():
+        settle_directory(path)
     header, tensors = read_tensors(path / FOLDED, "folded model")
-    for name, checksum in header["tokenizer"].items():
-        if not (path / name).is_file() or _sha256(path / name) != checksum:
-            raise ValueError(f"{path / name} is damaged or missing. Save the model again.")
-    tokenizer = None
-    if header["tokenizer"]:
-        tokenizer = AutoTokenizer.from_pretrained(str(path / "tokenizer"), trust_remote_code=False)
-    folded = build(header["model"], tokenizer)
+    with reading(path / FOLDED, "folded model"):
+        return _loaded(path, header, tensors)
+
+
+def _loaded(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> FoldedBridge:
+    tokenizer = _tokenizer(path, header["tokenizer"])
+    parameters = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    there = sum(map(Tensor.numel, parameters.values()))
+    folded = build(header["model"], tokenizer, layers=len(header["layers"]), numbers=there)
     folded.__class__ = FoldedBridge
     for block, layer in zip(folded.blocks, header["layers"], strict=True):
         _resize(block, layer)
     make_points(folded, header["points"])
-    parameters = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     assign(folded, parameters, set(header["frozen"]))
     folded.units = {
         f"{part.removeprefix('units.')}{new}": f"{part.removeprefix('units.')}{old}"
@@ -182,9 +188,52 @@ def load_folded(path: str | Path) -> FoldedBridge:
         if part.startswith("units.")
         for new, old in enumerate(tensor.tolist())
     }
+    _check_units(folded, tensors)
+    folded.origin = header.get("origin")
     folded.first_stream = tensors.get("first_stream")
+    if folded.first_stream is not None:
+        shape, wanted = tuple(folded.first_stream.shape), (len(folded.blocks), folded.cfg.d_model)
+        if shape != wanted or not bool(folded.first_stream.isfinite().all()):
+            raise ValueError(f"first_stream is of shape {shape}; it is finite numbers of shape {wanted}")
     finish(folded)
     return folded
+
+
+def _tokenizer(path: Path, files: dict[str, str]) -> Any:
+    """The tokenizer of exactly these files, by name and checksum."""
+    folder = path / "tokenizer"
+    there = {file.relative_to(path).as_posix() for file in folder.glob("**/*") if file.is_file()}
+    outside = [
+        name for name in files if name not in there and not (path / name).resolve().is_relative_to(path.resolve())
+    ]
+    if outside:
+        raise ValueError(f"{path / FOLDED} names {outside[0]!r}, which is outside of {path}: it is not read")
+    for name, checksum in files.items():
+        if name not in there or _sha256(path / name) != checksum:
+            raise ValueError(f"{path / name} is damaged or missing. Save the model again.")
+    if there - set(files):
+        raise ValueError(f"{path / min(there - set(files))} is not of the model that was saved: remove it")
+    linked = [name for name in files if not (path / name).resolve().is_relative_to(path.resolve())]
+    if linked:
+        raise ValueError(f"{path / linked[0]} is a link to another folder: it is not read")
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False) if files else None
+
+
+def _check_units(folded: Any, tensors: dict[str, Tensor]) -> None:
+    """The original units are as many as the layers have, each once."""
+    for part, tensor in tensors.items():
+        if not part.startswith("units."):
+            continue
+        match = re.fullmatch(r"units\.L(\d+)([HN])", part)
+        if match is None:
+            continue
+        layer, found = int(match[1]), tensor.tolist()
+        if layer >= len(folded.blocks):
+            raise ValueError(f"it has units of layer {layer}, and {len(folded.blocks)} layers")
+        sizes = _sizes(folded.blocks[layer])
+        wanted = len(sizes["kv_index"] or ()) if match[2] == "H" else sizes["neurons"] or 0
+        if len(found) != wanted or len(set(found)) != wanted or min(found, default=0) < 0:
+            raise ValueError(f"{part} names {len(set(found))} units, and the layer has {wanted}")
 
 
 def _contents(model: FoldedBridge, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -198,6 +247,7 @@ def _contents(model: FoldedBridge, folder: Path) -> tuple[dict[str, Any], dict[s
     header = {
         "model": describe(model),
         "layers": [_sizes(block) for block in model.blocks],
+        "origin": model.origin,
         "points": describe_points(model),
         "frozen": [name for name, p in parameters.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
         "tokenizer": {file.relative_to(folder).as_posix(): _sha256(file) for file in tokenizer},
@@ -214,6 +264,15 @@ def _sizes(block: Any) -> dict[str, Any]:
 
 
 def _resize(block: Any, sizes: dict[str, Any]) -> None:
+    for name, part, full in (
+        ("kv_index", "attn", lambda: len(kv_index(block.attn))),
+        ("neurons", "mlp", lambda: n_neurons(block.mlp)),
+    ):
+        given = sizes[name]
+        if (given is None) != (part not in block._modules):
+            raise ValueError(f"{name} of a layer is {given!r}, and the layer has {'no' if given else 'an'} {part}")
+        if given is not None and not 0 <= (given if name == "neurons" else len(given)) <= full():
+            raise ValueError(f"{name} of a layer is {str(given)[:40]}; the unfolded layer has {full()}")
     if sizes["kv_index"] is not None and sizes["kv_index"] != kv_index(block.attn).tolist():
         index = torch.tensor(sizes["kv_index"], dtype=torch.long)
         kv_heads = torch.arange(len(index.unique()))

@@ -125,6 +125,7 @@ def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
         else:
             fix_layer(folded, point, change.to)
     folded.units = _composed(model, cuts)
+    folded.origin = model.origin if isinstance(model, FoldedBridge) else reduction.fingerprint
     folded.first_stream = _first_stream(model, reduction)
     finish(folded)
     return folded

@@ -7,7 +7,7 @@ uninitialised, made smaller, and given the parameters of the file. Only classes 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers.initialization import no_init_weights
 
+from tl_sparsify._internal.storage import check_size
 from tl_sparsify.folding.checkpoint import ATTENTION_IMPLEMENTATIONS, check_attention
 
 NATIVE = "TransformerLensNative"
@@ -33,6 +34,8 @@ HUGGING_FACE = (
 """Classes of the transformers package, by the name that ``model.cfg.architecture`` has."""
 
 _SETTINGS = ("model_name", "default_prepend_bos")  # what a user may have set on the bridge's own configuration
+_CODE = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
+_PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 
 
 def describe(bridge: Any) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def describe(bridge: Any) -> dict[str, Any]:
     if bridge.cfg.architecture == NATIVE:
         config, attention = {name: value for name, value in vars(model.cfg).items() if _is_json(value)}, None
     else:
-        config = json.loads(model.config.to_json_string(use_diff=False))
+        config = _without_code(json.loads(model.config.to_json_string(use_diff=False)))
         attention = model.config._attn_implementation
         attention = attention if attention in ATTENTION_IMPLEMENTATIONS else "eager"  # which a bridge runs anyway
     return {
@@ -53,34 +56,95 @@ def describe(bridge: Any) -> dict[str, Any]:
     }
 
 
-def build(description: Mapping[str, Any], tokenizer: Any) -> Any:
+def build(description: Mapping[str, Any], tokenizer: Any, *, layers: int, numbers: int) -> Any:
     """A bridge of full size whose weights are not to be used. Global random state stays as it is.
 
+    Args:
+        layers, numbers: how many layers and numbers the file has in which the description stands.
+
     Raises:
-        ValueError: an architecture that is not named here, or an attention implementation that no file may name.
+        ValueError: an architecture that is not named here; a description that names code to run, or a model of other
+            layers or far larger than the file.
     """
-    architecture, dtype = description["architecture"], getattr(torch, description["dtype"])
+    _check(description, layers)
+    check_size(lambda: _module(description), numbers)
+    bridge = _built(description, tokenizer)
+    for name in _SETTINGS:
+        if name in description["settings"]:
+            setattr(bridge.cfg, name, description["settings"][name])
+    return bridge
+
+
+def _check(description: Mapping[str, Any], layers: int) -> None:
+    architecture, attention = description["architecture"], description["attention"]
     if architecture not in (NATIVE, *HUGGING_FACE):
         raise ValueError(f"models of architecture {architecture} cannot be loaded by this version")
+    if description["dtype"] not in _PRECISIONS:
+        raise ValueError(f"its precision is {description['dtype']!r}; it is one of {', '.join(_PRECISIONS)}")
+    check_attention(attention)
+    if architecture != NATIVE:
+        found = sorted({name for name, value in _entries(description["config"]) if name in _CODE and value is not None})
+        if found:
+            raise ValueError(f"its configuration has {found[0]}, which may name code to run: no folded model has it")
+        config = getattr(transformers, architecture).config_class
+        named = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+        if description["config"].get("architectures") not in (None, [architecture]):
+            raise ValueError(
+                f"it is said to be a {architecture}, its configuration a {description['config']['architectures']}"
+            )
+        kind = description["config"].get("model_type")
+        if kind != config.model_type:
+            raise ValueError(f"it is said to be a {architecture}, and its configuration is of type {kind!r}")
+    else:
+        named = "n_layers"
+    if description["config"][named] != layers:
+        raise ValueError(f"its configuration has {description['config'][named]} layers, the file {layers}")
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield str(name), value
+            yield from _entries(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _entries(value)
+
+
+def _without_code(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {name: _without_code(value) for name, value in config.items() if name not in _CODE}
+    return [_without_code(value) for value in config] if isinstance(config, list) else config
+
+
+def _module(description: Mapping[str, Any]) -> Any:
+    """The model that a bridge is put around; a native one with its bridge."""
+    architecture, dtype = description["architecture"], getattr(torch, description["dtype"])
+    if architecture == NATIVE:
+        return _native(description, None).original_model
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class.from_dict(description["config"])
+    config._attn_implementation = description["attention"]
+    with no_init_weights():
+        model = model_class(config).to(dtype)
+    model.tie_weights()
+    return model
+
+
+def _native(description: Mapping[str, Any], tokenizer: Any) -> Any:
+    dtype = getattr(torch, description["dtype"])
+    config = TransformerBridgeConfig.from_dict(description["config"] | {"dtype": dtype, "init_weights": False})
+    bridge_class: Any = TransformerBridge  # transformer_lens attaches boot_native when it is imported
+    return bridge_class.boot_native(config, tokenizer=tokenizer, dtype=dtype)
+
+
+def _built(description: Mapping[str, Any], tokenizer: Any) -> Any:
+    architecture = description["architecture"]
     with torch.random.fork_rng(devices=[]):
         if architecture == NATIVE:
-            config = TransformerBridgeConfig.from_dict(description["config"] | {"dtype": dtype, "init_weights": False})
-            bridge_class: Any = TransformerBridge  # transformer_lens attaches boot_native when it is imported
-            bridge = bridge_class.boot_native(config, tokenizer=tokenizer, dtype=dtype)
-        else:
-            model_class = getattr(transformers, architecture)
-            for name in ("attn_implementation", "_attn_implementation"):
-                check_attention(description["config"].get(name))
-            check_attention(description["attention"])
-            config = model_class.config_class.from_dict(description["config"])
-            config._attn_implementation = description["attention"]
-            with no_init_weights():
-                model = model_class(config).to(dtype)
-            model.tie_weights()
-            bridge = build_bridge_from_module(model, architecture, hf_config=config, tokenizer=tokenizer)
-    for name, value in description["settings"].items():
-        setattr(bridge.cfg, name, value)
-    return bridge
+            return _native(description, tokenizer)
+        model = _module(description)
+        return build_bridge_from_module(model, architecture, hf_config=model.config, tokenizer=tokenizer)
 
 
 def numbers(bridge: Any) -> dict[str, Tensor]:
@@ -116,9 +180,13 @@ def assign(bridge: Any, tensors: Mapping[str, Tensor], frozen: set[str]) -> None
         before = owner._parameters.get(leaf, owner._buffers.get(leaf))
         if before is not None and before.shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(before.shape)}")
+        if before is not None and before.dtype != tensor.dtype:
+            raise ValueError(f"{name} is of type {tensor.dtype}, not {before.dtype}")
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor.clone()
             continue
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"parameter {name} has NaN or infinite numbers")
         # A copy: in the file the numbers are not aligned, and then some processors add them in another order.
         parameter = nn.Parameter(tensor.clone(), requires_grad=name not in frozen)
         owner._parameters[leaf] = parameter

@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: TID251  the error alone
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def read_parts(path: Path) -> Parts:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no circuit file at {path}")
-    return _read_tensors(path) if path.suffix == ".pt" else _read_json(path)
+    with reading(path, "circuit file of the benchmark"):
+        return _read_tensors(path) if path.suffix == ".pt" else _read_json(path)
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -72,11 +73,15 @@ def read_tensor_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum in it does not match")
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  nothing but weights
-    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes stand for
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values, which is not read because it could run "
-            f"code ({str(error).splitlines()[0][:200]})"
+            f"code ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
         ) from error
 
 
@@ -89,10 +94,14 @@ def _cfg(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _sizes(path: Path, content: Any) -> Sizes:
+def _sizes(path: Path, content: Any, edges: int) -> Sizes:
+    """The sizes that a file says, which cannot be far from its number of edges: all their names would fill memory."""
     try:
         cfg = content["cfg"]
         parallel = bool(cfg.get("parallel_attn_mlp", False))
+        layers, heads = int(cfg["n_layers"]), int(cfg["n_heads"])
+        if layers < 1 or heads < 1 or (layers * heads) ** 2 > 16 * edges + 10_000:
+            raise ValueError(f"{layers:,} layers of {heads:,} heads, and {edges:,} edges")
         return Sizes(int(cfg["n_layers"]), int(cfg["n_heads"]), int(cfg["d_model"]), parallel)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -110,7 +119,7 @@ def _read_json(path: Path) -> Parts:
             f"{path} is no circuit file of the benchmark ({error!r}): it needs cfg (n_layers, n_heads, d_model), nodes "
             "and edges"
         ) from error
-    found = _sizes(path, content)
+    found = _sizes(path, content, len(edges))
     _check_names(path, "node", nodes, found.nodes)
     _check_names(path, "edge", edges, found.edges)
     within = [name for name in found.nodes if nodes[name].get("neurons") is not None]
@@ -170,7 +179,8 @@ def _write_tensors(path: Path, parts: Parts) -> None:
 
 def _read_tensors(path: Path) -> Parts:
     content = read_tensor_file(path)
-    sizes = _sizes(path, content)
+    scores = content.get("edges_scores") if isinstance(content, Mapping) else None
+    sizes = _sizes(path, content, scores.numel() if isinstance(scores, Tensor) else 0)
     shapes = {"edges_scores": (len(sizes.nodes) - 1, len(_readers(sizes))), "nodes_in_graph": (len(sizes.nodes) - 1,)}
     shapes["edges_in_graph"] = shapes["edges_scores"]
     for name, shape in shapes.items():

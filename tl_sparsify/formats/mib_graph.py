@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.files import reading
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.units import Units, heads, mlps
 from tl_sparsify.formats.mib_files import Parts, read_parts, write_parts
@@ -235,7 +236,8 @@ def load(path: str | Path) -> Graph:
         Circuit(9 of 15 units: 6 heads, 3 MLPs)
     """
     parts = read_parts(Path(path))
-    return Graph(parts.sizes, parts.kept_nodes, parts.kept_edges, parts.node_scores, parts.edge_scores)
+    with reading(Path(path), "circuit file of the benchmark"):
+        return Graph(parts.sizes, parts.kept_nodes, parts.kept_edges, parts.node_scores, parts.edge_scores)
 
 
 def node_of_units(units: Units) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_sparsify._internal.files import reading
+
 Row = dict[str, Any]
 _MISSING = object()
 _LOOKED_AT = 100  # rows, for the names of columns
@@ -93,19 +95,23 @@ def _file(path: Path) -> Iterable[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     kind = path.suffix.lower()
+    mend = "Make it again."
     if kind in (".csv", ".tsv"):
         separator = "," if kind == ".csv" else "\t"
-        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False).to_dict("records")
+        with reading(path, f"{kind[1:]} table", mend):
+            return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False).to_dict("records")
     if kind == ".parquet":
-        return pd.read_parquet(path).to_dict("records")
+        with reading(path, "parquet table", mend):
+            return pd.read_parquet(path).to_dict("records")
     if kind not in (".json", ".jsonl", ".ndjson"):
         raise ValueError(f"source is {path.name!r}: its name must end in .csv, .tsv, .json, .jsonl or .parquet")
-    text = path.read_text(encoding="utf-8")
+    with reading(path, f"{kind[1:]} file in UTF-8", mend):
+        text = path.read_text(encoding="utf-8")
     try:
         content = (
             json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no {kind[1:]}: {error}") from error
     return _iterate(content)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import write_bytes, write_text
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
 
@@ -130,9 +129,7 @@ def push(
             target = Path(str(endpoint)) / repo
             target.mkdir(parents=True, exist_ok=True)
             for name in (_FILE, _CARD):
-                beside = target / f".{name}.part"
-                shutil.copyfile(Path(folder) / name, beside)
-                beside.replace(target / name)
+                write_bytes(target / name, (Path(folder) / name).read_bytes())
             return str(target)
         hub = huggingface_hub.HfApi(endpoint=None if endpoint is None else str(endpoint), token=token)
         hub.create_repo(repo, private=private, exist_ok=True)

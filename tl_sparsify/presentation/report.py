@@ -20,11 +20,21 @@ import torch
 from matplotlib.figure import Figure
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.directory import settle
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.evidence import RANDOM_UNITS
 from tl_sparsify.abstraction.verdicts import verdicts
 from tl_sparsify.presentation import plot, sentences
-from tl_sparsify.presentation.results import RUN_FILES, SETTINGS, TABLE, Frame, RunResults, missing, read_table
+from tl_sparsify.presentation.results import (
+    RUN_ENTRIES,
+    RUN_FILES,
+    SETTINGS,
+    TABLE,
+    Frame,
+    RunResults,
+    missing,
+    read_table,
+)
 from tl_sparsify.search.scores import Scores
 
 _DPI = 150
@@ -88,6 +98,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     target = folder / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise ValueError(f"out is {target}, a folder: name a file in it")
+    settle(folder, RUN_ENTRIES, RUN_FILES[0])
     runs = _runs(folder)
     measured = (folder / TABLE).is_file()
     if not runs and not measured:
@@ -274,7 +285,7 @@ def _benchmark_table(path: Path) -> Frame:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): run the benchmark again") from error
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from tl_sparsify._internal.files import reading
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.presentation.sealed import check_inside, check_seal
 
 Frame = Any
 """A ``pandas.DataFrame``, whose own annotations name every type that a cell may have."""
@@ -38,6 +40,37 @@ TABLE = "table.csv"
 
 SETTINGS = "settings.json"
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+_AGAIN = "run the task again"
+
+_ESTIMATE = "predicted predicted_stderr measured measured_stderr"
+_COLUMNS = {  # what is text, and what is a number or empty
+    "scores": ("unit kind", "layer index score stderr"),
+    "path": ("", f"kept fraction {_ESTIMATE}"),
+    "fold": ("part", "parameters parameters_kept"),
+    "baselines": ("method replacements", "kept risk risk_stderr accuracy"),
+    "evidence": (
+        "model intervention variable role",
+        "accuracy stderr lower upper accuracy_changed risk margin_bound pairs retained units removed",
+    ),
+    "evaluation": (
+        "",
+        "risk risk_stderr accuracy original_accuracy agreement faithfulness completeness interchange_risk "
+        "interchange_risk_stderr interchange_agreement probability",
+    ),
+}
+_SETTINGS: dict[str, Any] = {
+    "task": str,
+    "description": str,
+    "ablation": str,
+    "chance": float,
+    "seed": int,
+    "examples": {"test": int},
+    "score": {"name": str, "measured_in": str},
+}
+
 
 @dataclass(frozen=True, eq=False)
 class RunResults:
@@ -61,14 +94,27 @@ class RunResults:
 
     @staticmethod
     def load(folder: Path) -> RunResults:
-        """Read the files of a complete run; a damaged one is a ``ValueError`` that names it."""
+        """Read the files of a complete run; a damaged one, or one that leads out of the folder, is a ``ValueError``
+        that names it."""
+        for name in RUN_FILES:
+            check_inside(folder, name)
         about = _about(folder)
+        check_seal(folder / RUN_FILES[0], about)
+        for name in ("risk.png", "causal.png"):
+            if (folder / name).read_bytes()[:8] != _PNG:
+                raise ValueError(f"{folder / name} is no picture: {_AGAIN}")
         names = ("scores", "path", "fold", "baselines", "evidence")
         tables = {
             name: None if f"{name}.csv" in about.get("left_out", ()) else read_table(folder / f"{name}.csv")
             for name in names
         }
-        evaluation = read_table(folder / "evaluation.csv").iloc[0].to_dict()
+        evaluation = read_table(folder / "evaluation.csv")
+        for name, table in (tables | {"evaluation": evaluation}).items():
+            if table is not None:
+                _check_columns(folder / f"{name}.csv", table, *_COLUMNS[name])
+        if "whole model" not in set(tables["fold"].part):
+            raise ValueError(f"{folder / 'fold.csv'} has no row for the whole model: {_AGAIN}")
+        evaluation = evaluation.iloc[0].to_dict()
         return RunResults(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)
 
 
@@ -83,10 +129,36 @@ def missing(folder: Path) -> list[str]:
 
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILES[0]
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run the task again") from error
+    with reading(path, "description of a run", f"{_AGAIN.capitalize()}."):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        wanted = dict(_SETTINGS)
+        if "baselines.csv" not in about.get("left_out", ()):
+            wanted["baseline_refit"] = {"steps": int, "batch_size": int}
+        _check_settings(about, wanted, "")
+    return about
+
+
+def _check_settings(found: Any, wanted: Mapping[str, Any], within: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{within or 'it'} is a {type(found).__name__}, no object")
+    for name, kind in wanted.items():
+        value, full = found.get(name), f"{within}{name}"
+        if isinstance(kind, dict):
+            _check_settings(value, kind, f"{full}.")
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{full} is {value!r}")
+
+
+def _check_columns(path: Path, table: Frame, texts: str, numbers: str) -> None:
+    gone = [name for name in (*texts.split(), *numbers.split()) if name not in table]
+    if gone:
+        raise ValueError(f"{path} has no column {', '.join(gone)}: {_AGAIN}")
+    for name in numbers.split():
+        if table[name].dtype.kind not in "iuf":
+            raise ValueError(f"{path} has something else than numbers in column {name}: {_AGAIN}")
+    for name in texts.split():
+        if not all(isinstance(cell, str) for cell in table[name]):
+            raise ValueError(f"{path} has something else than text in column {name}: {_AGAIN}")
 
 
 def read_table(path: Path) -> Frame:
@@ -95,6 +167,7 @@ def read_table(path: Path) -> Frame:
     Raises:
         ValueError: no table, or an empty one.
     """
+    check_inside(path.parent, path.name)
     try:
         frame = pd.read_csv(path)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:

@@ -81,6 +81,7 @@ def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = N
 
 
 @checked
+@torch.enable_grad()
 def refit(
     model: Model,
     reduction: Reduction,

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import boot_native
 
-from tl_sparsify._internal.files import write_bytes, write_text
+from tl_sparsify._internal.files import reading, write_bytes, write_text
+from tl_sparsify._internal.storage import check_size
 
 _PARTS = ("config.json", "model.safetensors")
 _CHECKSUM = "model.sha256"
@@ -41,15 +42,22 @@ def load_native(folder: str | Path) -> TransformerBridge:
             raise ValueError(f"{folder} has no {part}: give a folder that save_native wrote")
     config, weights = ((folder / part).read_bytes() for part in _PARTS)
     known = folder / _CHECKSUM
-    if known.is_file() and known.read_text().strip() != checksum_of(config, weights):
+    if known.is_file() and known.read_bytes().strip() != checksum_of(config, weights).encode():
         raise ValueError(f"{folder} is damaged: its checksum does not match {' and '.join(_PARTS)}. Save it again.")
-    try:
+    with reading(folder, "model whose parts fit together"):
         settings, tensors = json.loads(config), from_bytes(weights)
+        if int(settings["n_layers"]) > len(tensors):
+            raise ValueError(f"config.json has {settings['n_layers']} layers, model.safetensors {len(tensors)} tensors")
+        empty = check_size(
+            lambda: boot_native(TransformerBridgeConfig(**settings)), sum(map(Tensor.numel, tensors.values()))
+        )
+        empty.load_state_dict(tensors, assign=True)  # refuses other shapes before there is memory for them
+        wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() and bool(tensor.isnan().any())]
+        if wrong:
+            raise ValueError(f"{wrong[0]} has NaN in it")
         with torch.random.fork_rng(devices=[]):
             model = boot_native(TransformerBridgeConfig(**settings))
         model.load_state_dict(tensors)
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} is damaged, or its parts do not fit together: {error}. Save it again.") from error
     return model.eval()
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,12 @@ class Task:
     wrong: tuple[str, ...] = ()
     truth: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ablation: Literal["zero", "mean"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .+-]*", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; letters, digits and . + - may be in it: results go to a folder of it"
+            )
 
     def __repr__(self) -> str:
         return f"Task({self.name}: {self.description})"
