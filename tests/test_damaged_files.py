@@ -25,7 +25,7 @@ from tl_sparsify.comparison.benchmark import gathered
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.folding.bridge import load_folded, save_folded
 from tl_sparsify.folding.fold import fold
-from tl_sparsify.presentation.results import RUN_FILES
+from tl_sparsify.presentation.results import RUN_FILES, RunResults
 from tl_sparsify.presentation.sealed import sealed
 from tl_sparsify.tasks.native import load_native, save_native
 
@@ -49,7 +49,6 @@ def ours(folder: Path) -> Readers:
     run = run_folder(folder / "run")
     about = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(sealed(about, run, RUN_FILES), indent=2) + "\n")
-    report.write(run, folder / "r.html")
     cell = folder / "cells" / "random-0.csv"
     key = {"task": "t", "method": "random", "seed": 0}
     cells.write(cell, key, pd.DataFrame([key | {"risk": 0.25, "size": 0.1}, key | {"risk": 0.5, "size": 0.2}]))
@@ -62,7 +61,7 @@ def ours(folder: Path) -> Readers:
     for name in ("config.json", "model.safetensors", "model.sha256"):
         found.append((folder / "native" / name, lambda: load_native(folder / "native"), ("native",), True))
     for name in RUN_FILES:
-        found.append((run / name, lambda: report.write(run, folder / "r.html"), (name, "run.json"), True))
+        found.append((run / name, lambda: RunResults.load(run), (name, "run.json"), True))
     return found
 
 

@@ -254,7 +254,9 @@ def _prepared(folder: Path, shared: Comparison) -> Path:
         write_text(file, json.dumps(mine, indent=1) + "\n")
         return folder
     with reading(file, "settings of a comparison", "Remove it with the cells beside it, or name another folder."):
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"it is a {type(before).__name__}, no object")
     for name in mine:
         if mine[name] != before.get(name):
             raise ValueError(

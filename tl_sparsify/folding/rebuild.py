@@ -182,11 +182,13 @@ def assign(bridge: Any, tensors: Mapping[str, Tensor], frozen: set[str]) -> None
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(before.shape)}")
         if before is not None and before.dtype != tensor.dtype:
             raise ValueError(f"{name} is of type {tensor.dtype}, not {before.dtype}")
+        if bool(tensor.isnan().any()):
+            raise ValueError(f"{name} has NaN in it")
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor.clone()
             continue
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"parameter {name} has NaN or infinite numbers")
+            raise ValueError(f"parameter {name} has infinite numbers")
         # A copy: in the file the numbers are not aligned, and then some processors add them in another order.
         parameter = nn.Parameter(tensor.clone(), requires_grad=name not in frozen)
         owner._parameters[leaf] = parameter

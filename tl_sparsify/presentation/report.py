@@ -280,6 +280,9 @@ def _benchmark_table(path: Path) -> Frame:
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}: is it the table of `tl-sparsify bench`?")
+    for name in ("size", "kept", "risk", "accuracy", "faithfulness"):
+        if table[name].dtype.kind not in "iuf":
+            raise ValueError(f"{path} has something else than numbers in column {name}: make it again")
     return table
 
 

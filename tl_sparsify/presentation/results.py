@@ -104,15 +104,15 @@ class RunResults:
             if (folder / name).read_bytes()[:8] != _PNG:
                 raise ValueError(f"{folder / name} is no picture: {_AGAIN}")
         names = ("scores", "path", "fold", "baselines", "evidence")
-        tables = {
-            name: None if f"{name}.csv" in about.get("left_out", ()) else read_table(folder / f"{name}.csv")
-            for name in names
+        out = {name for name in OPTIONAL if name in about.get("left_out", ())}
+        tables: dict[str, Frame] = {
+            name: None if f"{name}.csv" in out else read_table(folder / f"{name}.csv") for name in names
         }
         evaluation = read_table(folder / "evaluation.csv")
         for name, table in (tables | {"evaluation": evaluation}).items():
             if table is not None:
                 _check_columns(folder / f"{name}.csv", table, *_COLUMNS[name])
-        if "whole model" not in set(tables["fold"].part):
+        if "whole model" not in set(tables["fold"]["part"]):
             raise ValueError(f"{folder / 'fold.csv'} has no row for the whole model: {_AGAIN}")
         evaluation = evaluation.iloc[0].to_dict()
         return RunResults(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)

@@ -13,9 +13,8 @@ _KEY, _ITSELF = "sha256", "run.json"
 
 def sealed(about: Mapping[str, Any], folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """What ``run.json`` says, with checksums of those files of ``names`` that are there, and of what it says."""
-    sums = {name: _sum(folder / name) for name in sorted(names) if (folder / name).is_file()}
-    sums |= {_ITSELF: _own(about)}
-    return dict(about) | {_KEY: sums}
+    sums = {name: _sum(folder / name) for name in sorted({*names} - {_ITSELF}) if (folder / name).is_file()}
+    return dict(about) | {_KEY: sums | {_ITSELF: _own(about, sums)}}
 
 
 def check_seal(path: Path, about: dict[str, Any]) -> None:
@@ -29,11 +28,10 @@ def check_seal(path: Path, about: dict[str, Any]) -> None:
         return
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise ValueError(f"{path} is damaged ({_KEY} holds no checksums): run the task again")
-    if sums.get(_ITSELF) != _own({name: value for name, value in about.items() if name != _KEY}):
+    others = {name: value for name, value in sums.items() if name != _ITSELF}
+    if sums.get(_ITSELF) != _own({name: value for name, value in about.items() if name != _KEY}, others):
         raise ValueError(f"{path} is damaged (its checksum does not match its content): run the task again")
-    for name, value in sums.items():
-        if name == _ITSELF:
-            continue
+    for name, value in others.items():
         check_inside(folder, name)
         if not (folder / name).is_file() or _sum(folder / name) != value:
             raise ValueError(f"{folder / name} is damaged, or of another run: run the task again")
@@ -49,8 +47,8 @@ def check_inside(folder: Path, name: str) -> None:
         raise ValueError(f"{folder / name} leads out of {folder}: it is not read")
 
 
-def _own(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()
+def _own(about: Mapping[str, Any], sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(about) | {_KEY: dict(sums)}, sort_keys=True).encode()).hexdigest()
 
 
 def _sum(path: Path) -> str:

@@ -169,8 +169,7 @@ def refit(
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
     size = len(train) if per_step is None else min(per_step, len(train))
-    together = batch_size_for(model, train, batch_size)
-    per_epoch = max(1, len(train) // size)
+    together, per_epoch = batch_size_for(model, train, batch_size), max(1, len(train) // size)
     known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
     every = max(1, min(steps, patience or steps) // 10)
     fell, mark = 0, lowest  # after how many steps the validation risk last fell clearly

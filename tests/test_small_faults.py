@@ -1,0 +1,70 @@
+"""Faults of version 0.1.0 that have no other place, each by its right value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import bridge, examples, fresh, reduction_of, unchecked, units_of
+
+import tl_sparsify as tls
+from tl_sparsify import Examples, constants, fold, load_task, score
+from tl_sparsify.core.circuit import NeighbourMap
+from tl_sparsify.folding.bridge import load_folded, save_folded
+
+
+def test_a_refit_within_no_grad_is_the_refit():
+    model, data = bridge(), examples(6)
+    plain = constants.refit(model, reduction_of(model), data, data, steps=2, progress=False)
+    with torch.no_grad():
+        assert constants.refit(model, reduction_of(model), data, data, steps=2, progress=False) == plain
+
+
+def test_a_model_without_its_weights_is_refused():
+    with pytest.raises(ValueError, match="model is on the meta device, without its weights: load it onto cpu or cuda"):
+        score.risk(fresh().to("meta"), examples(4), units_of(bridge()))
+
+
+def test_token_ids_of_three_dimensions_are_refused():
+    data = examples(4)
+    with unchecked(), pytest.raises(ValueError, match=r"tokens are of shape \(4, \d+, 1\)"):
+        tls.risk(bridge(), reduction_of(bridge()), Examples(data.tokens[..., None], data.labels))
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "", ".hidden", "a\\b", "a\nb"])
+def test_a_tasks_name_is_no_path(name: str):
+    with pytest.raises(ValueError, match=r"name is .*: results go to a folder of it"):
+        replace(load_task("planted_backup"), name=name)
+
+
+def test_evidence_on_another_models_folded_model_is_refused(tmp_path: Path):
+    task = load_task("planted_backup")
+    model, other = task.model(), task.model()
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    units = tls.heads(other)
+    folded = fold(
+        other, constants.reduced(other, tls.Circuit.full(units), constants.zero(other, task.examples(0)[0], units))
+    )
+    save_folded(folded, tmp_path / "small")
+    for small in (folded, load_folded(tmp_path / "small")):
+        assert small.origin == tls.fingerprint(other)
+        with pytest.raises(ValueError, match="reduced was made for the model"):
+            tls.verify(model, task.causal_model, task.alignment, task.pairs(16, 0), reduced=small)
+
+
+def test_maps_of_neighbours_with_nan_are_refused():
+    reduction = reduction_of(bridge())
+    at = [site.kind for site in reduction.units.sites].index("neuron")
+    kept = reduction.units.split(reduction.circuit.mask)[at]
+    rows, columns = (~kept).nonzero().flatten()[:1], kept.nonzero().flatten()[:1]
+    for weight, fine in ((0.5, True), (float("nan"), False), (float("inf"), False)):
+        part = NeighbourMap(len(kept), rows, columns, torch.tensor([weight]).double())
+        mixing = tuple(part if i == at else None for i in range(len(reduction.units.sites)))
+        if fine:
+            assert replace(reduction, mixing=mixing).mixing == mixing
+        else:
+            with pytest.raises(ValueError, match="has NaN or infinite weights"):
+                replace(reduction, mixing=mixing)
