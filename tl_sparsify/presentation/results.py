@@ -133,7 +133,7 @@ def _about(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         wanted = dict(_SETTINGS)
         if "baselines.csv" not in about.get("left_out", ()):
-            wanted["baseline_refit"] = {"block": int}
+            wanted["baseline_refit"] = {"patience": int, "most": int}
         _check_settings(about, wanted, "")
     return about
 
