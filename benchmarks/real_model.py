@@ -4,8 +4,8 @@ One cell for each task, kind of units, method and seed: a CSV of its own, so tha
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
-every time. With ``--refit`` each circuit's constants are refitted from the means, in blocks of steps until the
-validation risk no longer falls.
+every time. With ``--refit`` each circuit's constants are refitted from the means until the validation risk no
+longer falls.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -31,7 +31,7 @@ SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
-BLOCK, FALL, MOST_BLOCKS = 50, 0.02, 10  # of a refit: steps in a block, and the least by which one must lower the risk
+PATIENCE = 50  # of a refit, in steps
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
     "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
@@ -92,7 +92,13 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
         both = [("mean", reduction)]
         if options.refit:
-            both.append(("refitted", refitted(model, reduction, train, validation, options, seed)))
+            fitting = {
+                "patience": PATIENCE,
+                "per_step": options.batch_size,
+                "batch_size": options.batch_size,
+                "seed": seed,
+            }
+            both.append(("refitted", tls.refit_until_converged(model, reduction, train, validation, **fitting)))
         for constants, one in both:
             judged = tls.evaluate(model, one, test, batch_size=options.batch_size, seed=seed)
             row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size, "constants": constants}
@@ -104,52 +110,23 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     return pd.DataFrame(rows)
 
 
-def refitted(
-    model: Any,
-    reduction: tls.Reduction,
-    train: tls.Examples,
-    validation: tls.Examples,
-    options: argparse.Namespace,
-    seed: int,
-) -> tls.Reduction:
-    """The constants refitted until a block of steps lowers the validation risk by less than two percent."""
-    lowest = tls.risk(model, reduction, validation, batch_size=options.batch_size).mean
-    for block in range(MOST_BLOCKS):
-        reduction = tls.constants.refit(
-            model,
-            reduction,
-            train,
-            validation,
-            steps=BLOCK,
-            per_step=options.batch_size,
-            batch_size=options.batch_size,
-            seed=seed + block,
-            progress=False,
-        )
-        now = tls.risk(model, reduction, validation, batch_size=options.batch_size).mean
-        if now > lowest * (1 - FALL):
-            break
-        lowest = now
-    return reduction
-
-
 def table(frame: pd.DataFrame) -> str:
-    """Markdown: risk (accuracy) for each method and size, the mean over seeds; the lowest risk bold."""
+    """Markdown: risk, its standard error and accuracy for each method and size, means over seeds; the lowest bold."""
     lines: list[str] = []
     for (task, kind, constants), part in frame.groupby(["task", "units", "constants"], sort=False):
-        means = part.groupby(["method", "size"], sort=False)[["risk", "accuracy"]].mean().unstack("size")
+        means = part.groupby(["method", "size"], sort=False)[["risk", "risk_stderr", "accuracy"]].mean().unstack("size")
         sizes = sorted(part["size"].unique(), reverse=True)
         lines += [f"**{task}**, {kind}, {constants} constants", ""]
         lines += [
             "| method | " + " | ".join(f"{100 * size:g} %" for size in sizes) + " |",
             "|---" * (len(sizes) + 1) + "|",
         ]
-        for name in means.index:
-            cells = []
+        for name in sorted(means.index, key=lambda name: name != "joint risk"):
+            cells: list[str] = []
             for size in sizes:
-                risk, accuracy = means.loc[name, ("risk", size)], means.loc[name, ("accuracy", size)]
+                risk, error, accuracy = (means.loc[name, (kind, size)] for kind in ("risk", "risk_stderr", "accuracy"))
                 best = risk == means[("risk", size)].min()
-                text = f"{risk:.3f} ({accuracy:.2f})"
+                text = f"{risk:.3f} ± {error:.3f} ({accuracy:.2f})"
                 cells.append(f"**{text}**" if best else text)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -191,8 +168,9 @@ def main() -> None:
     files = sorted(RESULTS.glob("*/*.csv"))
     if files:
         frame = pd.concat([pd.read_csv(file).assign(setting=file.parent.name) for file in files])
-        parts = [f"### {name}\n\n{table(part)}" for name, part in frame.groupby("setting", sort=False)]
-        write_text(RESULTS.parent / "real_model.md", "\n".join(parts) + "\n")
+        groups = list(frame.groupby("setting", sort=False))
+        parts = [f"### {name}\n\n{table(part)}" if len(groups) > 1 else table(part) for name, part in groups]
+        write_text(RESULTS.parent / "real_model.md", "\n".join(parts))
 
 
 if __name__ == "__main__":
