@@ -16,7 +16,7 @@ ORDER = {
     "core": "site units prompts examples circuit first_token reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
-    "shrinkage joint compensating exchanges",
+    "shrinkage checkpoint joint compensating exchanges",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
     "align",

@@ -6,8 +6,10 @@ Each command imports what it needs itself: torch and TransformerLens take second
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -124,9 +126,10 @@ def run(
 ) -> None:
     """Score the units of TASK's model, find a path of circuits, refit, fold one, verify it, and write it all down.
 
-    Results that are in the folder already are replaced as a whole when the run is complete."""
+    Results that are in the folder already are replaced as a whole when the run is complete. A search that was
+    interrupted goes on from its last round when the same command is given again."""
     from tl_sparsify.plan import Request, usable_device
-    from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES
+    from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES, SEARCH
     from tl_sparsify.run import carry_out
     from tl_sparsify.tasks.beginning import settled
     from tl_sparsify.tasks.task import load_task
@@ -140,8 +143,10 @@ def run(
     where = usable_device(device)
     beginning = settled(task, model=model_, prepend_bos=prepend_bos, device=where, seed=seed, batch_size=batch_size)
     about: dict[str, Any] = {"device": device} | ({} if model_ is None else {"model": model_})
+    search = folder / SEARCH / hashlib.sha256(repr((loaded.name, chosen, about)).encode()).hexdigest()[:12]
     with results(folder, RUN_ENTRIES, RUN_FILES[0]) as into:
-        carry_out(beginning, chosen, into, console, about)
+        carry_out(beginning, chosen, into, search, console, about)
+        shutil.rmtree(folder / SEARCH, ignore_errors=True)
     console.print(f"written to {escape(str(folder))}")
 
 

@@ -41,6 +41,7 @@ from tl_sparsify.presentation import plot, printed
 from tl_sparsify.presentation.results import RUN_ENTRIES
 from tl_sparsify.presentation.sealed import sealed
 from tl_sparsify.search import constants, score
+from tl_sparsify.search.checkpoint import STATE
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.settings import Probing, Refitting
@@ -60,6 +61,7 @@ class Setting:
         splits: train, validation and test examples.
         request, effort: what is asked for, and how much work.
         folder: where files are written.
+        checkpoint: where the search is, round by round.
         console: where tables are printed.
         shows: whether there are tables and progress.
     """
@@ -70,6 +72,7 @@ class Setting:
     request: Request
     effort: Effort
     folder: Path
+    checkpoint: Path
     console: Console
     shows: bool
 
@@ -83,16 +86,19 @@ class Setting:
         write_text(self.folder / name, frame.to_csv(index=False))
 
 
-def carry_out(beginning: Beginning, request: Request, folder: Path, console: Console, about: dict[str, Any]) -> None:
+def carry_out(
+    beginning: Beginning, request: Request, folder: Path, checkpoint: Path, console: Console, about: dict[str, Any]
+) -> None:
     """Do all of it, and write the files to ``folder``.
 
     Args:
+        checkpoint: a folder from which an interrupted search goes on.
         about: what else is to stand in ``run.json``.
     """
     task, model = beginning.task, beginning.model
     effort = request.effort_for(model)
     splits = cut(task.examples(request.seed), effort)
-    here = Setting(task, model, splits, request, effort, folder, console, not console.quiet)
+    here = Setting(task, model, splits, request, effort, folder, checkpoint, console, not console.quiet)
     train, validation, _ = splits
     units = request.units(model)
     console.print(f"[bold]{escape(task.name)}[/]: {escape(task.description)}")
@@ -174,6 +180,8 @@ def _alignment(here: Setting) -> tuple[Pairs, Alignment | None]:
 
 def _searched(here: Setting, values: Values) -> CircuitPath:
     train, validation, _ = here.splits
+    if (here.checkpoint / STATE).is_file():
+        here.console.print("going on with the search that was interrupted")
     return sparsify(
         here.model,
         train,
@@ -185,6 +193,7 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
         values=values,
         held_out=validation,
         first_token=here.request.rule,
+        checkpoint=here.checkpoint,
         progress=here.shows,
         **here.shared,
     )

@@ -33,6 +33,9 @@ RUN_FILES = (
 OPTIONAL = ("baselines.csv", "evidence.csv")
 """Those of them that a run leaves out on request (``left_out`` in ``run.json``)."""
 
+SEARCH = "search"
+"""The folder of a search that is not complete."""
+
 RUN_ENTRIES = (*RUN_FILES, "map.png", "folded", "report.html")
 """All that a run writes, and the report that is made of it."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from tl_sparsify.core.measure import Recall, computed, remembered, remembering, 
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import Samples, joint_moments, samples
-from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.linearisation import Linearisation, linearise_folds, merged
 from tl_sparsify.search.path import CircuitPath, Round
@@ -65,6 +67,7 @@ def sparsify(
     predict: bool | None = None,
     start: Reduction | None = None,
     first_token: FirstToken = "bos",
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -92,6 +95,8 @@ def sparsify(
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         start: go on from this reduction (of another path, say) instead of the whole model.
         first_token: at which first tokens removed units are left alone (:data:`circuit.FirstToken`).
+        checkpoint: a folder into which the search is written after every round. The same call goes on from what is
+            there, and returns the same path bit for bit; one with other arguments is refused.
 
     Returns:
         The path; the same one, bit for bit, for the same arguments on the same machine.
@@ -153,26 +158,51 @@ def sparsify(
     unit = "nats" if metric is None else "squared units"
     seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
     most = rounds // 2 if exchanges is None else exchanges
-    spare = most  # linearisations that may be made at a size once more
     trading = shrinkage is None and costs is None
-    left = torch.where(first.mask, torch.inf, torch.arange(-len(units), 0, dtype=torch.float64))
-    clock, number = 0, 0
-    found: list[Round] = []
-    believed, promised, trade = START if shrinkage is None else shrinkage, float("inf"), Trade()
+    nothing = torch.zeros(0, dtype=torch.long)
+    state = State(
+        step=0,
+        pending=(),
+        left=torch.where(first.mask, torch.inf, torch.arange(-len(units), 0, dtype=torch.float64)),
+        clock=0,
+        number=0,
+        found=(),
+        believed=START if shrinkage is None else shrinkage,
+        promised=float("inf"),
+        trade=Trade(),
+        spare=most,
+        picks=nothing,
+        restored=nothing,
+        before=current,
+    )
+    described: dict[str, str] = {}
+    if checkpoint is not None:
+        given: dict[str, Any] = {"model": fingerprint(model), "train": train, "units": units, "sizes": targets}
+        given |= {"probing": probing, "refitting": refitting, "constraints": constraints, "start": current}
+        given |= {"held_out": held_out, "metric": metric, "interventions": interventions, "shrinkage": shrinkage}
+        given |= {"carry_deviation": carry_deviation, "exchanges": most, "predict": predict, "seed": seed}
+        described = describe(given)
+        state = read(Path(checkpoint), described, units) or state
+    left, clock, number, found, before = state.left, state.clock, state.number, list(state.found), state.before
+    believed, promised, trade, spare = state.believed, state.promised, state.trade, state.spare
+    picks, restored = state.picks, state.restored  # what has changed since the last expansion
+    current = found[-1].reduction if found else current
     expansion: _Expansion | None = None
-    picks = restored = torch.zeros(0, dtype=torch.long)  # what has changed since the last expansion
     # at the last size once more, for exchanges alone
     goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
     for step, (target, last) in enumerate(bar(goals, "removing units", progress)):
         reserved = most * (1 - 0.5 * step / len(targets))  # exchanges are worth most where few units are left
-        pending = [target]
+        if step < state.step:
+            continue
+        pending = list(state.pending) if step == state.step and state.pending else [target]
         while pending:
             excess = float(weight[current.circuit.mask].sum()) - pending[-1]
             settling = excess <= 0 and last and trading and spare > 0 and bool(found) and believed != NO_SHRINKAGE
             if excess <= 0 and not settling:
                 pending.pop()
                 continue
-            expansion, number = look(current, len(current.circuit) == len(units), number), number + 1
+            expansion, before = look(current, len(current.circuit) == len(units), number), current
+            number += 1
             sketch = expansion.sketch
             reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
             if seen and not predict and reached:
@@ -228,6 +258,12 @@ def sparsify(
             if exchanged:
                 found.pop()
             found.append(Round(current, predicted, measured, additivity))
+            if checkpoint is not None:
+                so_far = (step, tuple(pending), left, clock, number, tuple(found), believed, promised, trade, spare)
+                now = State(*so_far, picks=picks, restored=restored, before=before)
+                write(Path(checkpoint), described, now)
+    if expansion is None and found:  # all rounds were there already
+        expansion = look(before, len(before.circuit) == len(units), number - 1)
     if expansion is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
     alive = current.circuit.mask & free

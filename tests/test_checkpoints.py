@@ -1,0 +1,161 @@
+"""A search that is interrupted goes on where it was, and ends in the same path bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_sparsify as tls
+from tl_sparsify.search import checkpoint as checkpoints
+from tl_sparsify.search import joint
+
+
+@cache
+def parts() -> tuple[Any, tls.Examples, tls.Examples, tls.Units]:
+    task = tls.load_task("planted_backup")
+    model = task.model()
+    train, validation, _ = task.examples(0)
+    return model, train[:24], validation[:48], tls.heads(model) + tls.neurons(model)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "means alone, with exchanges": {"probing": tls.Probing(probes=1), "exchanges": 4},
+    "some examples in a round": {"probing": tls.Probing(probes=1, examples=12), "exchanges": 4},
+    "refitted inside": {"held_out": True, "refitting": tls.Refitting(steps=2)},
+    "predicted": {"predict": True},
+    "under interventions": {"interventions": tls.InterventionDistribution.interchange(0.3)},
+    "by cost": {"constraints": "costs"},
+}
+
+
+def search(folder: Path | None, variant: str, **changes: Any) -> tls.CircuitPath:
+    model, train, validation, units = parts()
+    given = {"rounds": 5, "smallest": 0.1, "seed": 3} | VARIANTS[variant] | changes
+    if given.get("held_out") is True:
+        given["held_out"] = validation
+    if given.get("constraints") == "costs":
+        given["constraints"] = tls.Constraints(
+            costs=torch.rand(len(units), generator=torch.Generator().manual_seed(0)) + 0.5
+        )
+    return tls.sparsify(model, train, units, checkpoint=folder, progress=False, **given)
+
+
+def same(one: tls.CircuitPath, other: tls.CircuitPath) -> bool:
+    rounds = zip(one.rounds, other.rounds, strict=True)
+    return torch.equal(one.order, other.order) and all(
+        a.reduction == b.reduction
+        and repr((a.predicted, a.measured, a.additivity)) == repr((b.predicted, b.measured, b.additivity))
+        for a, b in rounds
+    )
+
+
+class Stopped(BaseException):
+    """What no search catches."""
+
+
+def stopped_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Writing a state that raises once so many are there."""
+    left = [writes]
+
+    def write(*arguments: Any) -> None:
+        checkpoints.write(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+
+    monkeypatch.setattr(joint, "write", write)
+    return write
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_search_stopped_after_a_round_ends_in_the_same_path(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = search(None, variant)
+    for writes in (1, 4):
+        folder = tmp_path / str(writes)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stopped_after(writes, patch)
+            search(folder, variant)
+        assert same(search(folder, variant), expected), f"stopped after {writes}"
+    assert same(search(folder, variant), expected)  # of a search that is complete
+
+
+@pytest.mark.slow
+def test_a_search_killed_at_ten_moments_ends_in_the_same_path(tmp_path: Path):
+    variant = "some examples in a round"
+    search(None, variant)
+    begun = time.perf_counter()
+    expected = search(tmp_path / "whole", variant)
+    whole = time.perf_counter() - begun
+    draw, reached = random.Random(0), []
+    for number in range(10):
+        folder = tmp_path / str(number)
+        child = os.fork()
+        if not child:
+            try:
+                search(folder, variant)
+            finally:
+                os._exit(0)
+        time.sleep(draw.random() * whole)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reached.append((folder / "state.search").is_file())
+        assert same(search(folder, variant), expected)
+        names = {path.name for path in folder.iterdir()}
+        assert names == {path.name for path in (tmp_path / "whole").iterdir()}, "something was left behind"
+    assert any(reached)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 4},
+    "sizes": {"rounds": 4},
+    "probing": {"probing": tls.Probing(probes=2)},
+    "interventions": {"interventions": tls.InterventionDistribution.interchange(0.5)},
+    "held_out": {"held_out": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_search_with_other_arguments_does_not_go_on_from_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stopped_after(1, patch)
+        search(tmp_path, "means alone, with exchanges")
+    with pytest.raises(ValueError, match=f"belongs to a search with another {name}: give the same arguments"):
+        search(tmp_path, "means alone, with exchanges", **OTHERS[name])
+
+
+def test_other_examples_and_another_model_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, train, _, units = parts()
+    given: dict[str, Any] = {"sizes": (0.5,), "checkpoint": tmp_path, "progress": False}
+    tls.sparsify(model, train, units, **given)
+    with pytest.raises(ValueError, match="a search with another train: "):
+        tls.sparsify(model, train[:20], units, **given)
+    with pytest.raises(ValueError, match="a search with another units: "):
+        tls.sparsify(model, train, tls.heads(model), **given)
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path):
+    search(tmp_path, "means alone, with exchanges")
+    state = tmp_path / "state.search"
+    content = state.read_bytes()
+    for damaged in (content[:-1], content[:40], b"", content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state\.search"):
+            search(tmp_path, "means alone, with exchanges")
+    state.write_bytes(content)
+    [*rounds] = tmp_path.glob("*.reduction")
+    rounds[0].write_bytes(rounds[0].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"\.reduction is damaged"):
+        search(tmp_path, "means alone, with exchanges")

@@ -1,0 +1,170 @@
+"""Checkpoints: what a search knows after a round, in a folder, from which the same call goes on.
+
+A round's circuit is a file of its own; the state that names them is written last and renamed, so that a process that
+is killed loses the round it was in and nothing else. The state also holds a digest of every argument: a search never
+goes on from another one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal.checksum import checksum
+from tl_sparsify._internal.files import read_tensors, reading, write_tensors
+from tl_sparsify._internal.versions import versions
+from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Units
+from tl_sparsify.search.path import Round
+from tl_sparsify.search.selection import Shrinkage
+from tl_sparsify.search.shrinkage import Trade
+
+STATE, _KIND = "state.search", "search"
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A search after a round.
+
+    Attributes:
+        step, pending: which size is being made, and the sizes on the way to it.
+        left: when each unit left; infinite for those that have not.
+        clock, number: units that have left so far, and expansions made.
+        found: the rounds.
+        believed, promised, trade, spare: how the next round is chosen (:mod:`shrinkage`).
+        picks, restored: what the last round changed.
+        before: the circuit that the last expansion was around.
+    """
+
+    step: int
+    pending: tuple[int | float, ...]
+    left: Float[Tensor, "units"]
+    clock: int
+    number: int
+    found: tuple[Round, ...]
+    believed: Shrinkage
+    promised: float
+    trade: Trade
+    spare: int
+    picks: Int[Tensor, "picks"]
+    restored: Int[Tensor, "restored"]
+    before: Reduction
+
+
+def describe(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of each argument of a search, by name."""
+    said = {name: hashlib.sha256(_said(value).encode()).hexdigest()[:16] for name, value in arguments.items()}
+    return said | {"versions": _said(versions())}
+
+
+def _said(value: Any) -> str:
+    """Text that is the same for equal values."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}{checksum(value)}"
+    if isinstance(value, Units):
+        return _said([value.names, [(site.hook, site.positions, site.basis) for site in value.sites]])
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__ + _said({field.name: getattr(value, field.name) for field in fields(value)})
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_said(value[name])}" for name in sorted(value)) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_said, value)) + "]"
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return repr(value)
+
+
+def write(folder: Path, described: Mapping[str, str], state: State) -> None:
+    """Put a state into a folder; the circuits that an earlier one named and this one does not go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    for step in state.found:
+        names.append(f"{_name(step.reduction)}.reduction")
+        if not (folder / names[-1]).is_file():
+            step.reduction.save(folder / names[-1])
+    before = f"{_name(state.before)}.reduction"
+    state.before.save(folder / before)
+    header = {
+        "arguments": dict(described),
+        "numbers": [state.step, list(state.pending), state.clock, state.number, state.promised, state.spare],
+        "believed": asdict(state.believed),
+        "trade": asdict(state.trade),
+        "before": before,
+        "rounds": [
+            {"file": name, "additivity": step.additivity}
+            | {"predicted": asdict(step.predicted), "measured": asdict(step.measured)}
+            for name, step in zip(names, state.found, strict=True)
+        ],
+    }
+    write_tensors(folder / STATE, _KIND, header, {"left": state.left, "picks": state.picks, "restored": state.restored})
+    for file in folder.glob("*.reduction"):
+        if file.name not in (*names, before):
+            file.unlink(missing_ok=True)
+
+
+def _name(reduction: Reduction) -> str:
+    """A name that only equal reductions share."""
+    return hashlib.sha256(_said((reduction.circuit.mask, reduction.values.tensors)).encode()).hexdigest()[:16]
+
+
+def read(folder: Path, described: Mapping[str, str], units: Units) -> State | None:
+    """The state in a folder; ``None`` where there is none.
+
+    Raises:
+        ValueError: a search with other arguments, which are named; a damaged file.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    header, tensors = read_tensors(path, _KIND)
+    with reading(path, "state of a search", "Delete the folder to search from the start."):
+        before = header["arguments"]
+        other = [name for name in described if before.get(name) != described[name]]
+        if other:
+            raise ValueError(
+                f"{path} belongs to a search with another {other[0]}: give the same arguments to go on from it, or "
+                "another folder"
+            )
+
+        def kept(name: str) -> Reduction:
+            found = Reduction.load(folder / Path(name).name)
+            values = Values(units, found.values.tensors, found.values.kind)
+            reference = (
+                None if found.reference is None else Values(units, found.reference.tensors, found.reference.kind)
+            )
+            circuit = Circuit(units, found.circuit.mask)
+            return Reduction(circuit, values, reference, found.fingerprint, found.mixing, found.first_token)
+
+        step, pending, clock, number, promised, spare = header["numbers"]
+        found = tuple(
+            Round(
+                kept(one["file"]),
+                Estimate(**one["predicted"]),
+                Estimate(**one["measured"]),
+                one["additivity"],
+            )
+            for one in header["rounds"]
+        )
+        return State(
+            step,
+            tuple(pending),
+            tensors["left"],
+            clock,
+            number,
+            found,
+            Shrinkage(**header["believed"]),
+            promised,
+            Trade(Shrinkage(**header["trade"]["shrinkage"]), header["trade"]["share"]),
+            spare,
+            tensors["picks"],
+            tensors["restored"],
+            kept(header["before"]),
+        )
