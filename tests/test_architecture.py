@@ -20,17 +20,17 @@ ORDER = {
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
     "align",
-    "tasks": "native real_models places task tokenizers language_models pairing input_space text compiled accuracy "
-    "beginning overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
-    "methods tables cells benchmark",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
     "mib_graph mib_scores mib_tasks mib importers share",
+    "tasks": "native real_models places task tokenizers language_models pairing input_space text published "
+    "causalgym ravel compiled accuracy beginning overview",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
+    "methods tables cells benchmark",
     "presentation": "sealed results sentences diagrams plot printed report circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "tasks": 3, "comparison": 4,
-         "formats": 4, "presentation": 4, "": 5}  # fmt: skip
+LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 2, "tasks": 3,
+         "comparison": 4, "presentation": 4, "": 5}  # fmt: skip
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"presentation.diagrams", "presentation.plot", "presentation.report", "cli"}
 INTERNALS = {

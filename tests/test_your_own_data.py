@@ -1,4 +1,5 @@
-"""docs/your_own_data.md: from a CSV and a model to a circuit, a page and the benchmark's files in at most 15 lines."""
+"""docs/your_own_data.md: from a CSV and a model to a circuit, a page and the benchmark's files in at most 15 lines; and
+published data sets from their files."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.code_blocks import blocks
+from helpers.published import write_causalgym, write_ravel
 
 import tl_sparsify as tls
 
@@ -33,7 +35,7 @@ def write_pairs(path: Path, tokenizer: object) -> int:
 def test_from_a_file_to_a_circuit_a_page_and_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    [(_, code)] = blocks(PAGE.read_text(), "python")
+    (_, code), _ = blocks(PAGE.read_text(), "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     own = tls.task.own_language_model()
@@ -48,3 +50,17 @@ def test_from_a_file_to_a_circuit_a_page_and_the_benchmark(
     assert len(Path("circuit.html").read_text()) < 2_000_000
     assert tls.mib.load("circuit.json").circuit(made["model"]) == reduction.circuit
     assert len(list(Path("submission/ioi_gpt2").iterdir())) == 9
+
+
+def test_published_data_sets_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    _, (_, code) = blocks(PAGE.read_text(), "python")
+    monkeypatch.chdir(tmp_path)
+    write_causalgym(Path("causalgym"))
+    write_ravel(Path("ravel"))
+    made: dict[str, object] = {}
+    exec(code.replace('"gpt2"', f'"{tls.task.own_language_model()}"', 1), made)
+    said = capsys.readouterr().out
+    assert "aligned units" in said and "('Country', 'Continent', 'answer')" in said
+    assert "Examples(8 of shape" in said

@@ -12,6 +12,7 @@ import torch
 from transformer_lens import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer
 
+from tl_sparsify.core.prompts import adds_beginning
 from tl_sparsify.tasks.real_models import located, without_bars
 
 
@@ -66,6 +67,21 @@ def load_sizes(source: str | Path) -> SimpleNamespace:
     with _explained(source):
         config = AutoConfig.from_pretrained(str(located(source))).get_text_config()
     return SimpleNamespace(n_ctx=getattr(config, "max_position_embeddings", None), d_vocab=config.vocab_size)
+
+
+def begins(source: Any, tokenizer: Any) -> bool:
+    """Whether the tokenizer of ``source`` puts the beginning-of-sequence token first by itself; where its files are not
+    at hand, whether there is such a token."""
+    has = tokenizer.bos_token_id is not None
+    # TransformerLens gives a bridge a tokenizer that always puts the token first: the one it was made of is asked
+    named = isinstance(source, str | Path)
+    origin = source if named else getattr(tokenizer, "name_or_path", "")
+    if not origin or not has:
+        return has
+    try:
+        return adds_beginning(tokenizer if named else load_tokenizer(origin))
+    except ValueError:  # a bridge whose files are gone
+        return has
 
 
 def _checked(source: str | Path) -> str | Path:

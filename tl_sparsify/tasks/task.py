@@ -14,9 +14,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+import pandas as pd
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
@@ -24,6 +27,14 @@ from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.native import load_native, save_native
 from tl_sparsify.tasks.real_models import located
+
+# Readers of published files, imported on use: they make the Task that is defined here.
+_READERS = {"causalgym": "tl_sparsify.tasks.causalgym", "ravel": "tl_sparsify.tasks.ravel"}
+
+_PUBLISHED = {
+    "causalgym": "say which of its tasks and where its files are, load_task('causalgym/agr_gender', path='causalgym')",
+    "ravel": "say which entity and attribute and where its files are, load_task('ravel/city/Country', path='ravel')",
+}
 
 __all__ = ["Task", "list_tasks", "load_native", "load_task", "load_truth", "own_language_model", "save_native"]
 
@@ -46,6 +57,7 @@ class Task:
         truth: for models whose circuit is known, the names of the true units by what makes them true (``"weights"``:
             their weights do work; ``"removal"``: removing one of them matters under ``ablation``).
         ablation: what kind of ablation the model calls for: ``zero`` for compiled ones, else ``mean``.
+        dropped: for tasks of published files the rows that cannot be used: ``split, file, row, reason, detail``.
 
     Example:
         >>> task
@@ -67,6 +79,7 @@ class Task:
     wrong: tuple[str, ...] = ()
     truth: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ablation: Literal["zero", "mean"] = "mean"
+    dropped: Callable[[], pd.DataFrame] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .+-]*", self.name):
@@ -96,8 +109,23 @@ def list_tasks() -> tuple[str, ...]:
 
 
 @checked
-def load_task(name: str | Path, *, model: Any = None, prepend_bos: bool | None = None) -> Task:
-    """Load a task by name, or from a folder of your own (which runs its ``task.py``).
+def load_task(
+    name: str | Path,
+    *,
+    model: Any = None,
+    prepend_bos: bool | None = None,
+    path: str | Path | None = None,
+    unusable: Literal["refuse", "drop"] = "refuse",
+) -> Task:
+    """Load a task by name, from a folder of your own (which runs its ``task.py``), or from the files of a published
+    data set: ``causalgym/agr_gender``, or ``ravel/city/Country`` (one kind of entity and one of its attributes).
+
+    The tasks of published files have the published splits, examples that are held against their counterfactual's
+    answer, and named spans: CausalGym's regions as ``region0``, ``region1``, ... by their published numbers, and what
+    differs in a pair as ``changed``; RAVEL's ``entity`` and its last token, ``entity_end``. Half of their pairs change
+    the answer: for CausalGym the published ones, beside pairs of one type; for RAVEL those that ask for the attribute,
+    whose value comes from the source (cause), beside those that ask for another one, whose value stays (isolate). An
+    answer is a word of one token (CausalGym), or the first token of an attribute's value (RAVEL).
 
     Args:
         model: for tasks of text the language model to ask: a Hugging Face name or folder, the name of one that
@@ -105,8 +133,13 @@ def load_task(name: str | Path, *, model: Any = None, prepend_bos: bool | None =
             Where not given, the one that comes with the package.
         prepend_bos: for tasks of text whether the beginning-of-sequence token goes before each prompt; where not given
             as the model's tokenizer has it by itself (:class:`tl_sparsify.text.TextTask`).
+        path: the folder with the files of a published data set (CausalGym: ``train.json``, ``dev.json`` and
+            ``test.json``, or one file; RAVEL: ``ravel_city_entity_attributes.json`` and those beside it).
+        unusable: what is done with its rows that cannot be used: ``refuse`` them all in one error, or ``drop`` them, so
+            that ``task.dropped()`` lists them. The tokenizer reads them when data are first asked for.
 
     Raises:
+        FileNotFoundError: a file of a published data set that is not there.
         ValueError: an unknown name (with the near ones), a folder without its parts, a ``model`` for a task that has
             its own, ``prepend_bos`` for a task that is none of text, a model that has not been fetched (with the
             command that does).
@@ -115,18 +148,27 @@ def load_task(name: str | Path, *, model: Any = None, prepend_bos: bool | None =
         >>> tls.load_task("hierarchical_equality").examples(seed=0)[2]
         Examples(768 of shape (5,), 768 answers, with counterfactuals)
     """
-    path, function = _found(name)
+    family, _, part = str(name).partition("/")
+    if family in _READERS and (path is not None or not Path(name).is_dir()):
+        if path is None or not part:
+            raise ValueError(f"name is {str(name)!r}: {_PUBLISHED[family]}")
+        read = import_module(_READERS[family]).read_task
+        source = own_language_model() if model is None else located(model)
+        return read(part, Path(path), source, prepend_bos=prepend_bos, unusable=unusable)
+    if path is not None:
+        raise ValueError(f"path is given, but {str(name)!r} is no published data set: those are {', '.join(_READERS)}")
+    folder, function = _found(name)
     if not callable(function):
-        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+        raise ValueError(f"{folder / 'task.py'} has no function task() that returns a tl_sparsify.Task")
     taken = inspect.signature(function).parameters
     if model is not None and "model" not in taken:
-        raise ValueError(f"model is given, but the task {path.name} has a model of its own: leave it out")
+        raise ValueError(f"model is given, but the task {folder.name} has a model of its own: leave it out")
     if prepend_bos is not None and "prepend_bos" not in taken:
-        raise ValueError(f"prepend_bos is given, but the task {path.name} knows of no beginning token: leave it out")
+        raise ValueError(f"prepend_bos is given, but the task {folder.name} knows of no beginning token: leave it out")
     given = {"model": located(model), "prepend_bos": prepend_bos}
     made = function(**{name: value for name, value in given.items() if value is not None})
     if not isinstance(made, Task):
-        raise ValueError(f"{path / 'task.py'} has no function task() that returns a tl_sparsify.Task")
+        raise ValueError(f"{folder / 'task.py'} has no function task() that returns a tl_sparsify.Task")
     return made
 
 

@@ -23,8 +23,7 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.prompts import adds_beginning
-from tl_sparsify.tasks.language_models import load_language_model, load_sizes, load_tokenizer
+from tl_sparsify.tasks.language_models import begins, load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
 from tl_sparsify.tasks.task import Task
 from tl_sparsify.tasks.tokenizers import digit_by_digit, single_token_words, two_token_numbers
@@ -383,18 +382,7 @@ class TextTask:
 
     @property
     def _begins(self) -> bool:
-        if self.prepend_bos is not None:
-            return self.prepend_bos
-        has = self.tokenizer.bos_token_id is not None
-        # TransformerLens gives a bridge a tokenizer that always puts the token first: the one it was made of is asked
-        named = isinstance(self.source, str | Path)
-        origin = self.source if named else getattr(self.tokenizer, "name_or_path", "")
-        if not origin or not has:
-            return has
-        try:
-            return adds_beginning(self.tokenizer if named else load_tokenizer(origin))
-        except ValueError:  # a bridge whose files are gone
-            return has
+        return begins(self.source, self.tokenizer) if self.prepend_bos is None else self.prepend_bos
 
     def _texts(self, outputs: Shaped[np.ndarray, "n"]) -> list[str]:
         return [self.outputs[value] for value in outputs.tolist()]
