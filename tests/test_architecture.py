@@ -29,8 +29,8 @@ ORDER = {
     "presentation": "sealed results sentences diagrams plot printed report circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 2, "tasks": 3,
-         "comparison": 4, "presentation": 4, "": 5}  # fmt: skip
+LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
+         "comparison": 5, "presentation": 5, "": 6}  # fmt: skip
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {"presentation.diagrams", "presentation.plot", "presentation.report", "cli"}
 INTERNALS = {
