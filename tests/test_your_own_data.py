@@ -62,5 +62,5 @@ def test_published_data_sets_from_their_files(
     made: dict[str, object] = {}
     exec(code.replace('"gpt2"', f'"{tls.task.own_language_model()}"', 1), made)
     said = capsys.readouterr().out
-    assert "aligned units" in said and "('Country', 'Continent', 'answer')" in said
+    assert "Evidence(type " in said and "('Country', 'Continent', 'answer')" in said
     assert "Examples(8 of shape" in said
