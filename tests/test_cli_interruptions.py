@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -13,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers.commands import QUICK, command
-from helpers.tiny_task import FILES, files_in
+from helpers.commands import QUICK, command, started
+from helpers.tiny_task import FILES, files_in, results_in
 from matplotlib.figure import Figure
 
 from tl_sparsify import run as running
@@ -70,9 +69,26 @@ def test_an_interruption_leaves_complete_files_only(
     outcome = command("run", tiny, *QUICK, "--quiet", "--out", tmp_path)
     assert outcome.code not in (0, 2) and outcome.out == ""
     assert "interrupted" in outcome.err and "Traceback" not in outcome.err
-    left, complete = files_in(tmp_path), files_in(quick)
+    left, complete = results_in(tmp_path), files_in(quick)
     assert sorted(left) == whole  # no .part file either
     assert all(left[file] == complete[file] for file in left)
+
+
+def test_a_search_that_was_interrupted_is_gone_on_with(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ("--keep", "0.25", "--rounds", "3", "--steps", "2", "--no-baselines", "--no-align")
+    assert command("run", tiny, *options, "--out", tmp_path / "whole").code == 0
+    with monkeypatch.context() as patch:
+        torn_write(patch, "path.csv")
+        assert command("run", tiny, *options, "--out", tmp_path / "torn").code not in (0, 2)
+    assert any(name.endswith("state.search") for name in files_in(tmp_path / "torn"))
+    other = command("run", tiny, *options, "--seed", "1", "--out", tmp_path / "torn")
+    assert other.code == 0 and "going on with" not in other.out
+    with monkeypatch.context() as patch:
+        torn_write(patch, "path.csv")
+        assert command("run", tiny, *options, "--out", tmp_path / "torn").code not in (0, 2)
+    again = command("run", tiny, *options, "--out", tmp_path / "torn")
+    assert again.code == 0 and "going on with the search that was interrupted" in again.out
+    assert files_in(tmp_path / "torn") == files_in(tmp_path / "whole")
 
 
 def test_an_interruption_leaves_older_files_whole(
@@ -81,14 +97,11 @@ def test_an_interruption_leaves_older_files_whole(
     shutil.copytree(quick, tmp_path, dirs_exist_ok=True)
     torn_write(monkeypatch, "folded.safetensors")
     assert command("run", tiny, *QUICK, "--quiet", "--out", tmp_path).code not in (0, 2)
-    assert files_in(tmp_path) == files_in(quick)
+    assert results_in(tmp_path) == files_in(quick)
 
 
 def process(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    script = Path(sys.executable).with_name("tl-sparsify")
-    environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(script), *map(str, arguments)], cwd=cwd, env=environ, text=True, **pipes)
+    return started([Path(sys.executable).with_name("tl-sparsify"), *arguments], cwd)
 
 
 @pytest.mark.slow
@@ -117,5 +130,5 @@ def test_a_real_process_that_is_interrupted_leaves_complete_files_only(tmp_path:
     out, err = running.communicate()
     assert running.returncode not in (0, 2)
     assert "interrupted" in err and "Traceback" not in out + err
-    assert list(files_in(tmp_path / "out")) == ["scores.csv"]
+    assert list(results_in(tmp_path / "out")) == ["scores.csv"]
     assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 780

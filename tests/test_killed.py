@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import QUICK
+from helpers.commands import QUICK, started
 from helpers.native import native, reduction_of
-from helpers.tiny_task import files_in, task_folder
+from helpers.tiny_task import files_in, results_in, task_folder
 
 from tl_sparsify._internal.directory import results, settle
 from tl_sparsify._internal.files import write_text
@@ -194,11 +194,7 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path):
 
 def process(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
     code = "from tl_sparsify.cli import main; main()"
-    environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, env=environ, text=True, **pipes
-    )
+    return started([sys.executable, "-c", code, *arguments], cwd, PYTHONPATH=os.pathsep.join(sys.path))
 
 
 def until(there: Callable[[], Any], seconds: float = 240) -> bool:
@@ -228,14 +224,14 @@ def test_a_run_that_gets_a_signal_says_what_is_whole(sent: signal.Signals, code:
 def test_a_run_over_an_older_one_that_is_killed_leaves_the_older_one(tmp_path: Path):
     tiny, out = task_folder(tmp_path), tmp_path / "out"
     first = process("run", tiny, *QUICK, "--quiet", "--out", out, cwd=tmp_path)
-    assert first.wait(600) == 0
+    assert first.communicate(timeout=600) and first.returncode == 0
     before = files_in(out)
     again = process("run", tiny, *QUICK, "--quiet", "--seed", "1", "--out", out, cwd=tmp_path)
     assert until(lambda: list(out.glob(".new*.part/scores.csv")) or again.poll() is not None)
     again.kill()
-    again.wait()
+    again.communicate()
     settle(out, NAMES, "run.json")
-    assert files_in(out) == before and hidden(out) == []
+    assert results_in(out) == before and hidden(out) == []
 
 
 def children(pid: int) -> list[int]:
@@ -263,7 +259,6 @@ def alive(pid: int) -> bool:
 def test_workers_of_a_comparison_end_with_it(sent: signal.Signals, tmp_path: Path):
     arguments = ("planted_backup", "--seeds", "2", "--workers", "2", "--out", tmp_path / "out", "--quiet")
     running = process("bench", *arguments, cwd=tmp_path)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert until(lambda: list(tmp_path.glob("out/cells/*/*.csv")) or running.poll() is not None)
     workers = children(running.pid)
     assert len(workers) >= 2

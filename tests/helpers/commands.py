@@ -1,12 +1,17 @@
-"""The command line, run in this process."""
+"""The command line, run in this process or in one of its own."""
 
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +48,17 @@ def command(*arguments: str | Path, terminal: bool = False) -> Outcome:
 
 
 QUICK = ("--keep", "1.0", "--rounds", "1")  # nothing is removed, so there are no constants to refit
+
+
+def started(arguments: Sequence[Any], cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process of one thread with pipes, whose signals do what they do in a terminal: a suite that runs in the
+    background ignores some, and children inherit that."""
+
+    def as_in_a_terminal() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, env=environ, text=True, preexec_fn=as_in_a_terminal, **pipes)

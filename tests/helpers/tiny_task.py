@@ -66,6 +66,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def results_in(folder: Path) -> dict[str, bytes]:
+    """The same without the rounds of a search that was interrupted."""
+    return {name: content for name, content in files_in(folder).items() if not name.startswith("search/")}
+
+
 def sentence(outcome: Outcome) -> str:
     """The one sentence of a wrong argument."""
     assert outcome.code == 2 and outcome.out == ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def import_after(awaited: str, module: str) -> None:
@@ -20,35 +20,37 @@ def import_after(awaited: str, module: str) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds nothing itself, but lets the others find the awaited module, once, and follows its loading."""
+    """Finds nothing itself, but lets the others find the awaited module, and follows its loading."""
 
     def __init__(self, awaited: str, module: str) -> None:
-        self.awaited, self.module = awaited, module
+        self.awaited, self.module, self.asking = awaited, module, False
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.awaited:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self.awaited or self.asking:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Followed(spec.loader, self.module)
+            spec.loader = _Followed(spec.loader, self)
         return spec
 
 
 class _Followed(Loader):
-    """A loader after which a module is imported."""
+    """A loader after which a module is imported. Who only asks whether a package is there never gets to load it."""
 
-    def __init__(self, loader: Loader, module: str) -> None:
-        self.loader, self.module = loader, module
+    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
+        self.loader, self.waiting = loader, waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.waiting in sys.meta_path:
+            sys.meta_path.remove(self.waiting)
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        import_module(self.module)
+        import_module(self.waiting.module)
