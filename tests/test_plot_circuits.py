@@ -203,3 +203,19 @@ def test_a_causal_graph_shows_every_variable_above_its_parents():
     assert len(arrows) == sum(map(len, model.parents.values()))
     bold = [t.get_text() for t in axes.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() == 2]
     assert bold == ["all"]
+
+
+def test_a_wide_layers_units_are_shown_as_shares_of_its_parts():
+    """30 layers of 1,536 neurons: 64 cells of 24 neurons each, and not a stripe a neuron."""
+    sites = [Site("head", layer, f"blocks.{layer}.attn.hook_z", 9) for layer in range(30)]
+    sites += [Site("neuron", layer, f"blocks.{layer}.mlp.hook_post", 1536) for layer in range(30)]
+    units = Units(tuple(sites))
+    mask = torch.zeros(len(units), dtype=torch.bool)
+    first = 30 * 9 + 2 * 1536  # of layer 2
+    mask[first : first + 12] = True
+    mask[first + 24 : first + 30] = True
+    heads, neurons = meshes(plot.unit_map(Circuit(units, mask)))
+    assert heads.shape == (30, 9) and neurons.shape == (30, 64)
+    expected = np.zeros((30, 64))
+    expected[2, :2] = 12 / 24, 6 / 24
+    np.testing.assert_allclose(neurons, expected)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
@@ -22,13 +24,15 @@ from tl_sparsify.search.scores import Scores
 KEPT, FAINT, LINE = "#08306b", "#f3f5f8", "#b4bdc7"
 _WIDE = 1e3  # scores that span more than this are shaded by their logarithm
 _POWERS = 1e-6  # of the largest score: what a logarithmic shade shows for less
+_STRIPES, _PARTS = 512, 64  # units a layer that get a cell each; parts of a layer where there are more
 _HATCH = {"constant": "", "refitted constant": "/////", "affine in kept units": "....."}
 
 
 def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Figure:
     """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
 
-    With ``scores``, removed units are shaded by their rank in them.
+    With ``scores``, removed units are shaded by their rank in them. Of a kind with more than 512 units a layer a cell
+    is the share that is kept of one of 64 equal parts of the layer, dark where that share is largest.
 
     Example:
         >>> tls.plot.unit_map(reduction, scores)
@@ -48,18 +52,35 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     for axes, kind, width in zip(
         figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, strict=True
     ):
-        grid = np.full((len(layers), width), np.nan)
+        parts = _PARTS if width > _STRIPES else width
+        grid = np.full((len(layers), parts), np.nan)
         count = {layer: 0 for layer in layers}
         for site, part in zip(units.sites, units.slices, strict=True):
             if site.kind == kind:
-                grid[layers.index(site.layer), : site.size] = shade[part]
+                row = grid[layers.index(site.layer)]
+                if parts == width:
+                    row[: site.size] = shade[part]
+                else:
+                    row[:] = _shares(circuit.mask[part].numpy(), width, parts)
                 count[site.layer] += int(circuit.mask[part].sum())
-        axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6 if width < 100 else 0)
+        most = 1.0 if parts == width else max(float(np.nanmax(grid)), 1e-9)
+        across, up = np.linspace(0, width, parts + 1), np.arange(len(layers) + 1)
+        lines = 0.6 if parts < 100 else 0
+        axes.pcolormesh(across, up, grid, cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=lines)
         axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}: {count[layer]}" for layer in layers])
         axes.set(xlabel=f"{kind} index", title=f"{(n := sum(count.values()))} {kind}{'s' * (n != 1)} kept")
+        if parts != width:
+            axes.set_xlabel(f"{kind} index, in {parts} parts; darkest: {most:.0%} of a part kept")
         if width <= 16:
             _index_ticks(axes, width)
     return figure
+
+
+def _shares(kept: Bool[np.ndarray, "size"], width: int, parts: int) -> Float[np.ndarray, "parts"]:
+    """The share kept in each of equal parts of ``width``; NaN past the layer's own size."""
+    edges = np.linspace(0, width, parts + 1).round().astype(int)
+    cuts = [kept[start:stop] for start, stop in pairwise(edges.tolist())]
+    return np.array([cut.mean() if len(cut) else np.nan for cut in cuts])
 
 
 def head_map(of: Scores | Reduction | Circuit) -> Figure:
