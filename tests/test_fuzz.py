@@ -9,29 +9,51 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.fuzz import combinations, entries, thrown
+from helpers.fuzz import Entry, combinations, entries, thrown
+from helpers.fuzz_more import later, prepared
 from helpers.models import bridge, examples, reduction_of, unchanged, unchecked, units_of
 
 import tl_sparsify as tls
 from tl_sparsify import score
 
+MORE = int(os.environ.get("TL_SPARSIFY_FUZZ", "200"))
 CALLS = int(os.environ.get("TL_SPARSIFY_FUZZ", "1000"))
 
 
 def test_bad_calls_are_refused_by_a_sentence_and_change_nothing():
-    table = entries()
+    refused(entries(), at_least=2000, calls=CALLS)
+
+
+def test_so_are_those_that_verify_read_write_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path)
+    refused(later(), at_least=1500, calls=MORE)
+
+
+def refused(table: dict[str, Entry], at_least: int, calls: int) -> None:
     every = combinations(table)
-    assert len(every) >= 2000
-    drawn = np.random.default_rng(0).permutation(len(every))[:CALLS]
+    assert len(every) >= at_least
+    drawn = np.random.default_rng(0).permutation(len(every))[:calls]
     with unchecked():
         found = [thrown(table, *every[i]) for i in drawn]
-    sys.stdout.write(f"{len(drawn)} bad calls: {Counter(outcome.kind for outcome in found)}\n")
+    sys.stdout.write(f"{len(drawn)} of {len(every)} bad calls: {Counter(outcome.kind for outcome in found)}\n")
     assert [outcome for outcome in found if outcome.kind != "refused"] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_those_take_what_they_are_given_beside_the_bad_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path)
+    table = later()
+    for name, entry in table.items():
+        if name not in ("compare", "report.write"):  # they take long, and are tested elsewhere
+            entry.call(**entry.good)
 
 
 @pytest.mark.filterwarnings("ignore:Newton constants")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_one_file_that_loads_nothing(made: dict[str, Any]):
     assert not re.search(r"""(src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest""", text)
     assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
     assert "<b>Equality</b>" not in text.split("<script")[0] and "&lt;b&gt;Equality" in text
+
+
+def test_names_that_are_tags_are_text(made: dict[str, Any], tmp_path: Path):
+    """Of variables, of a task, in prompts: all that the page's program shows is text, and none ends its data."""
+    evil = "<script>alert(1)</script>[/INST]</script>"
+    alignment = tls.Alignment({evil: next(iter(made["task"].alignment.units.values()))})
+    scores = replace(made["scores"], name=evil, measured_in=evil)
+    given = {"title": evil, "scores": scores, "alignment": alignment, "effects": 2, "progress": False}
+    path = tls.page(made["model"], made["reduction"], made["test"], out=tmp_path / "evil.html", **given)
+    text, plain = path.read_text(), made["path"].read_text()
+    assert text.count("<script") == plain.count("<script") and text.count("</script") == plain.count("</script")
+    assert "<script>alert" not in text and [one["name"] for one in data_of(path)["variables"]] == [evil]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", text)
 
 
 def test_it_holds_every_kept_unit_and_what_was_measured(made: dict[str, Any]):

@@ -36,6 +36,20 @@ def test_the_card_says_what_is_known(reduction: tls.Reduction):
         tls.card(reduction, model="a", task="b", interval=(0.1, 0.4))
 
 
+EVIL = "<script>alert(1)</script> [/INST] a|b\n# head"
+
+
+def test_tags_in_what_a_card_is_given_are_text(reduction: tls.Reduction):
+    controls = pd.DataFrame({EVIL: [EVIL], "risk": [0.5]})
+    text = tls.card(reduction, model=EVIL, task=EVIL, controls=controls)
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt; [/INST] a\\|b # head") == 5
+    assert [line for line in text.splitlines() if line.startswith("# ")][1:] == []
+    assert tls.card(reduction, model="a", task="b", controls={EVIL: 0.5}).count("<script") == 0
+    for wrong in ({"repo": 'me/x")\nimport os'}, {"licence": "mit\ntags: [x]"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is "):
+            tls.card(reduction, model="a", task="b", **wrong)
+
+
 def test_a_folder_stands_for_a_hub(reduction: tls.Reduction, tmp_path: Path):
     where = tls.push(reduction, "me/ioi", card="# A circuit", endpoint=tmp_path)
     assert where == str(tmp_path / "me" / "ioi")

@@ -39,6 +39,22 @@ def test_a_tasks_name_is_no_path(name: str):
         replace(load_task("planted_backup"), name=name)
 
 
+@pytest.mark.parametrize("temperature", [1e300, 1e-300, 0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_no_probe_has_is_named(temperature: float):
+    with pytest.raises(ValueError, match=r"temperature is .*; it must"):
+        tls.Probing(temperature=temperature)
+
+
+def test_what_is_wanted_is_said_in_one_sentence():
+    model = bridge()
+    with unchecked(), pytest.raises(ValueError) as refusal:
+        constants.mean(model, examples(4), 3)  # type: ignore[arg-type]
+    assert str(refusal.value).startswith("units is a int, not Units: tls.heads(model)")
+    with unchecked(), pytest.raises(ValueError) as refusal:
+        tls.compare(model, load_task("planted_backup"), methods=[3])  # type: ignore[list-item]
+    assert " a a " not in str(refusal.value) and " a an " not in str(refusal.value)
+
+
 def test_evidence_on_another_models_folded_model_is_refused(tmp_path: Path):
     task = load_task("planted_backup")
     model, other = task.model(), task.model()

@@ -116,7 +116,16 @@ class Entry:
 
     call: Callable[..., Any]
     good: dict[str, Any]
-    kinds: dict[str, str]
+    kinds: dict[str, str | list[Any]]
+    watched: Callable[[], Any] = bridge
+    """The model that the call must leave as it was."""
+
+
+def thrown_at(kind: str | list[Any]) -> list[Any]:
+    """The bad values of a kind, or those that are given; ``units?``: units, or nothing."""
+    if isinstance(kind, list):
+        return kind
+    return [value for value in pool(kind.removesuffix("?")) if value is not None or not kind.endswith("?")]
 
 
 def entries() -> dict[str, Entry]:
@@ -254,7 +263,7 @@ def combinations(table: dict[str, Entry]) -> list[tuple[str, str, int]]:
         (name, argument, number)
         for name, entry in table.items()
         for argument, kind in entry.kinds.items()
-        for number in range(len(pool(kind)))
+        for number in range(len(thrown_at(kind)))
     ]
 
 
@@ -272,9 +281,9 @@ class Outcome:
 def thrown(table: dict[str, Entry], name: str, argument: str, number: int) -> Outcome:
     """One bad call. The model is looked at before and after."""
     entry = table[name]
-    value = pool(entry.kinds[argument])[number]
+    value = thrown_at(entry.kinds[argument])[number]
     shown = f"{type(value).__name__} {value!r:.60}"
-    before, kind, said = _state(), "accepted", ""
+    before, kind, said = _state(entry.watched()), "accepted", ""
     try:
         with warnings.catch_warnings(), limited(SECONDS):
             warnings.simplefilter("ignore")
@@ -284,19 +293,18 @@ def thrown(table: dict[str, Entry], name: str, argument: str, number: int) -> Ou
         kind = "hang"
     except Exception as error:  # noqa: BLE001
         kind, said = ("refused" if clear(error, argument) else "obscure"), _told(error)
-    if _state() != before:
+    if _state(entry.watched()) != before:
         kind = "changed"
     return Outcome(name, argument, shown, kind, said)
 
 
 SYNONYMS = {
     "model": ("model", "hook point", "transformerbridge"),
-    "source": ("source", "values"),
     "batch": ("batch", "examples", "tokens", "labels"),
     "examples": ("examples", "tokens", "labels", "choices"),
     "train": ("train", "examples", "tokens", "labels"),
     "validation": ("validation", "examples", "tokens", "labels"),
-    "units": ("units", "hook", "values", "circuit"),
+    "units": ("units", "hook", "values", "circuit", "alignment"),
     "shares": ("shares", "share"),
     "where": ("where", "positions"),
     "circuit": ("circuit", "values", "units"),
@@ -304,6 +312,19 @@ SYNONYMS = {
     "sizes": ("sizes", "size"),
     "size": ("size", "fraction"),
     "name": ("name", "task"),
+    "alignment": ("alignment", "units", "variable", "hook"),
+    "causal_model": ("causal_model", "variable", "causal model"),
+    "reduced": ("reduced", "reduction"),
+    "fields": ("fields", "no column"),
+    "inputs": ("inputs", "an input"),
+    "mechanisms": ("mechanism",),
+    "rows": ("rows", "templates", "inputs"),
+    "split": ("split", "no file"),
+    "path": ("path", "no circuit file"),
+    "folder": ("folder", "no file", "holds no results"),
+    "tasks": ("task",),
+    "methods": ("method",),
+    "source": ("source", "values", "scores", "units", "row", "config.json", "folder", "language model"),
 }
 
 
@@ -321,8 +342,7 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:160]} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def _state() -> Any:
-    model = bridge()
+def _state(model: Any) -> Any:
     points = dict.fromkeys(model.hook_dict.values())
     hooks = sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in points)
     numbers = [parameter.detach().sum().item() for parameter in model.parameters()]

@@ -87,7 +87,7 @@ def _check(name: str, value: Any, annotation: Any, function: Any) -> None:
         if kind in _MENDS:
             raise ValueError(f"{name} is a {type(value).__name__}, not {kind}: {_MENDS[kind]}")
         if any(getattr(part, "__name__", "") in _MENDS for part in get_args(hint)):
-            raise ValueError(f"{name} is a {type(value).__name__}: give a {_wanted(hint)}")
+            raise ValueError(f"{name} is a {type(value).__name__}: give {_wanted(hint)}")
         raise ValueError(f"{name} is {_shown(value)}; it must be {_wanted(hint)}")
     if isinstance(value, float) and math.isnan(value) and name not in _RANGED:
         raise ValueError(f"{name} is nan; it must be a number")
@@ -198,4 +198,4 @@ def _wanted(hint: Any) -> str:
             return f"a dictionary of {of[1]} for {of[0]}"
         return f"a {'tuple' if origin is tuple else 'list'} of {', '.join(dict.fromkeys(of))}" if of else "a list"
     name = getattr(hint, "__name__", str(hint))
-    return f"{name} ({_MENDS[name]})" if name in _MENDS else f"a {name}"
+    return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}" + (f" ({_MENDS[name]})" if name in _MENDS else "")

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify.abstraction.candidates import Group, candidates, every_place, grouped, prefixes
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
@@ -132,7 +133,8 @@ def align(
     Raises:
         ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
             no answer, a reduction of another model or without any of the units, pairs of which the model answers fewer
-            than four right, units (or a reduction) with a position for each example, fewer than two trials.
+            than four right, units (or a reduction) with a position for each example, fewer than two trials, a negative
+            ``tolerance``, a ``subspace`` that the stream does not hold.
 
     Example:
         >>> found = tls.align(
@@ -142,6 +144,10 @@ def align(
         Alignment(left: 1 units)
     """
     check_model(model)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must not be negative")
+    if subspace is not None:
+        check_count("subspace", subspace)
     wanted = tuple(v for v in causal_model.variables if v != causal_model.output) if variables is None else variables
     everywhere = families(model) if units is None else units
     _check(causal_model, wanted, everywhere, reduction, trials)

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from tl_sparsify._internal.arguments import checked
+
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -59,11 +61,16 @@ class CausalModel:
     variables: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        inputs = (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)
-        mechanisms = dict(self.mechanisms)
+        inputs = (self.inputs,) if isinstance(self.inputs, str) else self.inputs
+        if not isinstance(inputs, list | tuple) or not all(isinstance(name, str) for name in inputs):
+            raise ValueError(f"inputs is {self.inputs!r:.80}; it names the input variables, such as ('a', 'b')")
+        if not isinstance(self.mechanisms, Mapping) or not all(isinstance(name, str) for name in self.mechanisms):
+            kind = type(self.mechanisms).__name__
+            raise ValueError(f"mechanisms is a {kind}; it is a dictionary of functions by the variable's name")
+        inputs, mechanisms = tuple(inputs), dict(self.mechanisms)
         twice = sorted({name for name in inputs if inputs.count(name) > 1})
         if twice:
-            raise ValueError(f"duplicate inputs: {_listed(twice)}")
+            raise ValueError(f"duplicate inputs: {_listed(twice)}; name each once")
         both = sorted(set(inputs) & set(mechanisms))
         if both:
             raise ValueError(f"both an input and a mechanism: {_listed(both)}; an input has no mechanism")
@@ -87,6 +94,7 @@ class CausalModel:
         object.__setattr__(self, "parents", parents)
         object.__setattr__(self, "variables", tuple(name for name in order if name in mechanisms))
 
+    @checked
     def run(self, inputs: Mapping[str, Any], do: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The value of every variable on a batch, optionally under an intervention.
 
@@ -117,6 +125,7 @@ class CausalModel:
             values[name] = np.broadcast_to(value, (size,)) if value.ndim == 0 else value
         return values
 
+    @checked
     def interchange(self, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """The value of every variable on ``base`` when each named variable takes its value from its own source input.
 
@@ -193,7 +202,9 @@ def _common_length(values: Mapping[str, np.ndarray], scalars: Iterable[str]) -> 
         raise ValueError(f"inputs are batches, one value for each example; these are scalars: {_listed(flat)}")
     lengths = {name: len(value) for name, value in values.items() if value.ndim}
     if len(set(lengths.values())) > 1:
-        raise ValueError("unequal lengths: " + ", ".join(f"{name} has {length}" for name, length in lengths.items()))
+        raise ValueError(
+            "inputs have unequal lengths: " + ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        )
     return next(iter(lengths.values()), 1)
 
 

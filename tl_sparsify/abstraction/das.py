@@ -97,6 +97,8 @@ def _promising(
         g, step = (torch.cat([found[layer][k][:, :, 0].double().cpu() for found in batches]) for k in range(2))
         for position in held.expand(g.shape[1]).nonzero().flatten().tolist():
             both = torch.cat([g[:, position], step[:, position]])
+            if rank > both.shape[1]:
+                raise ValueError(f"subspace is {rank}; the residual stream has {both.shape[1]} directions")
             basis = torch.linalg.qr(both.T).Q  # nothing happens outside of it
             m = (g[:, position] @ basis).T @ (step[:, position] @ basis)
             promises[site.hook, position] = float(torch.linalg.eigvalsh(m + m.T)[-rank:].clamp_min(0).sum())

@@ -12,9 +12,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked_fields
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.verdicts import Role, Verdict, judged, verdicts
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import check_examples
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.units import Unit
 
@@ -48,6 +51,8 @@ class Pairs:
     answers: Mapping[Any, int]
 
     def __post_init__(self) -> None:
+        check_examples(self.base, "base")
+        check_examples(self.source, "source")
         n = len(self.base)
         if len(self.source) != n:
             raise ValueError(f"source has {len(self.source)} examples, base {n}: pairs need equal numbers")
@@ -58,9 +63,16 @@ class Pairs:
                 "examples of both together)"
             )
         for side in ("base_inputs", "source_inputs"):
-            for name, values in getattr(self, side).items():
-                if len(values) != n:
-                    raise ValueError(f"{side}[{name!r}] has {len(values)} values for {n} pairs")
+            if not isinstance(inputs := getattr(self, side), Mapping):
+                raise ValueError(f"{side} is a {type(inputs).__name__}; it is a dictionary of arrays by input variable")
+            for name, values in inputs.items():
+                there = len(values) if np.ndim(values) and not isinstance(values, Mapping) else "no"
+                if there != n:
+                    raise ValueError(f"{side}[{name!r}] has {there} values for {n} pairs")
+        if not isinstance(self.answers, Mapping):
+            raise ValueError(f"answers is a {type(self.answers).__name__}; it is a dictionary of token ids by output")
+        for output, token in self.answers.items():
+            check_count(f"answers[{output!r}]", token, least=0)
         for side, examples in (("base", self.base), ("source", self.source)):
             if bool(((examples.labels != NO_LABEL).sum(1) != 1).any()):
                 raise ValueError(f"{side} has examples with several labels; verify reads one answer for each input")
@@ -107,6 +119,7 @@ class Pairs:
         return self.expected(causal_model, variables) != self.source.labels[self.source.labels != NO_LABEL]
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Alignment:
     """Which units, at which positions, carry each variable: ``Alignment({"left": [units["L0H2"].at(1)]})``.

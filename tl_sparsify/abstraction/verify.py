@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.abstraction.controls import (
@@ -107,7 +108,7 @@ def verify(
 
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
-            output without a token, a ``goal`` outside (0, 1].
+            output without a token, a negative number of ``draws``, a ``goal`` outside (0, 1].
 
     Example:
         >>> evidence = tls.verify(model, task.causal_model, task.alignment, pairs, reduced=reduction, draws=1)
@@ -115,6 +116,7 @@ def verify(
         ['original', 'reduced', 'random weights']
     """
     check_model(model)
+    check_count("draws", draws, least=0, most=MOST)
     for variable in alignment.variables:
         if variable not in causal_model.variables:
             raise ValueError(f"alignment names {variable!r}; the causal model has {', '.join(causal_model.variables)}")
@@ -141,11 +143,11 @@ def _tested(model: Model, reduced: Any | None) -> list[TestedModel]:
     if isinstance(reduced, Reduction):
         check_fingerprint(model, reduced)
         return [TestedModel("original", model), TestedModel("reduced", model, removal=reduced)]
-    check_model(reduced)
-    check_origin(model, getattr(reduced, "origin", None), "reduced")
     origin = getattr(reduced, "units", None)
     if not isinstance(origin, Mapping):
         raise ValueError("reduced has no units: give a model made by fold(), or a Reduction")
+    check_model(reduced)
+    check_origin(model, getattr(reduced, "origin", None), "reduced")
     names = {old: new for new, old in cast(Mapping[str, str], origin).items()}
     return [TestedModel("original", model), TestedModel("reduced", reduced, own_names=names)]
 

@@ -26,6 +26,7 @@ import torch
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.beside import sweep
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify._internal.files import reading, write_bytes, write_text
 from tl_sparsify._internal.processes import end_with_parent
 from tl_sparsify._internal.progress import progress as bar
@@ -125,8 +126,8 @@ def compare(
         calls for, until it has converged), ``maps``, or ``as found`` (where a search fits replacements itself: those).
 
     Raises:
-        ValueError: no methods, two of one name, cells in ``out`` that were made with other settings, and what
-            :func:`evaluate` raises.
+        ValueError: no methods, sizes or seeds, two of one name, cells in ``out`` that were made with other settings,
+            and what :func:`evaluate` raises.
 
     Example:
         >>> table = tls.compare(
@@ -140,10 +141,16 @@ def compare(
     names = [method.name for method in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods is {names}; give at least one, each once (Method(name, ...) names one)")
+    check_count("refit_patience", refit_patience, least=0, most=10**5)
+    check_count("examples", examples)
+    if not sizes:
+        raise ValueError("sizes is empty; give at least one fraction of units, such as (0.2, 0.1)")
     shared = Comparison(tuple(sizes), refit_patience, maps, examples, bootstrap)
     folder = None if out is None else _prepared(Path(out), shared)
     units = heads(model) + neurons(model) if units is None else units
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers:
+        raise ValueError(f"seeds is {seeds}; at least one is needed: how many, or which")
     found: list[pd.DataFrame] = []
     for seed in numbers:
         data: _Data | None = None

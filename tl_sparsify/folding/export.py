@@ -52,7 +52,7 @@ def export_hf(model: Any, path: str | Path) -> None:
         >>> tls.export_hf(tls.fold(language, without), "checkpoint")
     """
     if not isinstance(model, FoldedBridge):
-        raise ValueError(f"export_hf exports what fold returns, not a {type(model).__name__}")
+        raise ValueError(f"model is no folded one: export_hf exports what fold returns, not a {type(model).__name__}")
     architecture = model.cfg.architecture
     if architecture not in CLASSES:
         names = ", ".join(CLASSES)

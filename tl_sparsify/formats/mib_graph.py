@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import reading
 from tl_sparsify.core.circuit import Circuit
-from tl_sparsify.core.units import Units, heads, mlps
+from tl_sparsify.core.units import Model, Units, heads, mlps
 from tl_sparsify.formats.mib_files import Parts, read_parts, write_parts
 from tl_sparsify.formats.mib_names import Sizes, edge_table
 from tl_sparsify.search.scores import Scores
@@ -69,7 +70,8 @@ class Graph:
                 "score for every edge"
             )
 
-    def circuit(self, model: Any) -> Circuit:
+    @checked
+    def circuit(self, model: Model) -> Circuit:
         """The circuit of ``heads(model) + mlps(model)`` that are nodes of this graph. Which edges are in the graph is
         lost where that is more than which nodes are. No model pass.
 
@@ -83,6 +85,7 @@ class Graph:
         units = heads(model) + mlps(model)
         return Circuit(units, torch.tensor([name in kept for name in node_of_units(units)]))
 
+    @checked
     def top(self, n: int, *, of: Literal["edges", "nodes"] = "edges", absolute: bool = True) -> Graph:
         """The graph of the ``n`` best edges, or of the ``n`` best nodes and all edges between them, as the benchmark
         takes it: without what is not joined to both the input and the logits.
@@ -93,8 +96,10 @@ class Graph:
             absolute: whether scores count without their sign.
 
         Raises:
-            ValueError: ``n`` that is negative or more than there are.
+            ValueError: ``n`` that is negative or more than there are, another ``of``.
         """
+        if of not in ("edges", "nodes"):
+            raise ValueError(f"of is {of!r}; it is edges or nodes")
         scores = self.edge_scores if of == "edges" else self.node_scores
         scored = int((~scores.isnan()).sum())
         if not 0 <= n <= scored:
@@ -109,6 +114,7 @@ class Graph:
         nodes, edges = _joined(self.sizes, nodes, edges)
         return replace(self, kept_nodes=nodes, kept_edges=edges)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a JSON file, or one of tensors in float32 where its name ends in ``.pt``: complete, or not at all."""
         parts = Parts(self.sizes, self.kept_nodes, self.kept_edges, self.node_scores, self.edge_scores)
@@ -158,6 +164,7 @@ def _joined(
         nodes, edges = left, kept
 
 
+@checked
 def sizes(model: Any) -> Sizes:
     """The sizes of a model, from its weights. No model pass.
 
@@ -169,8 +176,8 @@ def sizes(model: Any) -> Sizes:
         >>> tls.mib.sizes(model)
         Sizes(layers=3, heads=4, d_model=64, parallel=False)
     """
-    layers = len(model.blocks)
     attention, whole = heads(model), mlps(model)
+    layers = len(model.blocks)
     counts = [site.size for site in attention.sites]
     if len(counts) != layers or len(whole) != layers or len(set(counts)) != 1:
         raise ValueError(
@@ -181,7 +188,8 @@ def sizes(model: Any) -> Sizes:
     return Sizes(layers, counts[0], int(model.blocks[0].attn.W_O.shape[-1]), parallel)
 
 
-def graph(model: Any, circuit: Circuit, scores: Scores | None = None) -> Graph:
+@checked
+def graph(model: Model, circuit: Circuit, scores: Scores | None = None) -> Graph:
     """A circuit of heads, whole MLPs or both as the benchmark's graph. No model pass.
 
     Units that the circuit is not about (the MLPs, for a circuit of heads) are in the graph, because they are not
@@ -221,6 +229,7 @@ def graph(model: Any, circuit: Circuit, scores: Scores | None = None) -> Graph:
     )
 
 
+@checked
 def load(path: str | Path) -> Graph:
     """Read a circuit file of the benchmark, JSON or ``.pt`` (of which nothing but tensors and plain values is read), as
     :meth:`Graph.save` or EAP-IG write it.

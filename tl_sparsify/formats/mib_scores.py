@@ -11,6 +11,7 @@ there: nothing of the example itself is left, not even its embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,14 +20,15 @@ from typing import Any
 
 import torch
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.metrics import Metric, by_example, mean_difference
-from tl_sparsify.core.units import heads, mlps
+from tl_sparsify.core.metrics import Metric, by_example, mean_difference, measured_by
+from tl_sparsify.core.units import Model, heads, mlps
 from tl_sparsify.formats.mib_graph import Graph, graph
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores
@@ -58,12 +60,14 @@ class Standing:
     area_from_1: float
 
 
+@checked
 def areas(edges: Sequence[float | int], faithfulness: Sequence[float | int]) -> tuple[float, float]:
     """CPR and CMD: the areas under ``f`` and under ``|1 - f|`` over the share of edges, from the smallest circuit to
     the last, which counts as the whole.
 
     Raises:
-        ValueError: lists of other lengths, of less than two sizes, or numbers of edges that do not rise.
+        ValueError: lists of other lengths, of less than two sizes, of numbers that are not finite, or numbers of edges
+            that do not rise.
 
     Example:
         >>> tls.mib.areas([5, 10], [0.5, 1.0])
@@ -73,6 +77,8 @@ def areas(edges: Sequence[float | int], faithfulness: Sequence[float | int]) -> 
         raise ValueError(
             f"edges has {len(edges)} entries, faithfulness {len(faithfulness)}: give as many, at least two"
         )
+    if not all(map(math.isfinite, (*edges, *faithfulness))):
+        raise ValueError(f"edges {list(edges)} and faithfulness {list(faithfulness)} must be finite")
     if any(b < a for a, b in pairwise(edges)) or edges[-1] <= 0:
         raise ValueError(f"edges are {list(edges)}: they must rise")
     x = torch.tensor(edges, dtype=torch.float64) / edges[-1]
@@ -80,7 +86,8 @@ def areas(edges: Sequence[float | int], faithfulness: Sequence[float | int]) -> 
     return float(torch.trapezoid(f, x)), float(torch.trapezoid((1 - f).abs(), x))
 
 
-def circuits(model: Any, source: Scores | CircuitPath, sizes: Sequence[float] = PERCENTAGES[:-1]) -> list[Graph]:
+@checked
+def circuits(model: Model, source: Scores | CircuitPath, sizes: Sequence[float] = PERCENTAGES[:-1]) -> list[Graph]:
     """The largest circuit of heads and MLPs with at most each share of the model's edges, in the order of the scores or
     of the path. No model pass.
 
@@ -113,9 +120,10 @@ def circuits(model: Any, source: Scores | CircuitPath, sizes: Sequence[float] = 
     return found
 
 
+@checked
 def submission(
     folder: str | Path,
-    model: Any,
+    model: Model,
     source: Scores | CircuitPath,
     *,
     task: str,
@@ -150,8 +158,9 @@ def submission(
     return target
 
 
+@checked
 def standing(
-    model: Any,
+    model: Model,
     source: Scores | CircuitPath,
     examples: Examples,
     *,
@@ -185,7 +194,9 @@ def standing(
             for mask in masks:
                 with intervened(model, Intervention(units, mask.float(), values)):
                     runs.append(answer_logits(model, batch))
-            totals += torch.stack([by_example(metric(logits, batch), batch).double().sum().cpu() for logits in runs])
+            totals += torch.stack(
+                [by_example(measured_by(metric, logits, batch), batch).double().sum().cpu() for logits in runs]
+            )
     full, empty, *some = (totals / len(examples)).tolist()
     if full == empty:
         raise ValueError(

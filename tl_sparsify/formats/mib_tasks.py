@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import tokenizer_of
 from tl_sparsify.formats.answers import ids_of
@@ -74,6 +76,7 @@ _TASKS = {
 }
 
 
+@checked
 def circuit_task(
     tokenizer_or_model: Any,
     name: str,
@@ -113,6 +116,8 @@ def circuit_task(
     """
     if name not in _TASKS:
         raise ValueError(f"name is {name!r}; the benchmark's circuit tasks are {', '.join(_TASKS)}")
+    if limit is not None:
+        check_count("limit", limit)
     task = _TASKS[name]
     rows = read_rows(_file(Path(folder), split, task.folder), None)
     kind = task.counterfactual if counterfactual is None else counterfactual
@@ -133,6 +138,7 @@ def circuit_task(
     return load_examples(tokenizer_or_model, flat, pairs=pairs, left_out="left_out", unusable="drop", **settings)
 
 
+@checked
 def causal_pairs(
     tokenizer_or_model: Any,
     folder: str | Path,

@@ -15,7 +15,7 @@ from tl_sparsify.formats import checks
 from tl_sparsify.formats.answers import Problem
 from tl_sparsify.formats.assembly import Usable, assembled
 from tl_sparsify.formats.columns import AUTO, listed_choices, named_columns, table
-from tl_sparsify.formats.rows import read_rows, value
+from tl_sparsify.formats.rows import columns, has, read_rows, value
 from tl_sparsify.formats.spans import Span, token_spans
 
 
@@ -132,10 +132,14 @@ def load_examples(
     if answer_tokens not in ("one", "several") or (answer_tokens == "several" and choices is not None):
         beside = "" if choices is None else ", and choices are of one token"
         raise ValueError(f"answer_tokens is {answer_tokens!r}; it is one or several{beside}")
+    if padding_side not in (None, "left", "right"):
+        raise ValueError(f"padding_side is {padding_side!r}; it is left or right")
     tokenizer = tokenizer_of(tokenizer_or_model)
     rows = read_rows(source, limit)
     given = {"prompt": prompt, "answer": answer, "wrong_answer": wrong_answer}
     named = named_columns(rows, given | {"counterfactual_prompt": counterfactual_prompt})
+    if isinstance(spans, str) and not has(rows, spans):
+        raise ValueError(f"spans is {spans!r}; source has no such column: its columns are {', '.join(columns(rows))}")
     listed = listed_choices(rows, choices)
     said = table(rows, named, listed, spans, answers_as, answer_prefix)
     settings: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side, "max_length": max_length}

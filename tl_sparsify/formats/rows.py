@@ -93,7 +93,7 @@ def _iterate(source: Any) -> Iterable[Any]:
 
 def _file(path: Path) -> Iterable[Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
+        raise FileNotFoundError(f"no file at {path} to read rows from")
     kind = path.suffix.lower()
     mend = "Make it again."
     if kind in (".csv", ".tsv"):

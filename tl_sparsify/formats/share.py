@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_bytes, write_text
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
@@ -17,6 +20,7 @@ from tl_sparsify.core.reduction import Reduction
 _FILE, _CARD = "circuit.reduction", "README.md"
 
 
+@checked
 def card(
     reduction: Reduction,
     *,
@@ -29,7 +33,7 @@ def card(
     licence: str | None = None,
 ) -> str:
     """A README for a reduction: the model with its fingerprint, the task, the risk with its interval, controls, and how
-    to load it. No model pass.
+    to load it. Tags in what is given are shown as text. No model pass.
 
     Args:
         model: where the model comes from, as a reader can load it.
@@ -41,22 +45,26 @@ def card(
         licence: of the file, for the card's head.
 
     Raises:
-        ValueError: an interval that is none or without a risk.
+        ValueError: an interval that is none or without a risk, a ``repo`` that is no ``owner/name``, a licence that is
+            no identifier.
 
     Example:
         >>> text = tls.card(reduction, model="own", task="hierarchical_equality", controls={"random circuit": 0.9})
         >>> text.splitlines()[-1]
         '| random circuit | 0.9 |'
     """
-    if interval is not None and (risk is None or len(interval) != 2 or interval[0] > interval[1]):
+    if interval is not None and (risk is None or len(interval) != 2 or not interval[0] <= interval[1]):
         raise ValueError(f"interval is {interval!r}; it has two ends, and needs the risk that lies between them")
+    _check(repo)
+    if licence is not None and not re.fullmatch(r"[\w.+-]+", licence):
+        raise ValueError(f"licence is {licence!r}; it is an identifier such as 'mit' or 'apache-2.0'")
     head = ["---", "library_name: tl_sparsify", "tags: [mechanistic-interpretability, circuit]"]
     head += [f"license: {licence}"] if licence else []
     kept, units = len(reduction.circuit), reduction.units
     lines = [
         *head,
         "---",
-        f"# A circuit for {task}",
+        f"# A circuit for {_cell(task)}",
         "",
         f"{kept:,} of {len(units):,} units are kept: {units.describe(reduction.circuit.mask)}. The others are set to "
         f"constants ({reduction.kind}).",
@@ -95,6 +103,7 @@ def card(
     return "\n".join(lines)
 
 
+@checked
 def push(
     reduction: Reduction,
     repo: str,
@@ -137,6 +146,7 @@ def push(
         return f"{hub.endpoint}/{repo}"
 
 
+@checked
 def pull(
     repo: str, *, endpoint: str | Path | None = None, revision: str | None = None, token: str | None = None
 ) -> Reduction:
@@ -170,11 +180,10 @@ def _is_folder(endpoint: str | Path | None) -> bool:
 
 
 def _check(repo: str) -> None:
-    parts = repo.split("/")
-    if len(parts) != 2 or not all(parts) or ".." in parts:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or {".", ".."} & set(repo.split("/")):
         raise ValueError(f"repo is {repo!r}; it is owner/name")
 
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return escape(" ".join(text.split("\n")), quote=False).replace("|", "\\|")

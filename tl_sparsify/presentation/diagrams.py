@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.reduction import Reduction
@@ -28,11 +29,15 @@ _STRIPES, _PARTS = 512, 64  # units a layer that get a cell each; parts of a lay
 _HATCH = {"constant": "", "refitted constant": "/////", "affine in kept units": "....."}
 
 
+@checked
 def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Figure:
     """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
 
     With ``scores``, removed units are shaded by their rank in them. Of a kind with more than 512 units a layer a cell
     is the share that is kept of one of 64 equal parts of the layer, dark where that share is largest.
+
+    Raises:
+        ValueError: scores of other units.
 
     Example:
         >>> tls.plot.unit_map(reduction, scores)
@@ -41,6 +46,8 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     circuit = _circuit(reduction)
     units = circuit.units
     rank = np.zeros(len(units))
+    if scores is not None and scores.units != units:
+        raise ValueError(f"scores are of {scores.units!r}, the circuit of {units!r}: give scores of its units")
     if scores is not None:
         rank[scores.order.cpu().numpy()] = np.linspace(0, 0.45, len(units))
     shade = np.where(circuit.mask.numpy(), 1.0, rank)
@@ -83,6 +90,7 @@ def _shares(kept: Bool[np.ndarray, "size"], width: int, parts: int) -> Float[np.
     return np.array([cut.mean() if len(cut) else np.nan for cut in cuts])
 
 
+@checked
 def head_map(of: Scores | Reduction | Circuit) -> Figure:
     """Layers by heads, a cell for each head: its score, or dark where it is kept.
 
@@ -120,6 +128,7 @@ def head_map(of: Scores | Reduction | Circuit) -> Figure:
     return figure
 
 
+@checked
 def neuron_density(reduction: Reduction | Circuit, bins: int = 32) -> Figure:
     """Where the kept neurons are: their share by layer, and in equal parts of each layer's index.
 
@@ -160,6 +169,7 @@ def neuron_density(reduction: Reduction | Circuit, bins: int = 32) -> Figure:
     return figure
 
 
+@checked
 def circuit(reduction: Reduction) -> Figure:
     """The circuit as a layered graph: the input below, a row for each layer with its attention heads and a box for its
     MLP (or for other units), the output on top, and the residual stream, which they read and write, between them.
@@ -221,6 +231,7 @@ def circuit(reduction: Reduction) -> Figure:
     return page
 
 
+@checked
 def causal_graph(model: CausalModel) -> Figure:
     """A causal model's graph: inputs below, each variable above its parents, the output with a bold frame.
 

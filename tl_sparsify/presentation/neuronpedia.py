@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.evidence import Alignment
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model
 from tl_sparsify.presentation.circuit_data import Request, gathered
 from tl_sparsify.search.scores import Scores
 
@@ -20,9 +23,10 @@ _SCHEMA = "1.0.0"
 _SLUG = re.compile(r"[a-zA-Z0-9_-]+")
 
 
+@checked
 def to_neuronpedia(
     file: str | Path,
-    model: Any,
+    model: Model,
     reduction: Reduction,
     examples: Examples,
     *,
@@ -53,6 +57,7 @@ def to_neuronpedia(
         >>> tls.to_neuronpedia("graph.json", model, reduction, test, **settings).name
         'graph.json'
     """
+    check_count("effects", effects)
     if not _SLUG.fullmatch(slug):
         raise ValueError(f"slug is {slug!r}; it is made of letters, digits, - and _")
     request = Request(scores=scores, alignment=alignment, shown=1, effects=effects, progress=progress)

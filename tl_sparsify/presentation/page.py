@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.abstraction.evidence import Alignment, Evidence
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model
 from tl_sparsify.presentation.circuit_data import Request, gathered
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores
@@ -18,8 +19,9 @@ from tl_sparsify.search.scores import Scores
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
+@checked
 def page(
-    model: Any,
+    model: Model,
     reduction: Reduction,
     examples: Examples,
     *,

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify._internal.files import write_bytes
 from tl_sparsify.abstraction.evidence import NOTHING, RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
@@ -47,6 +48,7 @@ _MEASURES = {
     "accuracy": "accuracy (share right)",
     "faithfulness": "faithfulness (share of the metric)",
 }
+_FINEST = 2400  # dots per inch
 _WIDE = 100  # scores that span more are drawn on logarithmic axes
 _SEEN = (-0.5, 1.5)  # of faithfulness, which has no bounds
 _BOLD = ("#d55e00", "#0072b2", "#009e73", "#000000")  # Okabe and Ito's colours; then Tol's
@@ -172,6 +174,7 @@ def against(one: Scores, other: Scores, *, labels: int = 8) -> Figure:
         >>> tls.plot.against(scores, tls.score.variance(model, train, units), labels=3)
         <Figure size ...>
     """
+    check_count("labels", labels, least=0)
     correlation = one.rank_correlation(other)
     frame = cast(Any, one.to_frame())[["unit", "kind", "score"]].rename(columns={"score": "x"})
     frame["y"] = other.to_frame().score
@@ -273,20 +276,21 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
         >>> tls.plot.png(tls.plot.risk_curve(path))[1:4]
         b'PNG'
     """
+    if not 1 <= dpi <= _FINEST:
+        raise ValueError(f"dpi is {dpi}; it must lie between 1 and {_FINEST:,}")
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=dpi)
     return target.getvalue()
 
 
 @checked
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG: complete, or not at all.
 
     Example:
-        >>> from pathlib import Path
-        >>> tls.plot.save(tls.plot.risk_curve(path), Path("risk.png"))
+        >>> tls.plot.save(tls.plot.risk_curve(path), "risk.png")
     """
-    write_bytes(path, png(figure))
+    write_bytes(Path(path), png(figure))
 
 
 def _names(rows: Any) -> pd.Series:

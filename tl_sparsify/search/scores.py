@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.units import Units
 
@@ -68,6 +69,7 @@ class Scores:
         mask[self.order[len(self.units) - kept_count(len(self.units), fraction) :].cpu()] = True
         return Circuit(self.units, mask)
 
+    @checked
     def rank_correlation(self, other: Scores) -> float:
         """Spearman's rank correlation with other scores of the same units (ties share a rank); NaN where either is the
         same for all units.

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.arguments import checked_fields
+from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Probing:
     """How the divergence is probed, in the search only.
@@ -31,10 +34,13 @@ class Probing:
     examples: int | None = None
 
     def __post_init__(self) -> None:
+        check_count("probing.probes", self.probes, most=MOST)
+        check_temperature(self.temperature)
         if self.examples is not None and self.examples < 2:
             raise ValueError(f"probing.examples is {self.examples}; a round needs at least two")
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Refitting:
     """Whether constants are refitted after each round.
@@ -53,7 +59,14 @@ class Refitting:
     steps: int | None = None
     per_step: int | None = 512
 
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_count("refitting.steps", self.steps, least=0, most=MOST)
+        if self.per_step is not None:
+            check_count("refitting.per_step", self.per_step)
 
+
+@checked_fields
 @dataclass(frozen=True, eq=False)
 class Constraints:
     """What a search has to respect.

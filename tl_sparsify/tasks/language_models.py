@@ -32,7 +32,9 @@ def load_language_model(source: Any, *, device: str = "cpu") -> Any:
     """
     if not isinstance(source, str | Path):
         if getattr(source, "tokenizer", None) is None:
-            raise ValueError(f"model is of type {type(source).__name__}, without a tokenizer: give one that has it")
+            raise ValueError(
+                f"source is a model of type {type(source).__name__}, without a tokenizer: give one that has it"
+            )
         return source
     source = _checked(source)
     with _explained(source), torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
@@ -106,5 +108,5 @@ def _explained(source: str | Path) -> Iterator[None]:
         with without_bars():
             yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the language model {str(source)!r} cannot be loaded: {reason}") from error

@@ -14,18 +14,16 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict, NamedSplit
 from jaxtyping import Bool, Int, Shaped
 
-from tl_sparsify._internal import random as _random
-from tl_sparsify._internal.arguments import checked
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.language_models import begins, load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
 from tl_sparsify.tasks.task import Task
+from tl_sparsify.tasks.templates import Rows, draw_rows, filled, prompts, row_keys
 from tl_sparsify.tasks.tokenizers import digit_by_digit, single_token_words, two_token_numbers
 
 __all__ = [
@@ -44,68 +42,8 @@ __all__ = [
     "two_token_numbers",
 ]
 
-Rows = Mapping[str, Shaped[np.ndarray, "n"]]
 _ROWS = 2**14  # that a task's data are taken from, drawn once for ever
 _CANDIDATES = 8192  # pairs that balanced ones are chosen among
-
-
-@checked
-def draw_rows(
-    fields: Mapping[str, Sequence[str] | Sequence[int]], n: int, seed: int = 0
-) -> dict[str, Shaped[np.ndarray, "n"]]:
-    """``n`` rows of words, each field drawn from its list; row ``i`` is a function of ``seed`` and ``i``.
-
-    Example:
-        >>> tls.text.draw_rows({"name": ["Ann", "Tom"], "thing": ["tea", "salt"]}, 3, seed=0)["name"].tolist()
-        ['Ann', 'Tom', 'Ann']
-    """
-    rows = torch.arange(n)
-    found: dict[str, Shaped[np.ndarray, "n"]] = {}
-    for number, (name, words) in enumerate(fields.items()):
-        chosen = (_random.uniform(seed, 83, number, rows) * len(words)).long().numpy()
-        found[name] = np.array(words)[chosen]
-    return found
-
-
-@checked
-def row_keys(inputs: Rows, fields: Mapping[str, Sequence[str]]) -> Int[np.ndarray, "n"]:
-    """One number for each row, by its words in ``fields`` alone: what decides its split.
-
-    Example:
-        >>> rows = {"name": np.array(["Ann", "Tom"]), "thing": np.array(["salt", "tea"])}
-        >>> tls.text.row_keys(rows, {"name": ["Ann", "Tom"], "thing": ["tea", "salt"]})
-        array([1, 2])
-    """
-    number = np.zeros(len(next(iter(inputs.values()))), dtype=np.int64)
-    for name, words in fields.items():
-        order = np.argsort(words)
-        number = number * len(words) + order[np.searchsorted(np.array(words)[order], inputs[name])]
-    return number
-
-
-@checked
-def filled(templates: Sequence[str], inputs: Rows) -> list[str]:
-    """Each row's template with its words filled in.
-
-    Example:
-        >>> tls.text.filled(["{name} drinks", "Here is {name}"], {"name": np.array(["Ann", "Tom"])})
-        ['Ann drinks', 'Here is Tom']
-    """
-    rows = zip(*(values.tolist() for values in inputs.values()), strict=True)
-    return [
-        template.format(**dict(zip(inputs, row, strict=True))) for template, row in zip(templates, rows, strict=True)
-    ]
-
-
-@checked
-def prompts(rows: Rows) -> list[str]:
-    """Each row's own template with its words filled in: the text up to the answer.
-
-    Example:
-        >>> tls.text.prompts({"template": np.array(["{name} drinks"]), "name": np.array(["Ann"])})
-        ['Ann drinks']
-    """
-    return filled(rows["template"].tolist(), rows)
 
 
 Counterfactual = Callable[[Rows, Mapping[str, Sequence[str]], np.random.Generator], Rows]
