@@ -22,7 +22,7 @@ ORDER = {
     "align",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
     "mib_graph mib_scores mib_tasks mib importers share",
-    "tasks": "native real_models places task tokenizers language_models pairing input_space templates text "
+    "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
     "methods tables cells benchmark",

@@ -23,8 +23,16 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.tasks.language_models import begins, load_language_model, load_sizes, load_tokenizer
 from tl_sparsify.tasks.pairing import balanced_among, split_of
 from tl_sparsify.tasks.task import Task
-from tl_sparsify.tasks.templates import Rows, draw_rows, filled, prompts, row_keys
-from tl_sparsify.tasks.tokenizers import digit_by_digit, single_token_words, two_token_numbers
+from tl_sparsify.tasks.tokenizers import (
+    Rows,
+    digit_by_digit,
+    draw_rows,
+    filled,
+    prompts,
+    row_keys,
+    single_token_words,
+    two_token_numbers,
+)
 
 __all__ = [
     "Counterfactual",
