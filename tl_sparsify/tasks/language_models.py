@@ -33,7 +33,7 @@ def load_language_model(source: Any, *, device: str = "cpu") -> Any:
     if not isinstance(source, str | Path):
         if getattr(source, "tokenizer", None) is None:
             raise ValueError(
-                f"source is a model of type {type(source).__name__}, without a tokenizer: give one that has it"
+                f"model is of type {type(source).__name__}, without a tokenizer: give one that has it as source"
             )
         return source
     source = _checked(source)
