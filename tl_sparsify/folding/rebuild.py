@@ -180,7 +180,8 @@ def assign(bridge: Any, tensors: Mapping[str, Tensor], frozen: set[str]) -> None
         before = owner._parameters.get(leaf, owner._buffers.get(leaf))
         if before is not None and before.shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(before.shape)}")
-        if before is not None and before.dtype != tensor.dtype:
+        floats = leaf in owner._buffers and tensor.is_floating_point()  # a model's own tables keep their precision
+        if before is not None and before.dtype != tensor.dtype and not (floats and before.is_floating_point()):
             raise ValueError(f"{name} is of type {tensor.dtype}, not {before.dtype}")
         if bool(tensor.isnan().any()):
             raise ValueError(f"{name} has NaN in it")
