@@ -198,4 +198,5 @@ def _wanted(hint: Any) -> str:
             return f"a dictionary of {of[1]} for {of[0]}"
         return f"a {'tuple' if origin is tuple else 'list'} of {', '.join(dict.fromkeys(of))}" if of else "a list"
     name = getattr(hint, "__name__", str(hint))
-    return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}" + (f" ({_MENDS[name]})" if name in _MENDS else "")
+    article = "" if name[:1].isupper() and name.endswith("s") else "an " if name[:1] in "AEIO" else "a "  # Units: many
+    return f"{article}{name}" + (f" ({_MENDS[name]})" if name in _MENDS else "")
