@@ -310,7 +310,7 @@ def test_the_settings_of_a_comparison_are_refused_by_name(tmp_path: Path):
     file = tmp_path / "settings.json"
     random = [tls.baselines.random]
     task = tls.load_task("planted_backup")
-    given: dict[str, Any] = {"sizes": (0.5,), "seeds": 1, "refit_steps": 0, "examples": 16, "bootstrap": 0}
+    given: dict[str, Any] = {"sizes": (0.5,), "seeds": 1, "refit_patience": 0, "examples": 16, "bootstrap": 0}
     given |= {"out": tmp_path, "progress": False}
     model = task.model()
     first = tls.compare(model, task, random, **given)

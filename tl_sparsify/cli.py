@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from tl_sparsify import __version__
-from tl_sparsify._internal.directory import check_free, results
 from tl_sparsify._internal.processes import Ended, ending
 from tl_sparsify._internal.progress import step
 
@@ -128,6 +127,7 @@ def run(
 
     Results that are in the folder already are replaced as a whole when the run is complete. A search that was
     interrupted goes on from its last round when the same command is given again."""
+    from tl_sparsify._internal.directory import results
     from tl_sparsify.plan import Request, usable_device
     from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES, SEARCH
     from tl_sparsify.run import carry_out
@@ -197,6 +197,7 @@ def report_(
 
 
 def _writable(folder: Path) -> Path:
+    from tl_sparsify._internal.directory import check_free
     from tl_sparsify.folding.bridge import FOLDED
 
     try:
