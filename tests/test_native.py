@@ -75,7 +75,7 @@ def test_a_folder_of_an_older_version_is_loaded_and_refused_where_it_cannot_be_r
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match="old is damaged, or its parts do not fit together"):
+        with pytest.raises(ValueError, match="old is damaged, or is no model whose parts fit together"):
             load_native(folder)
         (folder / name).write_bytes(before)
 
