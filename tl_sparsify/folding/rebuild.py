@@ -18,19 +18,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers.initialization import no_init_weights
 
 from tl_sparsify._internal.storage import check_size
-from tl_sparsify.folding.checkpoint import ATTENTION_IMPLEMENTATIONS, check_attention
+from tl_sparsify.folding.checkpoint import ATTENTION_IMPLEMENTATIONS, CLASSES, check_attention
 
 NATIVE = "TransformerLensNative"
-HUGGING_FACE = (
-    "GPT2LMHeadModel",
-    "GPTNeoXForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
+HUGGING_FACE = tuple(CLASSES)
 """Classes of the transformers package, by the name that ``model.cfg.architecture`` has."""
 
 _SETTINGS = ("model_name", "default_prepend_bos")  # what a user may have set on the bridge's own configuration

@@ -85,13 +85,11 @@ def _said(value: Any) -> str:
 def write(folder: Path, described: Mapping[str, str], state: State) -> None:
     """Put a state into a folder; the circuits that an earlier one named and this one does not go."""
     folder.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    for step in state.found:
-        names.append(f"{_name(step.reduction)}.reduction")
-        if not (folder / names[-1]).is_file():
-            step.reduction.save(folder / names[-1])
-    before = f"{_name(state.before)}.reduction"
-    state.before.save(folder / before)
+    reductions = [*(step.reduction for step in state.found), state.before]
+    *names, before = (f"{_name(reduction)}.reduction" for reduction in reductions)
+    for name, reduction in zip((*names, before), reductions, strict=True):
+        if not (folder / name).is_file():
+            reduction.save(folder / name)
     header = {
         "arguments": dict(described),
         "numbers": [state.step, list(state.pending), state.clock, state.number, state.promised, state.spare],
