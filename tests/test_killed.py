@@ -53,6 +53,29 @@ def killed(work: Callable[[int], None], after: float, how: signal.Signals, first
     return os.waitstatus_to_exitcode(status)
 
 
+def killed_at_a_renaming(work: Callable[[], None], stop: int, counts: Callable[[Path], bool]) -> int:
+    """Do ``work`` in a child that is killed at the renaming of this number, of those that count; its exit status."""
+    child = os.fork()
+    if not child:
+        try:
+            rename, moves = Path.replace, 0
+
+            def replace(path: Path, target: Path) -> Path:
+                nonlocal moves
+                if counts(path):
+                    if moves == stop:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    moves += 1
+                return rename(path, target)
+
+            Path.replace = replace  # type: ignore[method-assign]
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
 
@@ -95,30 +118,10 @@ def test_a_folded_model_is_the_old_one_or_the_new_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("stop", [0, 1])
-def test_a_folded_model_whose_replacement_stopped_between_its_renamings_is_found(
-    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folded_model_whose_replacement_stopped_between_its_renamings_is_found(stop: int, tmp_path: Path):
     one = fold(native(), reduction_of(native(), ["L0H1"]))
     save_folded(one, tmp_path / "small")
-    child = os.fork()
-    if not child:
-        try:
-            rename, moves = Path.replace, 0
-
-            def replace(path: Path, target: Path) -> Path:
-                nonlocal moves
-                if path.is_dir():
-                    if moves == stop:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    moves += 1
-                return rename(path, target)
-
-            monkeypatch.setattr(Path, "replace", replace)
-            save_folded(one, tmp_path / "small")
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert killed_at_a_renaming(lambda: save_folded(one, tmp_path / "small"), stop, Path.is_dir) == -signal.SIGKILL
     assert (tmp_path / "small").exists() == (stop == 0) and len(hidden(tmp_path)) >= 1
     assert load_folded(tmp_path / "small").units == one.units
     save_folded(one, tmp_path / "small")
@@ -155,29 +158,9 @@ def test_results_are_of_one_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("stop", range(10))
-def test_results_that_are_killed_at_any_renaming_are_of_one_run(
-    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_results_that_are_killed_at_any_renaming_are_of_one_run(stop: int, tmp_path: Path):
     written(tmp_path, 1)
-    child = os.fork()
-    if not child:
-        try:
-            rename, moves = Path.replace, 0
-
-            def replace(path: Path, target: Path) -> Path:
-                nonlocal moves
-                if ".part" not in path.name:
-                    if moves == stop:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    moves += 1
-                return rename(path, target)
-
-            monkeypatch.setattr(Path, "replace", replace)
-            written(tmp_path, 2)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code = killed_at_a_renaming(lambda: written(tmp_path, 2), stop, lambda path: ".part" not in path.name)
     assert code == (-signal.SIGKILL if stop < 9 else 1)  # five older ones go, four newer come
     settle(tmp_path, NAMES, "run.json")
     there = {name: content[:1] for name, content in files_in(tmp_path).items()}
