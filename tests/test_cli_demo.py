@@ -1,4 +1,5 @@
-"""The command line's main job on a shipped task with default options (slow)."""
+"""The command line's main job on a shipped task with default options, without the orders that it is set against (slow;
+those are looked at on a tiny task)."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         patch.setattr(
             running, "sparsify", lambda *args, **options: found.append(sparsify(*args, **options)) or found[0]
         )
-        assert command("run", "hierarchical_equality", "--out", out).code == 0
-    assert tuple(files_in(out)) == FILES
+        assert command("run", "hierarchical_equality", "--no-baselines", "--out", out).code == 0
+    assert {"baselines.csv", *files_in(out)} == set(FILES)
     return out, found[0]
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
-from helpers.models import TwoLayers, bridge, examples, inputs, seeded, unchanged, units_of
+from helpers.models import TwoLayers, bridge, examples, fresh, inputs, seeded, unchanged, units_of
 from torch import Tensor
 
 from tl_sparsify import constants
+from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import output
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric
-from tl_sparsify.core.units import heads
+from tl_sparsify.core.units import heads, neurons
 from tl_sparsify.search.compensating import sparsify_affine
 
 
@@ -113,3 +117,15 @@ def test_predictions_are_in_nats_and_on_the_examples_that_risk_is_measured_on():
         assert only.predicted.unit == only.measured.unit == "nats"
         # the maps are fitted on the other examples, where those that are predicted would be fitted anew
         assert only.measured.mean == pytest.approx(only.predicted.mean, rel=0.05 if held_out is None else 0.3)
+
+
+def test_covariances_that_would_not_fit_are_refused_before_a_pass():
+    wide = fresh(d_mlp=20_000, n_layers=1, dtype=torch.float32)
+    batch = Examples(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[-100, -100, 1]] * 2))
+    units = heads(wide) + neurons(wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=24 * 10**9))
+        message = r"units has up to 20,000 .* take about 22\.4 GB, and this machine has 24\.0 GB: give fewer of them"
+        with pytest.raises(ValueError, match=message), counted(wide) as passes:
+            sparsify_affine(wide, batch, units, progress=False)
+    assert passes["forward"] == 0

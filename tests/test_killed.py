@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import QUICK, started
+from helpers.commands import QUICK, as_in_a_terminal, started
 from helpers.native import native, reduction_of
 from helpers.tiny_task import files_in, results_in, task_folder
 
@@ -34,10 +34,12 @@ def killed(work: Callable[[int], None], after: float, how: signal.Signals, first
     if not child:
         status = 1
         try:
+            as_in_a_terminal()
             number = first
             with ending():
                 os.write(begun, b"x")
-                while True:
+                until = time.monotonic() + 300  # a signal that never comes ends in a failure, not in a hang
+                while time.monotonic() < until:
                     work(number)
                     number += 1
         except Ended as ended:

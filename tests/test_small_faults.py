@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers.models import bridge, examples, fresh, reduction_of, unchecked, uni
 
 import tl_sparsify as tls
 from tl_sparsify import Examples, constants, fold, load_task, score
+from tl_sparsify.comparison.evaluate import auroc, average_precision
 from tl_sparsify.core.circuit import NeighbourMap
 from tl_sparsify.folding.bridge import load_folded, save_folded
 
@@ -84,3 +87,52 @@ def test_maps_of_neighbours_with_nan_are_refused():
         else:
             with pytest.raises(ValueError, match="has NaN or infinite weights"):
                 replace(reduction, mixing=mixing)
+
+
+def test_a_default_device_changes_nothing():
+    model, data = bridge(), examples(8)
+
+    def found() -> list[object]:
+        path = tls.sparsify(model, data, units_of(model), rounds=2, progress=False)
+        full = constants.reduced(model, tls.Circuit.full(path.units), constants.mean(model, data, path.units))
+        fitted = constants.refit(model, path.at(0.5), data, data, steps=2, progress=False)
+        return [path.at(0.5), full, fitted, tls.risk(model, fitted, data)]
+
+    plain = found()
+    torch.set_default_device("meta")
+    try:
+        assert found() == plain
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.long, torch.bool])
+def test_values_are_real_numbers(dtype: torch.dtype):
+    values = reduction_of(bridge()).values
+    with unchecked(), pytest.raises(ValueError, match=f"tensors hold one of {dtype}; values are real numbers"):
+        tls.Values(values.units, tuple(tensor.to(dtype) for tensor in values.tensors))
+
+
+def test_a_basis_of_another_width_is_refused():
+    message = r"basis has 5 rows, and the model's residual stream 8: \[width, directions\]"
+    with pytest.raises(ValueError, match=message):
+        tls.directions(bridge(), "blocks.0.hook_resid_post", torch.eye(5)[:, :2])
+    with pytest.raises(ValueError, match=message):
+        tls.stream_directions(bridge(), torch.eye(5)[:, :2])
+    neurons = tls.directions(bridge(), "blocks.0.mlp.hook_post", torch.eye(5)[:, :2])
+    assert neurons.names == ("L0D0", "L0D1")
+
+
+@pytest.mark.parametrize("measure", [auroc, average_precision])
+def test_scores_that_are_nan_have_no_order(measure: Callable[..., float]):
+    units = units_of(bridge())
+    scores = torch.arange(len(units)).float()
+    scores[[2, 5]] = float("nan")
+    with pytest.raises(ValueError, match="scores holds 2 NaN, which have no place in an order"):
+        measure(scores, tls.Circuit.of(units, units.names[:3]))
+
+
+@pytest.mark.parametrize("n", [0, -5, 2.5, True])
+def test_a_number_of_units_that_is_none_is_refused(n: Any):
+    with unchecked(), pytest.raises(ValueError, match="n is "):
+        score.kept_count(n, 0.5)

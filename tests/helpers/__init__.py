@@ -1,0 +1,1 @@
+from helpers import typechecker as typechecker  # jaxtyping imports the package alone

@@ -50,14 +50,15 @@ def command(*arguments: str | Path, terminal: bool = False) -> Outcome:
 QUICK = ("--keep", "1.0", "--rounds", "1")  # nothing is removed, so there are no constants to refit
 
 
+def as_in_a_terminal() -> None:
+    """Signals do what they do in a terminal: a suite that runs in the background ignores some, and children inherit
+    that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(arguments: Sequence[Any], cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """A process of one thread with pipes, whose signals do what they do in a terminal: a suite that runs in the
-    background ignores some, and children inherit that."""
-
-    def as_in_a_terminal() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-
+    """A process of one thread with pipes, whose signals do what they do in a terminal."""
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [*map(str, arguments)]

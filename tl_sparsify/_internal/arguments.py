@@ -6,6 +6,7 @@ value must be beside (a range, units of this model) the functions check themselv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -14,6 +15,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import torch
 
 from tl_sparsify._internal.checks import MOST, check_is_model
 from tl_sparsify._internal.random import check_seed
@@ -42,6 +45,7 @@ _LOOPS = ("steps", "rounds", "draws", "probes", "samples", "bootstrap", "trials"
 _RANGED = ("smallest", "fraction", "goal", "level")
 """What every function that takes it says the range of, of what is no number as well."""
 _SHOWN = 60
+_CPU = torch.device("cpu")
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -63,7 +67,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not variadic and value is not parameter.default and name != "self":
                 _check(name, value, parameter.annotation, function)
-        return function(*args, **kwargs)
+        # Generators and indices are made on the CPU, whatever the caller's default device is; the model says its own.
+        with contextlib.nullcontext() if torch.get_default_device() == _CPU else _CPU:
+            return function(*args, **kwargs)
 
     return call
 

@@ -344,7 +344,7 @@ def auroc(scores: Float[Tensor, "units"], truth: Circuit) -> float:
     receiver operating characteristic); NaN where all or none are true.
 
     Raises:
-        ValueError: scores of another length than the circuit's units.
+        ValueError: scores of another length than the circuit's units, or with NaN among them.
     """
     true = _truth(scores, truth)
     if true.all() or not true.any():
@@ -362,7 +362,7 @@ def average_precision(scores: Float[Tensor, "units"], truth: Circuit) -> float:
     is true.
 
     Raises:
-        ValueError: scores of another length than the circuit's units.
+        ValueError: scores of another length than the circuit's units, or with NaN among them.
     """
     true = _truth(scores, truth)
     if not true.any():
@@ -376,4 +376,6 @@ def average_precision(scores: Float[Tensor, "units"], truth: Circuit) -> float:
 def _truth(scores: Float[Tensor, "units"], truth: Circuit) -> Bool[Tensor, "units"]:
     if len(scores) != len(truth.units):
         raise ValueError(f"scores holds {len(scores)} numbers for {len(truth.units)} units")
+    if bool(scores.isnan().any()):
+        raise ValueError(f"scores holds {int(scores.isnan().sum())} NaN, which have no place in an order")
     return truth.mask.cpu()

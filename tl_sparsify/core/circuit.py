@@ -55,17 +55,17 @@ class Circuit:
     @staticmethod
     def full(units: Units) -> Circuit:
         """Every unit kept."""
-        return Circuit(units, torch.ones(len(units), dtype=torch.bool))
+        return Circuit(units, torch.ones(len(units), dtype=torch.bool, device="cpu"))
 
     @staticmethod
     def empty(units: Units) -> Circuit:
         """No unit kept."""
-        return Circuit(units, torch.zeros(len(units), dtype=torch.bool))
+        return Circuit(units, torch.zeros(len(units), dtype=torch.bool, device="cpu"))
 
     @staticmethod
     def of(units: Units, kept: Iterable[str | Unit]) -> Circuit:
         """The circuit of the named units; an unknown name is a ``KeyError`` that says what there is."""
-        mask = torch.zeros(len(units), dtype=torch.bool)
+        mask = torch.zeros(len(units), dtype=torch.bool, device="cpu")
         for unit in kept:
             mask[units.index(unit)] = True
         return Circuit(units, mask)
@@ -142,6 +142,8 @@ class Values:
         for tensor in self.tensors:
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"tensors hold a {type(tensor).__name__}; values are tensors, one for each site")
+            if not tensor.is_floating_point():
+                raise ValueError(f"tensors hold one of {tensor.dtype}; values are real numbers: give tensor.float()")
         if any(tensor.is_inference() for tensor in self.tensors):  # made under inference_mode: of no use to gradients
             with torch.inference_mode(False):
                 object.__setattr__(self, "tensors", tuple(tensor.clone() for tensor in self.tensors))

@@ -272,7 +272,7 @@ class Examples:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         for start in range(0, len(self), size):
             part = slice(start, min(start + size, len(self)))
-            yield torch.arange(part.start, part.stop), self[part]
+            yield torch.arange(part.start, part.stop, device="cpu"), self[part]
 
     def to(self, device: torch.device | str) -> Examples:
         """The same examples with every tensor on ``device``."""

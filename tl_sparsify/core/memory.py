@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 
 from tl_sparsify.core.examples import Examples
@@ -19,6 +20,9 @@ ON_CPU = 2**30
 SHARE = 1 / 4
 """Of what the model leaves of a GPU's memory."""
 
+SHARE_OF_A_MACHINE = 0.8
+"""Of a machine's memory: what needs more is refused."""
+
 TOKENS = 16_384
 """At most so many tokens at a time: more are no faster."""
 
@@ -27,6 +31,11 @@ _KEPT = (
 )
 _PATTERNS = 4  # numbers for each entry of an attention pattern
 _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and their gradients
+
+
+def physical() -> int:
+    """Bytes of memory that this machine has."""
+    return psutil.virtual_memory().total
 
 
 def budget(model: Any) -> int:

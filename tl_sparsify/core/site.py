@@ -222,14 +222,14 @@ class Site:
                 "spans=...) gives them some, and outside a search units.for_examples(index, examples.spans) places it"
             )
         if isinstance(where, slice):
-            mask = torch.zeros(1, pos, dtype=torch.bool)
+            mask = torch.zeros(1, pos, dtype=torch.bool, device="cpu")
             mask[:, where] = True
             if not bool(mask.any()):
                 raise ValueError(
                     f"positions {self.suffix[1:]} of {self.hook} select nothing of an input of length {pos}"
                 )
             return mask
-        index = where if isinstance(where, Tensor) else torch.tensor([where])
+        index = where if isinstance(where, Tensor) else torch.tensor([where], device="cpu")
         if isinstance(where, Tensor):
             if where.shape[:1] != (batch,):
                 raise ValueError(
@@ -239,7 +239,7 @@ class Site:
             index = where.reshape(batch, -1)
         if bool(((index < -pos) | (index >= pos)).any()):
             raise ValueError(f"positions {self.suffix[1:]} of {self.hook} lie outside an input of length {pos}")
-        return torch.zeros(index.shape[0], pos, dtype=torch.bool).scatter_(1, index.cpu() % pos, True)
+        return torch.zeros(index.shape[0], pos, dtype=torch.bool, device="cpu").scatter_(1, index.cpu() % pos, True)
 
     def check_input(self, held: Bool[Tensor, "batch pos"]) -> None:
         """Refuse positions at which an example holds padding. A slice's open ends are those of the input; the ends that
@@ -286,7 +286,7 @@ class Site:
             known = ", ".join(spans)
             raise ValueError(f"positions of {self.hook} are the span {where!r}, and the examples have {known}")
         start, stop = spans[where][index].unbind(1)
-        steps = torch.arange(int((stop - start).max()))
+        steps = torch.arange(int((stop - start).max()), device="cpu")
         return replace(self, positions=torch.minimum(start[:, None] + steps, stop[:, None] - 1))
 
 

@@ -26,6 +26,7 @@ from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
 _KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
+_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 _NAME = re.compile(r"(?:L(\d+))?(H|N|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
 
 
@@ -187,7 +188,7 @@ class Units:
     @cached_property
     def layers(self) -> Int[Tensor, "units"]:
         """Every unit's layer, in flat order."""
-        return torch.cat([torch.full((site.size,), site.layer) for site in self.sites])
+        return torch.cat([torch.full((site.size,), site.layer, device="cpu") for site in self.sites])
 
     def describe(self, mask: Bool[Tensor, "units"] | None = None) -> str:
         """``31 heads, 169 neurons``: the number of units of each kind (within ``mask``)."""
@@ -218,7 +219,7 @@ def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
     """The sites of some units, and the mask of these units over them (a unit counts once)."""
     chosen = list(chosen)
     units = Units(tuple(dict.fromkeys(unit.site for unit in chosen)))
-    mask = torch.zeros(len(units), dtype=torch.bool)
+    mask = torch.zeros(len(units), dtype=torch.bool, device="cpu")
     for unit in chosen:
         mask[units.offsets[units.sites.index(unit.site)] + unit.index] = True
     return units, mask
@@ -329,7 +330,8 @@ def directions(model: Any, hook: str, basis: Any) -> Units:
             decoder of a sparse autoencoder. Columns may overlap.
 
     Raises:
-        ValueError: a hook point that the model lacks, or a basis that is not a matrix of finite numbers.
+        ValueError: a hook point that the model lacks, a basis that is not a matrix of finite numbers, or of another
+            width than the residual stream has, for a hook point there.
 
     Example:
         >>> basis = tls.basis.pca(model, train, "blocks.0.hook_resid_post", rank=3)
@@ -340,6 +342,8 @@ def directions(model: Any, hook: str, basis: Any) -> Units:
         raise ValueError(f"the model has no hook point {hook!r}: this architecture does not compute it")
     match = re.search(r"blocks\.(\d+)\.", hook)
     columns = _matrix(basis)
+    if hook.rsplit(".", 1)[-1] in _STREAM:
+        _check_width(model, columns)
     layer = int(match[1]) if match else 0
     return Units((Site(kind="direction", layer=layer, hook=hook, size=columns.shape[1], basis=columns),))
 
@@ -349,13 +353,14 @@ def stream_directions(model: Any, basis: Any) -> Units:
     coordinate for each write; removed by constant coordinates, which weight orthogonalisation does in the weights.
 
     Raises:
-        ValueError: a model without residual stream, or a basis that is not a matrix of finite numbers.
+        ValueError: a model without residual stream, a basis that is not a matrix of finite numbers or of another width.
 
     Example:
         >>> tls.stream_directions(model, torch.eye(64)[:, :2]).names
         ('S0', 'S1')
     """
     columns = _matrix(basis)
+    _check_width(model, columns)
     writes = [name for name in ("blocks.0.hook_resid_pre",) if name in model.hook_dict]
     for layer, _ in _blocks(model):
         names = (f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out")
@@ -382,8 +387,14 @@ def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
         bias = getattr(part, "b_O" if parts[site.kind] == "attn" else "b_out", None)
         total = parameter_count(part)
         total -= 0 if bias is None else bias.numel()
-        found.append(torch.full((site.size,), total / site.size))
+        found.append(torch.full((site.size,), total / site.size, device="cpu"))
     return torch.cat(found)
+
+
+def _check_width(model: Any, basis: Float[Tensor, "width r"]) -> None:
+    width = getattr(getattr(model, "cfg", None), "d_model", None)  # a hooked module of the user's own need not say
+    if width is not None and len(basis) != width:
+        raise ValueError(f"basis has {len(basis)} rows, and the model's residual stream {width}: [width, directions]")
 
 
 def _matrix(basis: Any) -> Float[Tensor, "width r"]:

@@ -30,6 +30,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batches_of, check_call, check_examples, frozen, unit_positions
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import risk
+from tl_sparsify.core.memory import SHARE_OF_A_MACHINE, physical
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.probes import output_probes, pulled
@@ -119,7 +120,7 @@ def sparsify_affine(
 
     Raises:
         ValueError: a model in training mode, sizes that are not falling fractions, units to be kept always that are
-            others or more than the smallest size keeps.
+            others or more than the smallest size keeps, more units of one hook point than this machine's memory holds.
 
     Example:
         >>> tls.sparsify_affine(model, train, tls.neurons(model), sizes=(0.5, 0.2), progress=False)
@@ -132,6 +133,7 @@ def sparsify_affine(
     check_positive("ridge", ridge)
     if not sizes or list(sizes) != sorted(sizes, reverse=True):
         raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
+    _check_memory(units)
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
     if always_keep is not None and len(always_keep) > (least := kept_count(len(units), sizes[-1], "sizes")):
@@ -163,6 +165,22 @@ def sparsify_affine(
     order.append(rest)
     left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)
     return CircuitPath(units, torch.cat([*order, left.nonzero().flatten()]), tuple(rounds), values=constant.values)
+
+
+def _check_memory(units: Units) -> None:
+    """Refuse units whose covariances would not fit: two matrices of each hook point, five more of the largest."""
+    largest, every = 0, 0
+    for site in units.sites:
+        square = site.size**2 if site.kind in MIXABLE else 0
+        largest, every = max(largest, square), every + square
+    needed, there = torch.float64.itemsize * (2 * every + 5 * largest), physical()
+    if needed > SHARE_OF_A_MACHINE * there:
+        most = max(site.size for site in units.sites if site.kind in MIXABLE)
+        raise ValueError(
+            f"units has up to {most:,} neurons or directions of one hook point, whose "
+            f"covariances take about {needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB: "
+            "give fewer of them, or search with sparsify, whose memory grows with the units alone"
+        )
 
 
 def _removed(banks: list[_Bank], units: Units, count: int) -> Int[Tensor, "count"]:

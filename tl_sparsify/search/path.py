@@ -74,7 +74,7 @@ class CircuitPath:
         Raises:
             ValueError: a budget that not even the last unit is within.
         """
-        costs = torch.ones(len(self.units)) if self.costs is None else self.costs
+        costs = torch.ones(len(self.units), device="cpu") if self.costs is None else self.costs
         kept = costs[self.order].double().flip(0).cumsum(0)  # the cost of the last, of the last two, ...
         count = int((kept <= budget).sum())
         if count == 0:
@@ -82,7 +82,7 @@ class CircuitPath:
         return self._keeping(count)
 
     def _keeping(self, count: int) -> Reduction:
-        mask = torch.zeros(len(self.units), dtype=torch.bool)
+        mask = torch.zeros(len(self.units), dtype=torch.bool, device="cpu")
         mask[self.order[len(self.units) - count :]] = True
         larger = [r for r in self.rounds if len(r.reduction.circuit) >= count]
         reduction = (larger[-1] if larger else self.rounds[0]).reduction
@@ -108,8 +108,8 @@ class CircuitPath:
     @property
     def scores(self) -> Float[Tensor, "units"]:
         """Each unit's place in the order of removal: the longer it is kept, the higher."""
-        place = torch.empty(len(self.units), dtype=torch.float64)
-        place[self.order] = torch.arange(len(self.units), dtype=torch.float64)
+        place = torch.empty(len(self.units), dtype=torch.float64, device="cpu")
+        place[self.order] = torch.arange(len(self.units), dtype=torch.float64, device="cpu")
         return place
 
     def to_frame(self) -> pd.DataFrame:

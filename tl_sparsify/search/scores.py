@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.units import Units
 
@@ -65,7 +66,7 @@ class Scores:
 
     def top(self, fraction: float) -> Circuit:
         """The circuit of the best ``fraction`` of the units."""
-        mask = torch.zeros(len(self.units), dtype=torch.bool)
+        mask = torch.zeros(len(self.units), dtype=torch.bool, device="cpu")
         mask[self.order[len(self.units) - kept_count(len(self.units), fraction) :].cpu()] = True
         return Circuit(self.units, mask)
 
@@ -80,7 +81,7 @@ class Scores:
         if self.units != other.units:
             raise ValueError(f"other scores {other.units!r}, these score {self.units!r}: ranks need the same units")
         ranks = [pd.Series(scores.scores.tolist()).rank().tolist() for scores in (self, other)]
-        mine, theirs = (rank - rank.mean() for rank in torch.tensor(ranks, dtype=torch.float64))
+        mine, theirs = (rank - rank.mean() for rank in torch.tensor(ranks, dtype=torch.float64, device="cpu"))
         return float(mine @ theirs / (mine.norm() * theirs.norm()))
 
     def to_frame(self) -> pd.DataFrame:
@@ -105,7 +106,7 @@ def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
     """How many of ``n`` units a fraction keeps: at least one. ``name`` is what the caller calls it.
 
     Raises:
-        ValueError: a fraction outside (0, 1].
+        ValueError: a fraction outside (0, 1], a number of units that is none.
 
     Example:
         >>> tls.score.kept_count(780, 0.1), tls.score.kept_count(780, 0.0001)
@@ -113,4 +114,5 @@ def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction <= 1:
         raise ValueError(f"{name} is {fraction!r}; it must lie in (0, 1]")
+    check_count("n", n)
     return max(1, round(fraction * n))
