@@ -242,7 +242,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_workers_of_a_comparison_end_with_it(sent: signal.Signals, tmp_path: Path):
-    arguments = ("planted_backup", "--seeds", "2", "--workers", "2", "--out", tmp_path / "out", "--quiet")
+    arguments = ("planted_backup", "--smoke", "--workers", "2", "--out", tmp_path / "out", "--quiet")
     running = process("bench", *arguments, cwd=tmp_path)
     assert until(lambda: list(tmp_path.glob("out/cells/*/*.csv")) or running.poll() is not None)
     workers = children(running.pid)
