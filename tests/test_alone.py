@@ -11,12 +11,13 @@ from helpers.models import bridge, examples, exclusive_or, exclusive_or_inputs, 
 from torch import Tensor
 
 from tl_sparsify import constants, score
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.first_token import first_tokens
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Units, attentions, directions, heads, mlps, neurons, stream_directions
+from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons
 from tl_sparsify.search.alone import alone
 from tl_sparsify.tasks.task import load_task
 

@@ -11,12 +11,13 @@ from helpers.architectures import CONFIGS, batch, bridge, padded
 from helpers.models import NoCasts, fisher, softened
 
 from tl_sparsify import constants, score
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Units, directions, heads, mlps, neurons, stream_directions
+from tl_sparsify.core.units import Units, heads, mlps, neurons
 from tl_sparsify.search.joint import sparsify
 
 

@@ -22,6 +22,7 @@ from helpers.models import (
 from torch import Tensor
 
 from tl_sparsify import basis, constants, score
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened, recorded
@@ -29,7 +30,7 @@ from tl_sparsify.core.measure import risk
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Units, directions, heads, stream_directions
+from tl_sparsify.core.units import Units, heads
 from tl_sparsify.search.joint import sparsify
 
 HOOK = "blocks.0.hook_resid_post"
@@ -215,7 +216,9 @@ def test_bad_bases_and_hook_points_are_refused():
         directions(model, HOOK, torch.ones(8))
     with pytest.raises(ValueError, match="no blocks"):
         stream_directions(TwoLayers(torch.eye(2), torch.eye(2)), torch.eye(2))
-    wrong = directions(model, HOOK, torch.ones(5, 1))
+    with pytest.raises(ValueError, match="basis has 5 rows, and the model's residual stream 8"):
+        directions(model, HOOK, torch.ones(5, 1))
+    wrong = Units((Site("direction", 1, HOOK, 1, basis=torch.ones(5, 1)),))
     with pytest.raises(ValueError, match=r"hook_resid_post yields .*\[batch, pos, 5\]"):
         score.risk(model, examples(), wrong)
 

@@ -21,11 +21,12 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 
 from tl_sparsify import baselines, score
 from tl_sparsify.comparison.edge_attribution import Edges, eap, eap_ig, edge_attribution
+from tl_sparsify.core.basis import directions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import log_odds
-from tl_sparsify.core.units import Units, attentions, directions, heads, mlps, neurons, residuals
+from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons, residuals
 
 
 def paired(n: int = 3) -> Examples:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import directions, stream_directions
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.tasks.language_models import load_language_model

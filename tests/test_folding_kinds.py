@@ -13,10 +13,12 @@ from helpers.native import PATTERNS, SEEDS, VARIANTS, ablated, distance, mask, n
 from hypothesis import given, settings
 from torch import Tensor
 
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.reduction import Reduction, fingerprint
-from tl_sparsify.core.units import Units, attentions, directions, mlps, neurons, residuals, stream_directions
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, attentions, mlps, neurons, residuals
 from tl_sparsify.folding.bridge import load_folded, save_folded
 from tl_sparsify.folding.fold import fold
 
@@ -225,7 +227,8 @@ def test_what_does_not_fold_is_refused_by_name():
     ):
         fold(model, reduction(directions(model, "blocks.1.mlp.hook_post", draws(20, 2, seed=0))))
     with pytest.raises(ValueError, match=r"basis of blocks\.1\.hook_resid_post has 23 rows, the model's stream 24"):
-        fold(model, reduction(directions(model, "blocks.1.hook_resid_post", draws(23, 2, seed=0))))
+        site = Site("direction", 1, "blocks.1.hook_resid_post", 2, basis=draws(23, 2, seed=0))
+        fold(model, reduction(Units((site,))))
     with pytest.raises(ValueError, match=r"units at positions 4 of blocks\.1\.hook_resid_post do not fold"):
         fold(model, reduction(directions(model, "blocks.1.hook_resid_post", draws(24, 2, seed=0)).at(4)))
     with pytest.raises(ValueError, match=r"has 1 mlp units of width 24, the reduction's 1 of width 23"):

@@ -14,12 +14,13 @@ from helpers.models import NoCasts, inputs, linear, unchanged
 from torch import Tensor
 
 from tl_sparsify.comparison.cost import counted
+from tl_sparsify.core.basis import directions
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, output
 from tl_sparsify.core.intervene import ablate, intervened, narrows, recorded
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Units, directions, mlps
+from tl_sparsify.core.units import Units, mlps
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.search import constants
 

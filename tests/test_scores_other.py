@@ -27,13 +27,14 @@ from helpers.models import (
 from torch import Tensor
 
 from tl_sparsify import constants, score
+from tl_sparsify.core.basis import stream_directions
 from tl_sparsify.core.circuit import Circuit, NeighbourMap
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, run_values
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Units, heads, neurons, stream_directions
+from tl_sparsify.core.units import Units, heads, neurons
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.scores import Scores
 

@@ -19,6 +19,8 @@ from tl_sparsify.comparison.resampling import Stability as Stability
 from tl_sparsify.comparison.resampling import stability as stability
 from tl_sparsify.core import basis as basis
 from tl_sparsify.core import metrics as metrics
+from tl_sparsify.core.basis import directions as directions
+from tl_sparsify.core.basis import stream_directions as stream_directions
 from tl_sparsify.core.circuit import Circuit as Circuit
 from tl_sparsify.core.circuit import Values as Values
 from tl_sparsify.core.distributions import InterventionDistribution as InterventionDistribution
@@ -38,12 +40,11 @@ from tl_sparsify.core.site import Site as Site
 from tl_sparsify.core.units import Unit as Unit
 from tl_sparsify.core.units import Units as Units
 from tl_sparsify.core.units import attentions as attentions
-from tl_sparsify.core.units import directions as directions
+from tl_sparsify.core.units import experts as experts
 from tl_sparsify.core.units import heads as heads
 from tl_sparsify.core.units import mlps as mlps
 from tl_sparsify.core.units import neurons as neurons
 from tl_sparsify.core.units import residuals as residuals
-from tl_sparsify.core.units import stream_directions as stream_directions
 from tl_sparsify.folding.bridge import load_folded as load_folded
 from tl_sparsify.folding.bridge import save_folded as save_folded
 from tl_sparsify.folding.export import export_hf as export_hf

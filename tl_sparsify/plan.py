@@ -16,7 +16,7 @@ import torch
 from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
-from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons
+from tl_sparsify.core.units import Units, attentions, experts, heads, mlps, neurons
 
 BESIDE_BATCH = 128  # examples in a step of the refits for baselines.csv
 PROBES, TEMPERATURE = 4, 3.0
@@ -33,8 +33,9 @@ _KINDS: Mapping[str, Callable[[Any], Units]] = {
     "neurons": neurons,
     "attentions": attentions,
     "mlps": mlps,
+    "experts": experts,
 }
-_INSIDE = {"neurons": "mlps", "heads": "attentions"}
+_INSIDE = {"neurons": "mlps", "experts": "mlps", "heads": "attentions"}
 
 
 @dataclass(frozen=True)

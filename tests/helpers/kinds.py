@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.models import examples, seeded
+from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.units import Units, attentions, directions, heads, mlps, neurons, residuals, stream_directions
+from tl_sparsify.core.units import Units, attentions, heads, mlps, neurons, residuals
 
 N = 6
 HOOK = "blocks.0.hook_resid_post"

@@ -16,9 +16,10 @@ from transformer_lens.tools.analysis.interchange import fit_das
 
 from tl_sparsify.abstraction.evidence import Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, interchange_gradients
+from tl_sparsify.core.basis import directions
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
-from tl_sparsify.core.units import Unit, directions, residuals
+from tl_sparsify.core.units import Unit, residuals
 
 # Of the base, in the points where gradients are taken: an answer that is certain, or a ReLU that is dead, at the base
 # has no gradient there, but has one somewhere on the way to the source.

@@ -1,4 +1,5 @@
-"""Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks.
+"""Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks (but for those that
+take a mixture of experts apart).
 
 Under an intervention a unit's value ``v`` becomes ``lerp(value, v, keep)``: 1 keeps it, 0 sets it to ``value``.
 Ablation takes constants for ``value``, interchange the values of a source run, and ``keep`` may be anything between.
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked, checked_fields
+from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.first_token import watching_first_tokens
 from tl_sparsify.core.reduction import Reduction
@@ -107,12 +109,17 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
 
         return only_here
 
-    with lock, model.hooks(fwd_hooks=[(name, here(hook)) for name, hook in hooks]):
+    mine_only = [(name, here(hook)) for name, hook in hooks]
+    experts = [part for part in mine_only if isinstance(part[0], str) and experts_of(model, part[0])]
+    plain = [part for part in mine_only if part not in experts]
+    with lock, model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
         yield
 
 
 def _canonical(model: Model, hook: str) -> str:
     """The hook point's own name: under an alias, compatibility mode would call a hook twice."""
+    if experts_of(model, hook) is not None:
+        return hook
     if hook not in model.hook_dict:
         raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
     return model.hook_dict[hook].name or hook

@@ -1,9 +1,10 @@
 """A site: one hook point cut into units of one kind, and how their values are read there and written back.
 
-Heads are slices of the activation, neurons its entries, a whole layer is one unit. Directions are coordinates: with
-the columns of ``basis`` as directions ``B``, a unit's value is its entry of ``v = pinv(B) x`` and a change is written
-as ``x + B (v' - v)``. For orthonormal columns these are the projections; columns may overlap, and then the values are
-least-squares coordinates: how much of ``x`` each direction accounts for, given the others.
+Heads are slices of the activation, neurons its entries, a whole layer is one unit; an expert's value is what it adds
+to its layer. Directions are coordinates: with the columns of ``basis`` as directions ``B``, a unit's value is its entry
+of ``v = pinv(B) x`` and a change is written as ``x + B (v' - v)``. For orthonormal columns these are the projections;
+columns may overlap, and then the values are least-squares coordinates: how much of ``x`` each direction accounts for,
+given the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ that the examples have by this name."""
 LETTER = {
     "head": "H",
     "neuron": "N",
+    "expert": "E",
     "mlp": "MLP",
     "attention": "ATTN",
     "residual": "RESID",
@@ -43,7 +45,7 @@ class Site:
     """One hook point cut into ``size`` units of one ``kind``, at all or at the named ``positions``.
 
     Attributes:
-        kind: ``head``, ``neuron``, ``mlp``, ``attention``, ``residual``, ``direction`` or ``stream``.
+        kind: ``head``, ``neuron``, ``expert``, ``mlp``, ``attention``, ``residual``, ``direction`` or ``stream``.
         layer: for names and maps; any numbering of the user's own.
         hook: the hook point's name.
         size: the number of units.
@@ -153,7 +155,7 @@ class Site:
         """
         if self.kind in BASED:
             return self._coordinates(activation, self._dual)
-        if self.kind == "head" and activation.ndim == 4 and activation.shape[2] == self.size:
+        if self.kind in ("head", "expert") and activation.ndim == 4 and activation.shape[2] == self.size:
             return activation
         if self.kind == "neuron" and activation.ndim in (2, 3) and activation.shape[-1] == self.size:
             return activation.unsqueeze(-1) if activation.ndim == 3 else activation[:, None, :, None]
@@ -200,7 +202,8 @@ class Site:
         return (coordinates if activation.ndim == 3 else coordinates[:, None])[..., None]
 
     def _mismatch(self, activation: Float[Tensor, "..."]) -> ValueError:
-        wanted = {"head": "[batch, pos, units, width]", "neuron": "[batch, pos, units] or [batch, units]"}
+        wanted = dict.fromkeys(("head", "expert"), "[batch, pos, units, width]")
+        wanted |= {"neuron": "[batch, pos, units] or [batch, units]"}
         whole = "[batch, pos, d_model]" if self.basis is None else f"[batch, pos, {len(self.basis)}]"
         return ValueError(
             f"{self.hook} yields {tuple(activation.shape)}; a site of {self.size} {self.kind} units needs "

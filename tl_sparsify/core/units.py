@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal.checks import check_is_model
+from tl_sparsify._internal.experts import experts_of
 from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
 _KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
-_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-_NAME = re.compile(r"(?:L(\d+))?(H|N|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
+_NAME = re.compile(r"(?:L(\d+))?(H|N|E|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
 
 
 @runtime_checkable
@@ -225,7 +225,12 @@ def select(chosen: Iterable[Unit]) -> tuple[Units, Bool[Tensor, "units"]]:
     return units, mask
 
 
-def _blocks(model: Any) -> list[tuple[int, Any]]:
+def blocks_of(model: Any) -> list[tuple[int, Any]]:
+    """The model's blocks, each with its number.
+
+    Raises:
+        ValueError: what is no model, or one without blocks.
+    """
     check_is_model(model)
     if not hasattr(model, "blocks"):
         raise ValueError(
@@ -237,7 +242,7 @@ def _blocks(model: Any) -> list[tuple[int, Any]]:
 
 def _sites(model: Any, kind: str, part: str, hook: str, weight: str | None) -> Units:
     sites: list[Site] = []
-    for layer, block in _blocks(model):
+    for layer, block in blocks_of(model):
         name = f"blocks.{layer}.{hook}"
         module = getattr(block, part, None) if part else block
         if module is None or name not in model.hook_dict:
@@ -264,7 +269,7 @@ def _size(module: Any, kind: str, weight: str, hook: str) -> int:
             what = type(getattr(module, "original_component", module)).__name__
             raise ValueError(
                 f"{hook} has no {kind} units: its layer is a {what}, which has no one output weight (a mixture of "
-                "experts?): use heads(model), attentions(model) or mlps(model)"
+                "experts?): use experts(model), mlps(model), heads(model) or attentions(model)"
             ) from error
         return inputs // module.config.d_head if kind == "head" else inputs
 
@@ -287,6 +292,33 @@ def neurons(model: Any) -> Units:
         Units(768: 768 neurons)
     """
     return _sites(model, "neuron", "mlp", "mlp.hook_post", "W_out")
+
+
+def experts(model: Any) -> Units:
+    """The experts of every layer that is a mixture of experts: ``blocks.{l}.mlp.hook_experts``, value what the expert
+    adds to its layer, a ``d_model`` vector per position (0 where the router does not choose it). The router is left
+    alone, and so are experts that every token goes through. Experts do not fold. No model pass.
+
+    Taking the experts apart costs a pass through them a second time, and a ``d_model`` vector for each of them at each
+    position.
+
+    Raises:
+        ValueError: a model without a mixture of experts.
+
+    Example:
+        >>> tls.experts(model)  # of a Mixtral: Units(256: 256 experts)
+        Traceback (most recent call last):
+        ValueError: TransformerBridge has no mixture of experts: it has no expert units
+    """
+    sites: list[Site] = []
+    for layer, _ in blocks_of(model):
+        hook = f"blocks.{layer}.mlp.hook_experts"
+        found = experts_of(model, hook)
+        if found is not None:
+            sites.append(Site(kind="expert", layer=layer, hook=hook, size=int(found[1].num_experts)))  # type: ignore[arg-type]
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no mixture of experts: it has no expert units")
+    return Units(tuple(sites))
 
 
 def mlps(model: Any) -> Units:
@@ -320,57 +352,6 @@ def residuals(model: Any) -> Units:
     return _sites(model, "residual", "", "hook_resid_post", None)
 
 
-def directions(model: Any, hook: str, basis: Any) -> Units:
-    """Directions of an activation as units: value a coordinate per position, removed by a constant coordinate.
-
-    Args:
-        hook: a hook point with activations ``[batch, pos, width]``, such as ``blocks.3.hook_resid_post``.
-        basis: ``[width, r]``, a direction in each column: a matrix of the user's own, :func:`basis.pca`, what
-            TransformerLens's ``mean_difference_basis``, ``probe_basis`` or ``fit_das`` return, or (transposed) the
-            decoder of a sparse autoencoder. Columns may overlap.
-
-    Raises:
-        ValueError: a hook point that the model lacks, a basis that is not a matrix of finite numbers, or of another
-            width than the residual stream has, for a hook point there.
-
-    Example:
-        >>> basis = tls.basis.pca(model, train, "blocks.0.hook_resid_post", rank=3)
-        >>> tls.directions(model, "blocks.0.hook_resid_post", basis).names
-        ('L0POST0', 'L0POST1', 'L0POST2')
-    """
-    if hook not in model.hook_dict:
-        raise ValueError(f"the model has no hook point {hook!r}: this architecture does not compute it")
-    match = re.search(r"blocks\.(\d+)\.", hook)
-    columns = _matrix(basis)
-    if hook.rsplit(".", 1)[-1] in _STREAM:
-        _check_width(model, columns)
-    layer = int(match[1]) if match else 0
-    return Units((Site(kind="direction", layer=layer, hook=hook, size=columns.shape[1], basis=columns),))
-
-
-def stream_directions(model: Any, basis: Any) -> Units:
-    """Directions in *every* write to the residual stream (the embedding's, each attention's, each MLP's): value one
-    coordinate for each write; removed by constant coordinates, which weight orthogonalisation does in the weights.
-
-    Raises:
-        ValueError: a model without residual stream, a basis that is not a matrix of finite numbers or of another width.
-
-    Example:
-        >>> tls.stream_directions(model, torch.eye(64)[:, :2]).names
-        ('S0', 'S1')
-    """
-    columns = _matrix(basis)
-    _check_width(model, columns)
-    writes = [name for name in ("blocks.0.hook_resid_pre",) if name in model.hook_dict]
-    for layer, _ in _blocks(model):
-        names = (f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out")
-        writes += [name for name in names if name in model.hook_dict]
-    if not writes or writes[0] != "blocks.0.hook_resid_pre":
-        raise ValueError(f"{type(model).__name__} has no hook point blocks.0.hook_resid_pre: no stream to write to")
-    site = Site(kind="stream", layer=0, hook=writes[0], size=columns.shape[1], basis=columns, also=tuple(writes[1:]))
-    return Units((site,))
-
-
 def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
     """How many parameters each head, neuron or whole layer has in the weights: its share of its layer's attention or
     MLP, without the output bias. For a search by cost. No model pass.
@@ -381,28 +362,15 @@ def parameters(model: Any, units: Units) -> Float[Tensor, "units"]:
     parts = {"head": "attn", "attention": "attn", "neuron": "mlp", "mlp": "mlp"}
     found: list[Tensor] = []
     for site in units.sites:
+        mixture = experts_of(model, site.hook) if site.kind == "expert" else None
+        if mixture is not None:
+            found.append(torch.full((site.size,), parameter_count(mixture[1]) / site.size, device="cpu"))
+            continue
         if site.kind not in parts:
             raise ValueError(f"{site.kind} units of {site.hook} are no part of the weights: they have no parameters")
-        part = getattr(dict(_blocks(model))[site.layer], parts[site.kind])
+        part = getattr(dict(blocks_of(model))[site.layer], parts[site.kind])
         bias = getattr(part, "b_O" if parts[site.kind] == "attn" else "b_out", None)
         total = parameter_count(part)
         total -= 0 if bias is None else bias.numel()
         found.append(torch.full((site.size,), total / site.size, device="cpu"))
     return torch.cat(found)
-
-
-def _check_width(model: Any, basis: Float[Tensor, "width r"]) -> None:
-    width = getattr(getattr(model, "cfg", None), "d_model", None)  # a hooked module of the user's own need not say
-    if width is not None and len(basis) != width:
-        raise ValueError(f"basis has {len(basis)} rows, and the model's residual stream {width}: [width, directions]")
-
-
-def _matrix(basis: Any) -> Float[Tensor, "width r"]:
-    """The columns of a matrix, of a learnt subspace or of the result that holds one."""
-    found = getattr(basis, "subspace", basis)
-    found = getattr(found, "basis", found)
-    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
-        raise ValueError(f"basis is {type(basis).__name__}; it must be a floating-point matrix [width, directions]")
-    if not bool(torch.isfinite(found).all()):
-        raise ValueError("basis holds NaN or infinite entries")
-    return found.detach().clone()

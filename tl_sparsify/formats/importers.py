@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparsify.core.units import Units, directions
+from tl_sparsify.core.basis import directions
+from tl_sparsify.core.units import Units
 from tl_sparsify.formats.mib_files import read_tensor_file
 from tl_sparsify.formats.mib_graph import Graph
 from tl_sparsify.formats.mib_graph import sizes as sizes_of
