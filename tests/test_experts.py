@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from helpers.architectures import GROUPED
+from helpers.mixtures import mixture
 from helpers.models import NoCasts, unchanged
-from helpers.native import randomised
 from torch import Tensor
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import tl_sparsify as tls
 
 NAMES = ("Mixtral", "Qwen2Moe", "Olmoe", "GptOss")
 every_mixture = pytest.mark.parametrize("name", NAMES)
-
-
-@cache
-def mixture(name: str) -> Any:
-    """A small model in float64 of this architecture with four experts, of which two see a token."""
-    settings = {key: value for key, value in GROUPED.items() if key != "head_dim"}
-    counts = {"Mixtral": "num_local_experts", "GptOss": "num_local_experts"}
-    settings |= {counts.get(name, "num_experts"): 4, "num_experts_per_tok": 2, "attn_implementation": "eager"}
-    settings["experts_implementation"] = "eager"  # the others are not for float64
-    if name == "Qwen2Moe":
-        settings |= {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 10}
-    if name == "GptOss":
-        settings |= {"head_dim": settings["hidden_size"] // settings["num_attention_heads"]}
-    config = getattr(transformers, f"{name}Config")(**settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # noqa: TID251
-        model = randomised(getattr(transformers, f"{name}ForCausalLM")(config), scale=0.4).double()
-    return build_bridge_from_module(model, f"{name}ForCausalLM", hf_config=config, dtype=torch.float64).eval()
 
 
 def data(n: int = 6) -> tls.Examples:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import tl_sparsify as tls
+from helpers.mixtures import mixture
 from helpers.models import bridge, examples, fresh, random_mask, random_values, reduction_of, units_of
 from tl_sparsify import Circuit, Examples, baselines, certificates, constants, curvature, pairing, score
 from tl_sparsify.core.site import Site
@@ -222,6 +223,7 @@ def entries() -> dict[str, Entry]:
     found["fingerprint"] = Entry(tls.fingerprint, {"model": model}, {"model": "module"})
     for family in ("heads", "neurons", "mlps", "attentions", "residuals"):
         found[family] = Entry(getattr(tls, family), {"model": model}, {"model": "loaded"})
+    found["experts"] = Entry(tls.experts, {"model": mixture("Mixtral")}, {"model": "loaded"})
     found["Circuit"] = Entry(
         Circuit, {"units": units, "mask": random_mask(units)}, {"units": "units", "mask": "numbers"}
     )
