@@ -174,7 +174,7 @@ def bench(
     wanted = tuple(tasks or (SMOKE_TASKS if smoke else BENCH_TASKS))
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or (SMOKE_METHODS if smoke else ())
     settings: dict[str, Any] = {"seeds": 1 if smoke else seeds, "workers": workers, "progress": not quiet}
-    settings |= {"examples": 128, "refit_patience": 20, "bootstrap": 100} if smoke else {"examples": examples}
+    settings |= {"examples": 128, "refit_patience": 5, "bootstrap": 100} if smoke else {"examples": examples}
     table = compare_tasks(wanted, chosen, out=folder, **settings)
     console = Console(quiet=quiet)
     for path in write_comparison(table, folder):

@@ -50,7 +50,7 @@ def refit_until_converged(
     every tenth of ``patience`` steps.
 
     Example:
-        >>> fitted = tls.refit_until_converged(model, reduction, train, validation, patience=10)
+        >>> fitted = tls.refit_until_converged(model, reduction, train, validation, patience=2, most=20)
         >>> tls.risk(model, fitted, validation).mean < tls.risk(model, reduction, validation).mean
         True
     """
