@@ -22,6 +22,8 @@ _POOL = 2048
 _BLOCK = 512  # units at most that leave between two looks outside the pool
 _FIRST = 64
 _ROUGH = 32
+_LOOKS = 16  # at least, at all units that a rough choice is made among
+_ROUGHLY = 4  # of the units that leave: so many of the cheapest are looked at for a rough choice
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def greedy(
     joint risk; returns them in order. No model pass.
 
     With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. ``roughly``
-    leaves out the look outside the pool, which is gathered anew for every block of 32: for comparing settings.
+    looks at four times as many of the cheapest units as leave, and leaves out the look outside the pool, which is gathered
+    anew sixteen times and for every block of 32 where that is less often: for comparing settings.
 
     Cost: ``O(rows * units)`` for each unit that leaves, nearly all of it in matrix products, and less where the
     interactions are shrunk; ``O(rows * pool)`` memory beside the linearisation's own.
@@ -82,6 +85,8 @@ def greedy(
     if not bool(torch.isfinite(linearisation.linear).all() & torch.isfinite(linearisation.matrix).all()):
         raise ValueError("the linearisation holds NaN or infinite numbers: is the metric's gradient finite?")
     state = _State.of(linearisation, candidates, shrinkage, costs)
+    if roughly and costs is None:
+        state = state.cheapest(int(_ROUGHLY * count))
     return state.take(count, pool, roughly)
 
 
@@ -171,12 +176,20 @@ class _State:
         self.live, self.alive = live.clone(), int(live.sum())
         return self
 
+    def cheapest(self, count: int) -> _State:
+        """The state with the units alone that are the cheapest to begin with."""
+        if count >= self.alive:
+            return self
+        here = (self.half + self.linear).topk(count, largest=False, sorted=False).indices.sort().values
+        return _State(self.index[here], self.matrix[:, here], self.half[here], self.linear[here], None)
+
     def take(self, count: int | float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
         """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
         picked: list[Tensor] = []
         left, block = float(count), _FIRST
+        rough = min(max(_ROUGH, int(min(count, self.alive)) // _LOOKS), _POOL // 2)
         while left > 0 and self.alive:
-            steps = min(_ROUGH if roughly else block, self.alive)
+            steps = min(rough if roughly else block, self.alive)
             chosen, asked = self.next_block(steps, left, min(pool, max(_POOL // 4, 4 * steps)), check=not roughly)
             picked.append(self.index[chosen].cpu())
             left -= len(chosen) if self.costs is None else float(self.costs[chosen].double().sum())
