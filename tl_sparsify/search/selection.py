@@ -73,8 +73,8 @@ def greedy(
     joint risk; returns them in order. No model pass.
 
     With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. ``roughly``
-    looks at four times as many of the cheapest units as leave, and leaves out the look outside the pool, which is gathered
-    anew sixteen times and for every block of 32 where that is less often: for comparing settings.
+    is for comparing settings: it looks at four times as many of the cheapest units as leave, and leaves out the look
+    outside the pool, which is gathered anew sixteen times, and for every block of 32 where that is less often.
 
     Cost: ``O(rows * units)`` for each unit that leaves, nearly all of it in matrix products, and less where the
     interactions are shrunk; ``O(rows * pool)`` memory beside the linearisation's own.
