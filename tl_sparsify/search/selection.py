@@ -22,7 +22,7 @@ _POOL = 2048
 _BLOCK = 512  # units at most that leave between two looks outside the pool
 _FIRST = 64
 _ROUGH = 32
-_LOOKS = 16  # at least, at all units that a rough choice is made among
+_LOOKS = 64  # at least, at all units that a rough choice is made among
 _ROUGHLY = 4  # of the units that leave: so many of the cheapest are looked at for a rough choice
 
 
@@ -74,7 +74,7 @@ def greedy(
 
     With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. ``roughly``
     is for comparing settings: it looks at four times as many of the cheapest units as leave, and leaves out the look
-    outside the pool, which is gathered anew sixteen times, and for every block of 32 where that is less often.
+    outside the pool, which is gathered anew 64 times, and for every block of 32 where that is less often.
 
     Cost: ``O(rows * units)`` for each unit that leaves, nearly all of it in matrix products, and less where the
     interactions are shrunk; ``O(rows * pool)`` memory beside the linearisation's own.
