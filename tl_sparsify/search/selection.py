@@ -23,7 +23,8 @@ _BLOCK = 512  # units at most that leave between two looks outside the pool
 _FIRST = 64
 _ROUGH = 32
 _LOOKS = 64  # at least, at all units that a rough choice is made among
-_ROUGHLY = 4  # of the units that leave: so many of the cheapest are looked at for a rough choice
+_ROUGHLY = 4  # times the units that leave: so many of the cheapest are looked at for a rough choice,
+_FEW = 8192  # and at least as many as this
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def greedy(
     joint risk; returns them in order. No model pass.
 
     With ``costs`` the unit that raises the risk least for what it saves, until ``count`` in cost is saved. ``roughly``
-    is for comparing settings: it looks at four times as many of the cheapest units as leave, and leaves out the look
-    outside the pool, which is gathered anew 64 times, and for every block of 32 where that is less often.
+    is for comparing settings: it looks at four times as many of the cheapest units as leave (8,192 at least), and
+    leaves out the look outside the pool, which is gathered anew 64 times, and for every block of 32 where that is less
+    often.
 
     Cost: ``O(rows * units)`` for each unit that leaves, nearly all of it in matrix products, and less where the
     interactions are shrunk; ``O(rows * pool)`` memory beside the linearisation's own.
@@ -86,7 +88,7 @@ def greedy(
         raise ValueError("the linearisation holds NaN or infinite numbers: is the metric's gradient finite?")
     state = _State.of(linearisation, candidates, shrinkage, costs)
     if roughly and costs is None:
-        state = state.cheapest(int(_ROUGHLY * count))
+        state = state.cheapest(max(_FEW, int(_ROUGHLY * count)))
     return state.take(count, pool, roughly)
 
 
