@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.mixtures import mixture
-from helpers.models import NoCasts, unchanged
+from helpers.models import NoCasts, bridge, unchanged
 from torch import Tensor
 
 import tl_sparsify as tls
@@ -131,7 +131,5 @@ def test_experts_are_named_counted_and_saved(tmp_path: Any):
 
 
 def test_a_model_without_a_mixture_has_no_experts():
-    from helpers.models import bridge
-
     with pytest.raises(ValueError, match="has no mixture of experts: it has no expert units"):
         tls.experts(bridge())

@@ -71,7 +71,10 @@ def hooked_experts(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> I
         acts[name].append(act)
     with ExitStack() as stack:
         for name, here in acts.items():
-            mixture, experts = experts_of(model, name) or (nn.Module(), nn.Module())
+            found = experts_of(model, name)
+            if found is None:
+                raise ValueError(f"the model has no experts at {name}: are the units those of this model?")
+            mixture, experts = found
             shape: list[int] = []
             noted = mixture.register_forward_pre_hook(partial(_noted, shape), with_kwargs=True)
             taken = experts.register_forward_hook(partial(_taken, shape, here, name), with_kwargs=True)
