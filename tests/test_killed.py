@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ def killed(work: Callable[[int], None], after: float, how: signal.Signals, first
                     number += 1
         except Ended as ended:
             status = 128 + ended.args[0]
+        except BaseException:  # noqa: BLE001 (said before the child ends)
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.read(ready, 1)
@@ -168,6 +172,47 @@ def test_results_that_are_killed_at_any_renaming_are_of_one_run(stop: int, tmp_p
     there = {name: content[:1] for name, content in files_in(tmp_path).items()}
     assert there == dict.fromkeys(["a.csv", "b.csv", "folded/weights", "run.json"], b"2")
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", range(10))
+def test_a_signal_just_after_any_renaming_leaves_the_results_of_one_run(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written(tmp_path, 1)
+    rename, moves = Path.replace, 0
+
+    def replace(path: Path, target: Path) -> None:
+        nonlocal moves
+        rename(path, target)
+        if ".part" not in path.name:
+            moves += 1
+            if moves == stop + 1:
+                raise Ended(signal.SIGTERM)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with nullcontext() if stop == 9 else pytest.raises(Ended):  # five older ones go, four newer come
+        written(tmp_path, 2)
+    there = {name: content[:1] for name, content in files_in(tmp_path).items()}
+    older = dict.fromkeys(["a.csv", "b.csv", "c.csv", "folded/weights", "run.json"], b"1")
+    assert there == (older if stop < 9 else dict.fromkeys(["a.csv", "b.csv", "folded/weights", "run.json"], b"2"))
+    assert hidden(tmp_path) == []
+
+
+class Finalised:
+    """What takes its time to go: a signal that comes meanwhile cannot be raised."""
+
+    def __del__(self) -> None:
+        time.sleep(0.05)
+
+
+def finalise(_: int) -> None:
+    Finalised()
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_in_a_finaliser_ends_the_process(sent: signal.Signals):
+    assert killed(finalise, 0.2, sent) == 128 + sent
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path):

@@ -89,26 +89,26 @@ def results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
 def _aside(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
     aside, old = beside(folder / "new"), beside(folder / "new", "old")
     order = _order(names, mark)
-    out: list[str] = []
-    back: list[str] = []
+    new: list[str] = []
     try:
         aside.mkdir()
         yield aside
-        write_text(aside / _NEW, json.dumps([name for name in order if (aside / name).exists()]))
+        new = [name for name in order if (aside / name).exists()]
+        write_text(aside / _NEW, json.dumps(new))
         old.mkdir()
         for name in order:  # the mark goes first and comes last
             if (folder / name).exists():
                 (folder / name).replace(old / name)
-                out.append(name)
         for name in reversed(order):
-            if (aside / name).exists():
+            if name in new:
                 (aside / name).replace(folder / name)
-                back.append(name)
-    except BaseException:
-        for name in back:
-            (folder / name).replace(aside / name)
-        for name in reversed(out):
-            (old / name).replace(folder / name)
+    except BaseException:  # the disk says what has moved: a signal may come between a renaming and a note of it
+        for name in new:
+            if not (aside / name).exists():
+                (folder / name).replace(aside / name)
+        for name in reversed(order):
+            if (old / name).exists():
+                (old / name).replace(folder / name)
         raise
     finally:
         remove(aside)
