@@ -44,6 +44,7 @@ _PUBLIC = {
     "tl_sparsify.core.basis": ("directions", "stream_directions"),
     "tl_sparsify.core.circuit": ("Circuit", "Values"),
     "tl_sparsify.core.distributions": ("InterventionDistribution",),
+    "tl_sparsify.core.edges": ("LooseEnds", "edges", "loose_ends", "prune"),
     "tl_sparsify.core.examples": ("Examples",),
     "tl_sparsify.core.forward": ("run_values",),
     "tl_sparsify.core.intervene": ("Intervention", "ablate", "interchange", "intervened", "recorded"),

@@ -24,6 +24,10 @@ from tl_sparsify.core.basis import stream_directions as stream_directions
 from tl_sparsify.core.circuit import Circuit as Circuit
 from tl_sparsify.core.circuit import Values as Values
 from tl_sparsify.core.distributions import InterventionDistribution as InterventionDistribution
+from tl_sparsify.core.edges import LooseEnds as LooseEnds
+from tl_sparsify.core.edges import edges as edges
+from tl_sparsify.core.edges import loose_ends as loose_ends
+from tl_sparsify.core.edges import prune as prune
 from tl_sparsify.core.examples import Examples as Examples
 from tl_sparsify.core.forward import run_values as run_values
 from tl_sparsify.core.intervene import Intervention as Intervention

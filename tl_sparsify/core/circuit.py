@@ -150,10 +150,10 @@ class Values:
         if len(self.tensors) != len(self.units.sites):
             raise ValueError(f"{len(self.tensors)} tensors for the {len(self.units.sites)} sites of {self.units!r}")
         for site, tensor in zip(self.units.sites, self.tensors, strict=True):
-            if tensor.ndim not in (2, 4) or tensor.shape[-2] != site.size:
+            if tensor.ndim not in (2, 4) or tensor.shape[-2] != site.rows:
                 raise ValueError(
-                    f"value of {site.hook} has shape {tuple(tensor.shape)}; it must be [{site.size}, width] "
-                    f"or [batch, pos, {site.size}, width]"
+                    f"value of {site.hook} has shape {tuple(tensor.shape)}; it must be [{site.rows}, width] "
+                    f"or [batch, pos, {site.rows}, width]"
                 )
 
     @property
@@ -162,8 +162,9 @@ class Values:
         return all(tensor.ndim == 2 for tensor in self.tensors)
 
     def where(self, mask: Bool[Tensor, "units"], other: Values) -> Values:
-        """These values where ``mask``, ``other``'s elsewhere."""
-        parts = zip(self.units.split(mask), self.tensors, other.tensors, strict=True)
+        """These values where ``mask``, ``other``'s elsewhere (an edge's value is its writer's: where any of them is)."""
+        masks = (site.by_row(part) for site, part in zip(self.units.sites, self.units.split(mask), strict=True))
+        parts = zip(masks, self.tensors, other.tensors, strict=True)
         return Values(self.units, tuple(torch.where(m[:, None].to(a.device), a, b) for m, a, b in parts))
 
     def __eq__(self, other: object) -> bool:

@@ -1,5 +1,5 @@
 """Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks (but for those that
-take a mixture of experts apart).
+take a mixture of experts apart, and those that give each reader a stream of its own).
 
 Under an intervention a unit's value ``v`` becomes ``lerp(value, v, keep)``: 1 keeps it, 0 sets it to ``value``.
 Ablation takes constants for ``value``, interchange the values of a source run, and ``keep`` may be anything between.
@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked, checked_fields
 from tl_sparsify._internal.experts import experts_of, hooked_experts
+from tl_sparsify._internal.first_tokens import watching_first_tokens
+from tl_sparsify._internal.readers import Written, reader_hooks, reads
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
-from tl_sparsify.core.first_token import watching_first_tokens
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
@@ -111,14 +112,17 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
 
     mine_only = [(name, here(hook)) for name, hook in hooks]
     experts = [part for part in mine_only if isinstance(part[0], str) and experts_of(model, part[0])]
-    plain = [part for part in mine_only if part not in experts]
+    reading = [part for part in mine_only if isinstance(part[0], str) and reads(part[0])]
+    plain = [part for part in mine_only if part not in experts and part not in reading]
+    if reading:  # last, so that what is written is noted as the others left it
+        plain += [(_canonical(model, name), here(hook)) for name, hook in reader_hooks(model, reading)]
     with lock, model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
         yield
 
 
 def _canonical(model: Model, hook: str) -> str:
     """The hook point's own name: under an alias, compatibility mode would call a hook twice."""
-    if experts_of(model, hook) is not None:
+    if reads(hook) or experts_of(model, hook) is not None:
         return hook
     if hook not in model.hook_dict:
         raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
@@ -158,6 +162,45 @@ def _apply(
     return site.write(activation, v, new)
 
 
+def _apply_to_edges(
+    site: Site,
+    keep: Float[Tensor, "*batch some"],
+    value: Float[Tensor, "..."],
+    mixing: NeighbourMap | None,
+    spared: Callable[[], Bool[Tensor, "batch pos"] | None],
+    stream: Float[Tensor, "batch pos readers d_model"],
+    hook: Written,
+) -> Float[Tensor, "batch pos readers d_model"]:
+    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it."""
+    check_places(site, stream)
+    gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
+    if gone.ndim == 3 and len(gone) != len(stream):
+        raise ValueError(f"keep is for {len(gone)} examples, {site.hook} saw a batch of {len(stream)}")
+    if sum(part.shape[2] for part in hook.parts) != site.rows:
+        raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
+    letters = "brw" if gone.ndim == 3 else "rw"
+    lost: Tensor | float = 0.0
+    for part, share, constant in zip(hook.parts, *_cut(hook, gone, value.to(stream)), strict=True):
+        if gone.requires_grad or bool((share != 0).any()):
+            lost = lost + torch.einsum(f"bpwd,{letters}->bprd", part.to(stream) - constant, share)
+    if not isinstance(lost, Tensor):
+        return stream
+    where = site.position_mask(stream.shape[0], stream.shape[1])
+    if where is not None:
+        lost = lost * where.to(lost)[..., None, None]
+    first = spared()
+    if first is not None:
+        lost = lost.masked_fill(first.to(lost.device)[..., None, None], 0)
+    return stream - lost
+
+
+def _cut(hook: Written, *over: Float[Tensor, "..."]) -> list[tuple[Float[Tensor, "..."], ...]]:
+    """Tensors over all writers, by what they wrote together: the first along its last dimension, others along the last
+    but one."""
+    sizes = [part.shape[2] for part in hook.parts]
+    return [tensor.split(sizes, -1 - bool(number)) for number, tensor in enumerate(over)]
+
+
 @checked
 @contextmanager
 def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
@@ -193,8 +236,9 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         )
         for site, keep, value, mixing in parts:
             if keep.requires_grad or bool((keep != 1).any()):
+                act = _apply_to_edges if site.kind == "edge" else _apply
                 for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
-                    hooks.append((_canonical(model, hook), partial(_apply, site, keep, entry, mixing, spared)))
+                    hooks.append((_canonical(model, hook), partial(act, site, keep, entry, mixing, spared)))
     watching = watching_first_tokens(model, rules, seen) if rules else nullcontext()
     with _hooked(model, hooks), watching:
         yield
@@ -226,6 +270,7 @@ class Recording:
 
     units: Units
     activations: dict[str, Float[Tensor, "..."]]
+    written: dict[str, tuple[Float[Tensor, "batch pos some d_model"], ...]] = field(default_factory=dict)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -243,7 +288,14 @@ class Recording:
                 raise ValueError(
                     f"hook point {hook} did not fire: the model does not compute it, or it is switched off"
                 )
-        return tuple(_joined([site.read(self.activations[h]) for h in site.hook_names]) for site in self.units.sites)
+        most = max(self.written.values(), key=len, default=())
+        stacked = torch.cat(most, 2) if most else None  # what readers are told is a beginning of this
+        return tuple(
+            _joined([site.read(self.activations[h]) for h in site.hook_names])
+            if site.kind != "edge" or stacked is None
+            else site.read(stacked[:, :, : site.rows])
+            for site in self.units.sites
+        )
 
     def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
         """The gradients with respect to the units' values, per site, from those with respect to the activations."""
@@ -273,6 +325,8 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
         for site in units.sites:
             if name in site.hook_names:
                 check_places(site, activation)
+        if isinstance(hook, Written):
+            recording.written[name] = hook.parts if gradients else tuple(part.detach() for part in hook.parts)
         if not gradients:
             recording.activations[name] = activation.detach()
             return None

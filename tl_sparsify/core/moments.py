@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import batches_of, fitting, output, unit_positions
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 
 
@@ -59,6 +61,10 @@ class Moments:
         step = other.mean - self.mean  # the means' distance adds to the spread what lies between the groups
         spread = self.spread + other.spread + step.square() * self.count * share
         return Moments(count, self.mean + step * share, spread)
+
+    def __getitem__(self, index: slice) -> Moments:
+        """The moments of some entries of the first dimension."""
+        return Moments(self.count[index], self.mean[index], self.spread[index])
 
     @staticmethod
     def merge(parts: Iterable[Moments]) -> Moments:
@@ -137,12 +143,23 @@ def _moments(model: Model, examples: Examples, units: Units, batch_size: int) ->
             with recorded(model, here) as recording:
                 output(model, batch)
             parts: list[Moments] = []
-            for site, v in zip(here.sites, recording.read(), strict=True):
-                if not bool(torch.isfinite(v).all()):
-                    raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
-                parts.append(Moments.of(v[unit_positions(model, batch, site, v)]))
+            values = list(zip(here.sites, recording.read(), strict=True))
+            writers: dict[Any, Moments] = {}  # edges' writers begin alike: once for all at the same positions
+            for site, v in sorted(values, key=lambda pair: pair[0].rows, reverse=True):
+                where = (site.suffix, id(site.positions))
+                if site.kind == "edge" and where not in writers:
+                    writers[where] = _of_site(model, batch, site, v)
+            for site, v in values:
+                whole = writers.get((site.suffix, id(site.positions))) if site.kind == "edge" else None
+                parts.append(_of_site(model, batch, site, v) if whole is None else whole[: site.rows])
             totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
     return tuple(totals or ())
+
+
+def _of_site(model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]) -> Moments:
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
+    return Moments.of(v[unit_positions(model, batch, site, v)])
 
 
 def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:

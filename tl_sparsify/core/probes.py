@@ -30,7 +30,7 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.first_token import first_tokens
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
 from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
@@ -38,6 +38,7 @@ from tl_sparsify.core.metrics import Metric, divergence, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model
 
 
@@ -282,18 +283,31 @@ def _effects(
 ) -> Float[Tensor, "probes batch units"]:
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
     mechanism gives (before the removals made so far: overlapping directions share theirs) to the constant."""
-    steps: list[Tensor] = []
-    for site, v, c in zip(removal.units.sites, own.read(), removal.values.tensors, strict=True):
-        v = v.detach() if v.dtype == torch.float64 else v.detach().float()
-        step = c.to(v) - v
-        where = site.position_mask(v.shape[0], v.shape[1])
-        step = step if where is None else step * where.to(step)[..., None, None]
-        steps.append(step if spared is None else step.masked_fill(spared.to(step.device)[..., None, None], 0))
+    moved = list(zip(removal.units.sites, own.read(), removal.values.tensors, strict=True))
+    # those of edges are the same writers' again and again: made when they are needed, and not kept
+    steps = [None if site.kind == "edge" else _step(site, v, c, spared) for site, v, c in moved]
     rows: list[Tensor] = []
     for gradients in pulled(recording, logits, vectors):
-        parts = [(g.to(step) * step).sum((1, 3)) for g, step in zip(gradients, steps, strict=True)]
+        parts: list[Tensor] = []
+        for (site, v, c), g, kept in zip(moved, gradients, steps, strict=True):
+            step = _step(site, v, c, spared) if kept is None else kept
+            parts.append(site.along(g.to(step), step))
         rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
     return torch.stack(rows)
+
+
+def _step(
+    site: Site,
+    v: Float[Tensor, "batch pos some width"],
+    c: Float[Tensor, "some width"],
+    spared: Bool[Tensor, "batch pos"] | None,
+) -> Float[Tensor, "batch pos some width"]:
+    """By how much setting each value to its constant moves it, where it is set at all."""
+    v = v.detach() if v.dtype == torch.float64 else v.detach().float()
+    step = c.to(v) - v
+    where = site.position_mask(v.shape[0], v.shape[1])
+    step = step if where is None else step * where.to(step)[..., None, None]
+    return step if spared is None else step.masked_fill(spared.to(step.device)[..., None, None], 0)
 
 
 def pulled(

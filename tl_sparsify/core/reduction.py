@@ -77,7 +77,7 @@ class Reduction:
             if not tensor.is_floating_point():
                 raise ValueError(f"values of units at {site.hook} are of type {tensor.dtype}; they are real numbers")
             if not bool((finite := torch.isfinite(tensor).all(1).cpu()).all()):
-                which = "removed" if bool((~finite & ~kept.cpu()).any()) else "kept"
+                which = "removed" if bool((~finite & site.by_row(~kept.cpu())).any()) else "kept"
                 raise ValueError(f"values of {which} units at {site.hook} are NaN or infinite: nothing is set to them")
 
     def _check_mixing(self, mixing: tuple[NeighbourMap | None, ...]) -> None:
@@ -215,6 +215,8 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "size": site.size,
         "positions": list(site.positions) if isinstance(site.positions, tuple) else site.positions,
         "also": list(site.also),
+        "writers": list(site.writers),
+        "readers": list(site.readers),
     }
 
 
@@ -227,7 +229,8 @@ def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | N
     listed = isinstance(where, list) and all(type(position) in (int, str) for position in where)
     if where is not None and not listed and type(where) not in (int, str):
         raise ValueError(f"positions of a site are {where!r}")
-    return Site(**site | {"basis": basis, "also": tuple(site.get("also", ()))})
+    several = {name: tuple(site.get(name, ())) for name in ("also", "writers", "readers")}
+    return Site(**site | {"basis": basis} | several)
 
 
 _SAMPLED = 65_536

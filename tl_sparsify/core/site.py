@@ -34,6 +34,7 @@ LETTER = {
     "residual": "RESID",
     "direction": "D",
     "stream": "S",
+    "edge": "->",
 }
 WHOLE = ("mlp", "attention", "residual")
 BASED = ("direction", "stream")
@@ -45,7 +46,8 @@ class Site:
     """One hook point cut into ``size`` units of one ``kind``, at all or at the named ``positions``.
 
     Attributes:
-        kind: ``head``, ``neuron``, ``expert``, ``mlp``, ``attention``, ``residual``, ``direction`` or ``stream``.
+        kind: ``head``, ``neuron``, ``expert``, ``mlp``, ``attention``, ``residual``, ``direction``, ``stream`` or
+            ``edge``.
         layer: for names and maps; any numbering of the user's own.
         hook: the hook point's name.
         size: the number of units.
@@ -53,6 +55,8 @@ class Site:
         basis: ``[width, size]``, the directions as columns (kinds ``direction`` and ``stream`` only).
         also: further hook points at which the same units are read and written (kind ``stream``: every write to the
             residual stream); a unit's value then has one entry for each hook point.
+        writers, readers: names of what an edge goes from and to (kind ``edge`` only): a unit for each reader and
+            writer, all writers of the first reader first. The value of an edge is what its writer writes.
 
     Example:
         >>> tls.Site(kind="neuron", layer=0, hook="hook_hidden", size=64).name(3)
@@ -66,6 +70,8 @@ class Site:
     positions: Positions = None
     basis: Float[Tensor, "width size"] | None = None
     also: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in LETTER:
@@ -83,6 +89,12 @@ class Site:
         if self.also and self.kind != "stream":
             raise ValueError(f"{self.kind} units of {self.hook} have one hook point; only stream directions have more")
 
+        if (self.kind == "edge") != bool(self.writers) or (self.kind == "edge") != bool(self.readers):
+            raise ValueError(f"{self.kind} units of {self.hook}: edges have writers and readers, others have none")
+        if self.kind == "edge" and self.size != len(self.writers) * len(self.readers):
+            count = f"{len(self.readers)} readers of {len(self.writers)} writers"
+            raise ValueError(f"size of {self.hook} is {self.size}, and it has {count}")
+
     def __eq__(self, other: object) -> bool:
         return self is other or (
             isinstance(other, Site)
@@ -99,7 +111,7 @@ class Site:
         where = (*where.flatten().tolist(), "each") if isinstance(where, Tensor) else where
         where = (where.start, where.stop, where.step, "slice") if isinstance(where, slice) else where
         shape = None if self.basis is None else tuple(self.basis.shape)
-        return (self.kind, self.layer, self.hook, self.size, where, shape, self.also)
+        return (self.kind, self.layer, self.hook, self.size, where, shape, self.also, self.writers, self.readers)
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -122,15 +134,38 @@ class Site:
 
     @property
     def prefix(self) -> str:
-        """What stands before the index in a unit's name: ``L1H``, ``L0N``, ``L2POST``, ``S``."""
+        """What stands before the index in a unit's name: ``L1H``, ``L0N``, ``L2POST``, ``S``; of edges what is behind
+        the arrow."""
+        if self.kind == "edge":
+            return f"->{self.readers[0]}"
         if self.kind == "stream":
             return "S"
         place = _PLACES.get(self.hook.rsplit(".", 1)[-1]) if self.kind == "direction" else None
         return f"L{self.layer}{place or LETTER[self.kind]}"
 
     def name(self, index: int) -> str:
-        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``, ``L2POST0``, ``S0``."""
+        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``, ``L2POST0``, ``S0``, ``L0H1->L2H3.q``."""
+        if self.kind == "edge":
+            reader, writer = divmod(index, len(self.writers))
+            return f"{self.writers[writer]}->{self.readers[reader]}{self.suffix}"
         return f"{self.prefix}{'' if self.kind in WHOLE else index}{self.suffix}"
+
+    @property
+    def rows(self) -> int:
+        """How many values the site has: one for each unit, or for edges one for each writer."""
+        return len(self.writers) or self.size
+
+    def by_row(self, mask: Bool[Tensor, "units"]) -> Bool[Tensor, "rows"]:
+        """Which values belong to any of these units."""
+        return mask.view(len(self.readers), -1).any(0) if self.kind == "edge" else mask
+
+    def along(
+        self, gradient: Float[Tensor, "batch pos some width"], step: Float[Tensor, "batch pos rows width"]
+    ) -> Float[Tensor, "batch units"]:
+        """What a step of each value comes to along its unit's gradient: the sum over positions and entries."""
+        if self.kind == "edge":
+            return torch.einsum("bprd,bpwd->brw", gradient, step).flatten(1)
+        return (gradient * step).sum((1, 3))
 
     @property
     def _columns(self) -> Float[Tensor, "width size"]:
@@ -161,6 +196,8 @@ class Site:
             return activation.unsqueeze(-1) if activation.ndim == 3 else activation[:, None, :, None]
         if self.kind in WHOLE and activation.ndim == 3 and self.size == 1:
             return activation.unsqueeze(2)
+        if self.kind == "edge" and activation.ndim == 4 and activation.shape[2] in (self.rows, len(self.readers)):
+            return activation
         raise self._mismatch(activation)
 
     def pull(self, gradient: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:

@@ -138,7 +138,7 @@ class Units:
         name = unit if isinstance(unit, str) else unit.name
         if name in self._numbers:
             return self._numbers[name]
-        match = _NAME.match(name)
+        match = None if "->" in name else _NAME.match(name)
         if match is None:
             raise KeyError(f"{name!r} is no unit name; names look like {self.names[0]} or {self.names[-1]}")
         layer, kind = int(match[1] or 0), _KIND[match[2]]

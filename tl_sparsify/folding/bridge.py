@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory, settle_directory
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
-from tl_sparsify.core.first_token import first_tokens
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.intervene import streaming
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify.folding.rebuild import assign, build, describe, numbers

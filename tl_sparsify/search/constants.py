@@ -140,9 +140,10 @@ def refit(
         return replace(reduction, values=values, reference=reduction.baseline)
     start = reduction.values.tensors
     deviations = _deviations(model, train, reduction.units, batch_size)
+    sites = reduction.units.sites
     scales = [
-        (s * gone[:, None].to(s)).to(v)
-        for s, gone, v in zip(deviations, reduction.units.split(removed), start, strict=True)
+        (s * site.by_row(gone)[:, None].to(s)).to(v)
+        for site, s, gone, v in zip(sites, deviations, reduction.units.split(removed), start, strict=True)
     ]
     mixing = reduction.mixing or (None,) * len(start)
     slopes = [None if part is None else _slope_scale(part, s[:, 0]) for part, s in zip(mixing, deviations, strict=True)]

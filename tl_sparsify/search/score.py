@@ -95,7 +95,8 @@ def risk(
     settings: dict[str, Any] = {"probes": probes, "temperature": temperature, "metric": metric}
     unit = "squared units" if metric is not None else "nats" if temperature == 1 else f"{temperature:g}^2 nats"
     forward = 1
-    if values is None and interventions == NONE and probes >= 1 and temperature > 0:
+    edges = any(site.kind == "edge" for site in units.sites)  # as many slopes as entries of a value: not kept
+    if values is None and interventions == NONE and not edges and probes >= 1 and temperature > 0:
 
         def run(size: int) -> tuple[Values, Moments | None, int]:
             return alone(model, examples, units, batch_size=size, seed=seed, **settings)

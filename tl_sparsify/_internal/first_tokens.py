@@ -11,12 +11,10 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from tl_sparsify.core.circuit import FirstToken
-
 
 @contextmanager
 def watching_first_tokens(
-    model: Any, rules: Iterable[FirstToken], seen: dict[str, Bool[Tensor, "batch pos"] | None]
+    model: Any, rules: Iterable[str], seen: dict[str, Bool[Tensor, "batch pos"] | None]
 ) -> Iterator[None]:
     """Note, whenever the model runs, where each rule leaves the first token alone: only the call knows its input."""
     own = model.__dict__.get("forward")
@@ -50,7 +48,7 @@ def first_tokens(
     model: Any,
     tokens: Shaped[Tensor, "batch pos"],
     attention_mask: Shaped[Tensor, "batch pos"] | None,
-    rule: FirstToken,
+    rule: str,
 ) -> Bool[Tensor, "batch pos"] | None:
     """Where ``rule`` leaves units alone: the first position of each row that is no padding, if its token is one that
     the rule names; ``None``: nowhere. A model without a tokenizer has no beginning-of-sequence token."""

@@ -1,0 +1,206 @@
+"""Edges: what one writer gives to one reader, as a unit.
+
+The residual stream is a sum, so that each reader's input can lose what one writer put into it and nothing else:
+
+    x[r] -> x[r] - sum_u (1 - keep[u, r]) (w_u - c_u),
+
+which is the one primitive ``value + keep * (v - value)`` for every edge, whose value ``v`` is what its writer writes.
+The readers' norms and projections are worked out from there, so that an ablation of any number of edges is one forward
+pass, and all that takes units takes edges. Keeping every edge of some heads is keeping the heads; a removed edge alone
+is path patching from writer to reader with everything else frozen at what it then computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from tl_sparsify._internal.readers import blocks_that_read
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, blocks_of
+
+Readers = Literal["qkv", "head", "layer"]
+_READERS: tuple[Readers, ...] = ("qkv", "head", "layer")
+
+
+def edges(model: Any, readers: Readers = "qkv") -> Units:
+    """Every edge from the embedding, a head or an MLP to a later reader: ``L0H1->L2H3.q``, ``embed->L0H0.k``,
+    ``L3MLP->logits``; value what the writer writes, a ``d_model`` vector per position. No model pass.
+
+    Args:
+        readers: ``qkv``: the query, key and value of each head, each MLP, the logits. Where heads share keys and values
+            (grouped queries) a group has one reader of each, ``L2G0.k``. ``head``: what a head (or, there, a group)
+            reads for all three. ``layer``: what an attention layer reads, ``L2ATTN``.
+
+    Edges do not fold: which part of the stream a weight sees is no property of the weight.
+
+    Raises:
+        ValueError: another ``readers``; a model whose stream is not a sum of what heads and MLPs write (norms behind
+            them), or whose attention and MLP read through one norm.
+
+    Example:
+        >>> found = tls.edges(model)
+        >>> found, found.names[0], found.names[-1]
+        (Units(417: 417 edges), 'embed->L0H0.q', 'L2MLP->logits')
+    """
+    if readers not in _READERS:
+        raise ValueError(f"readers is {readers!r}; it is qkv, head or layer")
+    blocks_of(model)
+    writers: list[str] = ["embed"]
+    sites: list[Site] = []
+
+    def add(layer: int, hook: str, names: tuple[str, ...], from_: list[str]) -> None:
+        size = len(names) * len(from_)
+        sites.append(Site("edge", layer, f"{hook}.edges", size, writers=tuple(from_), readers=names))
+
+    parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    for layer, block in blocks_that_read(model):
+        before = list(writers)
+        if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
+            heads, groups = len(block.attn.W_O), len(block.attn.W_K)
+            single = tuple(f"L{layer}H{head}" for head in range(heads))
+            shared = single if groups == heads else tuple(f"L{layer}G{group}" for group in range(groups))
+            if readers == "qkv":
+                for part, names in (("q", single), ("k", shared), ("v", shared)):
+                    add(layer, f"blocks.{layer}.attn.{part}", tuple(f"{name}.{part}" for name in names), before)
+            elif readers == "head":
+                add(layer, f"blocks.{layer}.attn.heads", shared, before)
+            else:
+                add(layer, f"blocks.{layer}.attn", (f"L{layer}ATTN",), before)
+            writers += single
+        if f"blocks.{layer}.hook_mlp_out" in model.hook_dict:
+            add(layer, f"blocks.{layer}.mlp", (f"L{layer}MLP",), before if parallel else list(writers))
+            writers.append(f"L{layer}MLP")
+    add(len(model.blocks) - 1, "unembed", ("logits",), writers)
+    return Units(tuple(sites))
+
+
+@dataclass(frozen=True)
+class LooseEnds:
+    """Which heads and MLPs a circuit of edges leaves without a way in, and which without a way out.
+
+    Attributes:
+        unfed: no edge into them is kept, and yet what they write is read on the way to the logits.
+        unread: some edge into them is kept, and nothing that they write is read on a way to the logits.
+    """
+
+    unfed: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+def loose_ends(circuit: Circuit) -> LooseEnds:
+    """Heads and MLPs that a circuit of edges leaves without input, or without a way to the logits. No model pass.
+
+    Raises:
+        ValueError: a circuit without edges.
+
+    Example:
+        >>> found = tls.edges(model)
+        >>> tls.loose_ends(tls.Circuit.of(found, ["embed->L0H0.q", "L1H1->logits"]))
+        LooseEnds(unfed=('L1H1',), unread=('L0H0',))
+    """
+    ways = _Ways.of(circuit)
+    leads = ways.leading()
+    unfed = tuple(w for w in ways.writers if leads[w] and w != "embed" and not ways.fed(w))
+    return LooseEnds(unfed, tuple(w for w in ways.writers if not leads[w] and w != "embed" and ways.fed(w)))
+
+
+def prune(circuit: Circuit) -> Circuit:
+    """The circuit without the edges from which nothing leads to the logits: the model computes the same without them.
+    No model pass.
+
+    What is read at other positions, or through edges that are not among the units, counts as read.
+
+    Raises:
+        ValueError: a circuit without edges.
+
+    Example:
+        >>> found = tls.edges(model)
+        >>> tls.prune(tls.Circuit.of(found, ["embed->L0H0.q", "embed->L1H1.v", "L1H1->logits"])).names
+        ('embed->L1H1.v', 'L1H1->logits')
+    """
+    ways = _Ways.of(circuit)
+    leads = ways.leading()
+    mask = circuit.mask.clone()
+    for site, part in zip(circuit.units.sites, circuit.units.slices, strict=True):
+        if site.kind == "edge":
+            read = torch.tensor([any(leads.get(w, True) for w in ways.behind(r)) for r in site.readers])
+            mask[part] &= read.repeat_interleave(site.rows)
+    return replace(circuit, mask=mask)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The kept edges by site ``[readers, writers]``, all writers in order, and how many heads share a group's keys."""
+
+    sites: tuple[tuple[Site, Bool[Tensor, "readers writers"]], ...]
+    writers: tuple[str, ...]
+
+    @staticmethod
+    def of(circuit: Circuit) -> _Ways:
+        units = circuit.units
+        found = [
+            (site, circuit.mask[part].view(len(site.readers), -1))
+            for site, part in zip(units.sites, units.slices, strict=True)
+            if site.kind == "edge"
+        ]
+        if not found:
+            raise ValueError(f"circuit is of {units!r}, without edges: tls.edges(model) gives some")
+        return _Ways(tuple(found), max((site.writers for site, _ in found), key=len))
+
+    def behind(self, reader: str) -> list[str]:
+        """Who reads through this reader: writers, or the logits."""
+        name, _, _ = reader.partition(".")
+        layer, kind, number = _parts(name)
+        if kind not in ("G", "ATTN"):
+            return [name]
+        heads = [w for w in self.writers if w.startswith(f"L{layer}H")]
+        if kind == "ATTN":
+            return heads
+        groups = max(len(site.readers) for site, _ in self.sites if site.readers[0].startswith(f"L{layer}G"))
+        many = len(heads) // groups
+        return heads[number * many : (number + 1) * many]
+
+    def into(self, owner: str) -> Iterator[tuple[Site, Bool[Tensor, "writers"]]]:
+        """The kept edges into each of the readers of a head, an MLP or the logits."""
+        for site, kept in self.sites:
+            for number, reader in enumerate(site.readers):
+                if owner in self.behind(reader):
+                    yield site, kept[number]
+
+    def whole(self, owner: str) -> bool:
+        """Whether all that it reads goes through these edges, at every position."""
+        there = {site.hook.removesuffix(".edges").rpartition(".")[2] for site, _ in self.into(owner)}
+        everywhere = all(site.positions is None for site, _ in self.into(owner))
+        return everywhere and bool(there & {"attn", "heads", "mlp", "unembed"} or {"q", "k", "v"} <= there)
+
+    def fed(self, owner: str) -> bool:
+        """Whether it reads anything but constants."""
+        return not self.whole(owner) or any(bool(kept.any()) for _, kept in self.into(owner))
+
+    def leading(self) -> dict[str, bool]:
+        """Whether what each writer writes is read on a way to the logits."""
+        leads = {"logits": True}
+        read: set[str] = set()
+        everything = False
+        for owner in ("logits", *reversed(self.writers)):
+            leads[owner] = owner == "logits" or everything or owner in read
+            if not leads[owner]:
+                continue
+            everything |= owner != "embed" and not self.whole(owner)
+            for site, kept in self.into(owner):
+                read |= {writer for writer, there in zip(site.writers, kept.tolist(), strict=True) if there}
+        return leads
+
+
+def _parts(name: str) -> tuple[int, str, int]:
+    """Layer, kind and number of a writer or reader: of ``L2G0`` 2, ``G`` and 0."""
+    match = re.fullmatch(r"L(\d+)(H|G|MLP|ATTN)(\d*)", name)
+    return (int(match[1]), match[2], int(match[3] or 0)) if match else (0, name, 0)
