@@ -11,9 +11,9 @@ from helpers.models import bridge, examples, exclusive_or, exclusive_or_inputs, 
 from torch import Tensor
 
 from tl_sparsify import constants, score
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit
-from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction

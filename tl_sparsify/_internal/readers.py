@@ -39,7 +39,7 @@ class Written:
     """What a reader's hook is told: its name, and what has been written into the stream before it."""
 
     name: str
-    parts: tuple[Float[Tensor, "batch pos some d_model"], ...]
+    parts: tuple[Float[Tensor, "batch pos _ d_model"], ...]
 
 
 @dataclass
@@ -47,9 +47,9 @@ class _Pass:
     """What one forward pass has left so far: what was written, by hook point, and for each reader its own copies of the
     stream (where somebody gave it some), these behind the norm, and which of them are projected."""
 
-    written: dict[str, Float[Tensor, "batch pos some d_model"]] = field(default_factory=dict)
-    taken: dict[str, Float[Tensor, "batch pos readers d_model"]] = field(default_factory=dict)
-    normed: dict[str, Float[Tensor, "batch pos readers d_model"]] = field(default_factory=dict)
+    written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
+    taken: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
+    normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -130,7 +130,9 @@ def before(name: str, parallel: bool) -> Callable[[str], bool]:
 
     def earlier(key: str) -> bool:
         kind, _, where = key.partition(".")
-        return kind == "embed" or int(where) < layer or (int(where) == layer and mlp and kind == "heads" and not parallel)
+        return (
+            kind == "embed" or int(where) < layer or (int(where) == layer and mlp and kind == "heads" and not parallel)
+        )
 
     return earlier
 

@@ -162,7 +162,7 @@ class Values:
         return all(tensor.ndim == 2 for tensor in self.tensors)
 
     def where(self, mask: Bool[Tensor, "units"], other: Values) -> Values:
-        """These values where ``mask``, ``other``'s elsewhere (an edge's value is its writer's: where any of them is)."""
+        """These values where ``mask``, ``other``'s elsewhere; edges from one writer share theirs (any)."""
         masks = (site.by_row(part) for site, part in zip(self.units.sites, self.units.split(mask), strict=True))
         parts = zip(masks, self.tensors, other.tensors, strict=True)
         return Values(self.units, tuple(torch.where(m[:, None].to(a.device), a, b) for m, a, b in parts))

@@ -13,23 +13,25 @@ is path patching from writer to reader with everything else frozen at what it th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparsify._internal.readers import blocks_that_read
+from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.readers import Written, blocks_that_read
 from tl_sparsify.core.circuit import Circuit
-from tl_sparsify.core.site import Site
+from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of
 
 Readers = Literal["qkv", "head", "layer"]
 _READERS: tuple[Readers, ...] = ("qkv", "head", "layer")
 
 
+@checked
 def edges(model: Any, readers: Readers = "qkv") -> Units:
     """Every edge from the embedding, a head or an MLP to a later reader: ``L0H1->L2H3.q``, ``embed->L0H0.k``,
     ``L3MLP->logits``; value what the writer writes, a ``d_model`` vector per position. No model pass.
@@ -48,7 +50,7 @@ def edges(model: Any, readers: Readers = "qkv") -> Units:
     Example:
         >>> found = tls.edges(model)
         >>> found, found.names[0], found.names[-1]
-        (Units(417: 417 edges), 'embed->L0H0.q', 'L2MLP->logits')
+        (Units(262: 262 edges), 'embed->L0H0.q', 'L2MLP->logits')
     """
     if readers not in _READERS:
         raise ValueError(f"readers is {readers!r}; it is qkv, head or layer")
@@ -82,6 +84,45 @@ def edges(model: Any, readers: Readers = "qkv") -> Units:
     return Units(tuple(sites))
 
 
+def apply_to_edges(
+    site: Site,
+    keep: Float[Tensor, "*batch some"],
+    value: Float[Tensor, "..."],
+    mixing: None,
+    spared: Callable[[], Bool[Tensor, "batch pos"] | None],
+    stream: Float[Tensor, "batch pos readers d_model"],
+    hook: Written,
+) -> Float[Tensor, "batch pos readers d_model"]:
+    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it."""
+    check_places(site, stream)
+    gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
+    if gone.ndim == 3 and len(gone) != len(stream):
+        raise ValueError(f"keep is for {len(gone)} examples, {site.hook} saw a batch of {len(stream)}")
+    if sum(part.shape[2] for part in hook.parts) != site.rows:
+        raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
+    letters = "brw" if gone.ndim == 3 else "rw"
+    lost: Tensor | float = 0.0
+    for part, share, constant in zip(hook.parts, *_cut(hook, gone, value.to(stream)), strict=True):
+        if gone.requires_grad or bool((share != 0).any()):
+            lost = lost + torch.einsum(f"bpwd,{letters}->bprd", part.to(stream) - constant, share)
+    if not isinstance(lost, Tensor):
+        return stream
+    where = site.position_mask(stream.shape[0], stream.shape[1])
+    if where is not None:
+        lost = lost * where.to(lost)[..., None, None]
+    first = spared()
+    if first is not None:
+        lost = lost.masked_fill(first.to(lost.device)[..., None, None], 0)
+    return stream - lost
+
+
+def _cut(hook: Written, *over: Float[Tensor, "..."]) -> list[tuple[Float[Tensor, "..."], ...]]:
+    """Tensors over all writers, by what they wrote together: the first along its last dimension, others along the last
+    but one."""
+    sizes = [part.shape[2] for part in hook.parts]
+    return [tensor.split(sizes, -1 - bool(number)) for number, tensor in enumerate(over)]
+
+
 @dataclass(frozen=True)
 class LooseEnds:
     """Which heads and MLPs a circuit of edges leaves without a way in, and which without a way out.
@@ -89,12 +130,17 @@ class LooseEnds:
     Attributes:
         unfed: no edge into them is kept, and yet what they write is read on the way to the logits.
         unread: some edge into them is kept, and nothing that they write is read on a way to the logits.
+
+    Example:
+        >>> tls.loose_ends(tls.Circuit.full(tls.edges(model)))
+        LooseEnds(unfed=(), unread=())
     """
 
     unfed: tuple[str, ...]
     unread: tuple[str, ...]
 
 
+@checked
 def loose_ends(circuit: Circuit) -> LooseEnds:
     """Heads and MLPs that a circuit of edges leaves without input, or without a way to the logits. No model pass.
 
@@ -108,10 +154,18 @@ def loose_ends(circuit: Circuit) -> LooseEnds:
     """
     ways = _Ways.of(circuit)
     leads = ways.leading()
-    unfed = tuple(w for w in ways.writers if leads[w] and w != "embed" and not ways.fed(w))
-    return LooseEnds(unfed, tuple(w for w in ways.writers if not leads[w] and w != "embed" and ways.fed(w)))
+    inner = [w for w in ways.writers if w != "embed"]
+    unread: set[str] = set()
+    for site, kept in ways.sites:
+        for reader, there in zip(site.readers, kept.any(1).tolist(), strict=True):
+            behind = ways.behind(reader)
+            if there and not any(leads.get(w, True) for w in behind):
+                unread |= set(behind)
+    unfed = tuple(w for w in inner if leads[w] and not ways.fed(w))
+    return LooseEnds(unfed, tuple(w for w in inner if w in unread))
 
 
+@checked
 def prune(circuit: Circuit) -> Circuit:
     """The circuit without the edges from which nothing leads to the logits: the model computes the same without them.
     No model pass.
@@ -140,7 +194,7 @@ def prune(circuit: Circuit) -> Circuit:
 class _Ways:
     """The kept edges by site ``[readers, writers]``, all writers in order, and how many heads share a group's keys."""
 
-    sites: tuple[tuple[Site, Bool[Tensor, "readers writers"]], ...]
+    sites: tuple[tuple[Site, Bool[Tensor, "_ _"]], ...]
     writers: tuple[str, ...]
 
     @staticmethod

@@ -28,6 +28,7 @@ from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.readers import Written, reader_hooks, reads
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
+from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
@@ -162,45 +163,6 @@ def _apply(
     return site.write(activation, v, new)
 
 
-def _apply_to_edges(
-    site: Site,
-    keep: Float[Tensor, "*batch some"],
-    value: Float[Tensor, "..."],
-    mixing: NeighbourMap | None,
-    spared: Callable[[], Bool[Tensor, "batch pos"] | None],
-    stream: Float[Tensor, "batch pos readers d_model"],
-    hook: Written,
-) -> Float[Tensor, "batch pos readers d_model"]:
-    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it."""
-    check_places(site, stream)
-    gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
-    if gone.ndim == 3 and len(gone) != len(stream):
-        raise ValueError(f"keep is for {len(gone)} examples, {site.hook} saw a batch of {len(stream)}")
-    if sum(part.shape[2] for part in hook.parts) != site.rows:
-        raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
-    letters = "brw" if gone.ndim == 3 else "rw"
-    lost: Tensor | float = 0.0
-    for part, share, constant in zip(hook.parts, *_cut(hook, gone, value.to(stream)), strict=True):
-        if gone.requires_grad or bool((share != 0).any()):
-            lost = lost + torch.einsum(f"bpwd,{letters}->bprd", part.to(stream) - constant, share)
-    if not isinstance(lost, Tensor):
-        return stream
-    where = site.position_mask(stream.shape[0], stream.shape[1])
-    if where is not None:
-        lost = lost * where.to(lost)[..., None, None]
-    first = spared()
-    if first is not None:
-        lost = lost.masked_fill(first.to(lost.device)[..., None, None], 0)
-    return stream - lost
-
-
-def _cut(hook: Written, *over: Float[Tensor, "..."]) -> list[tuple[Float[Tensor, "..."], ...]]:
-    """Tensors over all writers, by what they wrote together: the first along its last dimension, others along the last
-    but one."""
-    sizes = [part.shape[2] for part in hook.parts]
-    return [tensor.split(sizes, -1 - bool(number)) for number, tensor in enumerate(over)]
-
-
 @checked
 @contextmanager
 def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
@@ -236,7 +198,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         )
         for site, keep, value, mixing in parts:
             if keep.requires_grad or bool((keep != 1).any()):
-                act = _apply_to_edges if site.kind == "edge" else _apply
+                act = apply_to_edges if site.kind == "edge" else _apply
                 for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
                     hooks.append((_canonical(model, hook), partial(act, site, keep, entry, mixing, spared)))
     watching = watching_first_tokens(model, rules, seen) if rules else nullcontext()
@@ -270,7 +232,7 @@ class Recording:
 
     units: Units
     activations: dict[str, Float[Tensor, "..."]]
-    written: dict[str, tuple[Float[Tensor, "batch pos some d_model"], ...]] = field(default_factory=dict)
+    written: dict[str, tuple[Float[Tensor, "batch pos _ d_model"], ...]] = field(default_factory=dict)
 
     @property
     def hooks(self) -> tuple[str, ...]:

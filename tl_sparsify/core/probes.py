@@ -28,9 +28,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
 from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed

@@ -230,7 +230,8 @@ def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | N
     if where is not None and not listed and type(where) not in (int, str):
         raise ValueError(f"positions of a site are {where!r}")
     several = {name: tuple(site.get(name, ())) for name in ("also", "writers", "readers")}
-    return Site(**site | {"basis": basis} | several)
+    whole: dict[str, Any] = {**site, "basis": basis, **several}
+    return Site(**whole)
 
 
 _SAMPLED = 65_536

@@ -105,6 +105,11 @@ def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
             "first_token is 'any': what removed units write at a first token that varies is no constant, and does not "
             "fold. Make the reduction with first_token='bos' or 'none'"
         )
+    if any(site.kind == "edge" for site in reduction.units.sites):
+        raise ValueError(
+            "edges do not fold: what one reader gets from a writer and another does not is no property of the weights. "
+            "Fold a circuit of heads() and mlps() or neurons()"
+        )
     cuts, changes = _plan(model, reduction)
     _check_weights(model, cuts, changes)
 

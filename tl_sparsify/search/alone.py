@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.moments import Moments, mean_of, unit_moments

@@ -253,7 +253,7 @@ def curvature_weighted(
     square: list[Tensor] = []
     weighted: list[Tensor] = []
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-    for values, gradients, _ in _gradients(model, examples, units, batch_size, settings):
+    for values, gradients, _ in _gradients("curvature_weighted", model, examples, units, batch_size, settings):
         g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
         v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
         outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
@@ -308,7 +308,7 @@ def newton(
         raise ValueError(f"damping is {damping}; it must not be negative, and finite")
     totals: list[list[Tensor]] = []
     settings = {"probes": probes, "temperature": 1.0, "metric": None, "seed": seed, "labels": True}
-    for values, gradients, where in _gradients(model, examples, units, batch_size, settings):
+    for values, gradients, where in _gradients("newton", model, examples, units, batch_size, settings):
         for site, value in enumerate(values):
             v = value.double()
             h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
@@ -340,7 +340,7 @@ def newton(
 
 
 def _gradients(
-    model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
+    what: str, model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
 ) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]], list[Bool[Tensor, "batch pos"]]]]:
     """For each batch the units' values per site, for each probe (with ``labels`` at last for the cross-entropy) the
     gradients per site, zero at positions where a unit is not meant, and per site the positions that hold input."""
@@ -348,6 +348,8 @@ def _gradients(
     check_count("probes", settings["probes"], most=MOST)
     check_temperature(settings["temperature"])
     labels = settings.pop("labels", False)
+    if any(site.kind == "edge" for site in units.sites):
+        raise ValueError(f"{what} gives each unit a constant; edges from one writer share theirs: take mean()")
     for index, batch in batches_of(model, examples, batch_size):
         here = units.for_examples(index, examples.spans)
         with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
