@@ -190,7 +190,7 @@ def test_derivatives_with_respect_to_keep_are_differences():
 
 
 def test_names_follow_the_benchmarks_count():
-    sized = {"n_layer": 12, "n_head": 12, "n_embd": 24, "n_inner": 8}
+    sized: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 24, "n_inner": 8}
     units = tls.edges(architectures.fresh("GPT-2", **sized))
     assert len(units) == 32_491 and len(set(units.names)) == 32_491
     assert units["L3H1->L7H11.v"].name == "L3H1->L7H11.v" and units.index("embed->L0H0.q") == 0

@@ -187,17 +187,16 @@ def _take_attention(
             copies = stream[:, :, None].expand(-1, -1, _readers(model, name), -1)
         taken = _acted(model, name, here, copies)
         if name in state.taken:
-            inner = getattr(norm, "original_component", norm)
-            state.normed[name] = taken if norm is None else inner(taken)
+            inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
+            state.normed[name] = taken if inner is None else inner(taken)
     return whole
 
 
 def _readers(model: Any, name: str) -> int:
     """How many readers a hook point of attention has."""
-    match = _POINT.fullmatch(name)
-    assert_part = match[2] if match else ""
-    attn = model.blocks[int(match[1])].attn if match else None
-    return len(attn.W_Q if assert_part == "attn.q" else attn.W_K)
+    _, layer, _, part, _ = name.split(".")
+    attn = model.blocks[int(layer)].attn
+    return len(attn.W_Q if part == "q" else attn.W_K)
 
 
 def _project(
