@@ -88,7 +88,7 @@ def run(
     ] = None,
     keep: Annotated[float, typer.Option(help="the fraction of units to keep and to fold")] = 0.05,
     units: Annotated[
-        str, typer.Option(help="kinds of units, with commas between: heads, neurons, attentions, mlps, experts")
+        str, typer.Option(help="kinds of units, with commas between: heads, neurons, attentions, mlps, experts, edges")
     ] = "heads,neurons",
     effort: Annotated[
         str, typer.Option(help="quick, standard or thorough: chooses examples, rounds and steps")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken
+from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.units import Units, attentions, experts, heads, mlps, neurons
@@ -34,6 +35,7 @@ _KINDS: Mapping[str, Callable[[Any], Units]] = {
     "attentions": attentions,
     "mlps": mlps,
     "experts": experts,
+    "edges": edges,
 }
 _INSIDE = {"neurons": "mlps", "experts": "mlps", "heads": "attentions"}
 

@@ -34,7 +34,7 @@ from tl_sparsify.core.measure import compared
 from tl_sparsify.core.metrics import by_example, correct, kl
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.folding.bridge import FOLDED, save_folded
-from tl_sparsify.folding.fold import fold
+from tl_sparsify.folding.fold import fold, folds
 from tl_sparsify.folding.sizes import sizes_by_layer
 from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
 from tl_sparsify.presentation import plot, printed
@@ -124,15 +124,16 @@ def carry_out(
     fitting |= {"per_step": effort.refit_batch, "progress": here.shows} | here.shared
     reduction = constants.refit(model, path.at(request.keep), train, validation, **fitting)
     reduction.save(folder / "circuit.reduction")
-    small = fold(model, reduction)
-    save_folded(small, folder / "folded")
+    small = fold(model, reduction) if folds(units) else None
+    if small is not None:
+        save_folded(small, folder / "folded")
     found = _evaluated(here, reduction, small)
     if request.comparing:
         _compared(here, reduction, values, found)
     level = None
     if alignment is not None:
         with step("verifying the algorithm", here.shows):
-            evidence = verify(model, task.causal_model, alignment, pairs, reduced=small, **here.shared)
+            evidence = verify(model, task.causal_model, alignment, pairs, reduced=small or reduction, **here.shared)
         here.csv(evidence.to_frame(), "evidence.csv")
         level = evidence.level
         for part in printed.evidence(evidence):
@@ -142,10 +143,11 @@ def carry_out(
     plot.save(plot.unit_map(reduction, scores), folder / "map.png")
     plot.save(plot.causal_graph(task.causal_model), folder / "causal.png")
     about = {"score": {"name": scores.name, "measured_in": scores.measured_in, "temperature": TEMPERATURE}} | about
-    about = _about(here, about, beginning, right, level, len(pairs))
+    about = _about(here, about, beginning, right, level, len(pairs), small is not None)
     if alignment is not None and not task.alignment.units:
         about |= {"alignment": {name: [unit.name for unit in chosen] for name, chosen in alignment.units.items()}}
-    about = sealed(json.loads(json.dumps(about)), folder, (*RUN_ENTRIES, f"folded/{FOLDED}"))
+    folded = () if small is None else (f"folded/{FOLDED}",)
+    about = sealed(json.loads(json.dumps(about)), folder, (*RUN_ENTRIES, *folded))
     write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -203,15 +205,18 @@ def _evaluated(here: Setting, reduction: Reduction, small: Any) -> Evaluation:
     test, console = here.splits[2], here.console
     with step("evaluating the circuit", here.shows):
         found = evaluate(here.model, reduction, test, **here.shared)
-        difference = _difference(here, reduction, small)
-    here.csv(pd.DataFrame([found.to_dict() | {"folded_difference": difference}]), "evaluation.csv")
-    sizes = sizes_by_layer(here.model, small)
-    here.csv(sizes, "fold.csv")
-    console.print(printed.table(f"Fold: {reduction.circuit!r}", printed.before_and_after(sizes)))
+        difference = {} if small is None else {"folded_difference": _difference(here, reduction, small)}
+    here.csv(pd.DataFrame([found.to_dict() | difference]), "evaluation.csv")
+    if small is not None:
+        sizes = sizes_by_layer(here.model, small)
+        here.csv(sizes, "fold.csv")
+        console.print(printed.table(f"Fold: {reduction.circuit!r}", printed.before_and_after(sizes)))
+    folded = "these units do not fold: there is no smaller model\n"
+    for worst in difference.values():
+        folded = f"folded against ablated: max |logit difference| {worst:.1e}\n"
     console.print(
         f"on {len(test)} test examples: accuracy {found.accuracy:.3f} (original {found.original_accuracy:.3f}), risk "
-        f"{found.risk!r}, faithfulness {found.faithfulness:.3f}, completeness {found.completeness:.3f}\n"
-        f"folded against ablated: max |logit difference| {difference:.1e}\n"
+        f"{found.risk!r}, faithfulness {found.faithfulness:.3f}, completeness {found.completeness:.3f}\n{folded}"
     )
     return found
 
@@ -278,6 +283,7 @@ def _about(
     right: Accuracy,
     level: float | None,
     pairs: int,
+    folded: bool,
 ) -> dict[str, Any]:
     """What ``run.json`` says."""
     task, request, effort = here.task, here.request, here.effort
@@ -304,7 +310,7 @@ def _about(
         }
     if level is not None:
         about |= {"evidence_level": level}
-    left_out = {"baselines.csv": not request.comparing, "evidence.csv": level is None}
+    left_out = {"fold.csv": not folded, "baselines.csv": not request.comparing, "evidence.csv": level is None}
     if any(left_out.values()):
         about |= {"left_out": [name for name, out in left_out.items() if out]}
     return about | {"versions": versions()} | given

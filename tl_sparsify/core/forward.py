@@ -181,12 +181,13 @@ def run_values(model: Model, batch: Examples, units: Units) -> Values:
     return Values(units, values)
 
 
-def batch_size_for(model: Model, examples: Examples, batch_size: int | None) -> int:
-    """The given batch size, or one that fits (:mod:`tl_sparsify.core.memory`), at most all examples."""
+def batch_size_for(model: Model, examples: Examples, batch_size: int | None, units: Units | None = None) -> int:
+    """The given batch size, or one that fits (:mod:`tl_sparsify.core.memory`), at most all examples; ``units`` where
+    their gradients are taken."""
     if batch_size is not None:
         check_count("batch_size", batch_size)
         return batch_size
-    return min(len(examples), rows_for(model, examples, narrow=narrows(model)))
+    return min(len(examples), rows_for(model, examples, narrow=narrows(model), units=units))
 
 
 def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_size: int | None) -> T:

@@ -13,6 +13,7 @@ import torch
 
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.units import Units
 
 ON_CPU = 2**30
 """Bytes that a batch may take on the CPU."""
@@ -30,6 +31,7 @@ _KEPT = (
     2.5  # numbers that a token leaves in the graph for each input and output of a weight matrix: 1.9 to 2.1 measured
 )
 _PATTERNS = 4  # numbers for each entry of an attention pattern
+_READ = 4  # of the stream, for each reader of edges: itself, behind the norm, and their gradients
 _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and their gradients
 
 
@@ -69,7 +71,19 @@ def _patterns(model: Any) -> int:
     return 0 if blocks is None else len(blocks) * int(getattr(config, "n_heads", 0) or 0)
 
 
-def rows_for(model: Any, examples: Examples, *, narrow: bool) -> int:
+def edge_bytes(model: Any, examples: Examples, units: Units) -> int:
+    """About how many bytes more one example takes where edges are among the units: for each reader copies of the
+    stream, and what every writer writes. No model pass."""
+    edges = [site for site in units.sites if site.kind == "edge"]
+    copies = _READ * sum(len(site.readers) for site in edges) + max((site.rows for site in edges), default=0)
+    width = int(getattr(getattr(model, "cfg", None), "d_model", 0) or 0)
+    size = max((p.element_size() for p in model.parameters()), default=4)
+    return copies * examples.labels.shape[1] * width * size
+
+
+def rows_for(model: Any, examples: Examples, *, narrow: bool, units: Units | None = None) -> int:
     """How many examples at a time: as many as :func:`budget` holds, at least one and at most :data:`TOKENS` tokens."""
-    fits = budget(model) // max(1, example_bytes(model, examples, narrow=narrow))
+    one = example_bytes(model, examples, narrow=narrow)
+    one += 0 if units is None else edge_bytes(model, examples, units)
+    fits = budget(model) // max(1, one)
     return max(1, min(TOKENS // examples.labels.shape[1], fits))

@@ -212,7 +212,7 @@ def samples(
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
-    for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+    for index, batch in examples.batches(batch_size_for(model, examples, batch_size, removal.units)):
         same = (interventions, model, removal, examples, index, seed)
         removed = () if current is None else (ablate(current.for_examples(index, examples.spans)),)
         with torch.no_grad():

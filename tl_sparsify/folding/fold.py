@@ -39,7 +39,7 @@ from tl_sparsify.core.forward import check_model, device_of
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import residuals
+from tl_sparsify.core.units import Units, residuals
 from tl_sparsify.folding.bridge import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
@@ -65,6 +65,11 @@ _HOOKS = {
 _PARTS = {"head": "attn", "neuron": "mlp"}
 _WHOLE = {"attention": "head", "mlp": "neuron"}
 _MIXING = ("solu", "solu_ln")  # activations of a neuron that depend on the other neurons
+
+
+def folds(units: Units) -> bool:
+    """Whether units of these kinds are parts of the weights, so that their circuits fold. No model pass."""
+    return all(site.kind in _HOOKS for site in units.sites)
 
 
 @checked

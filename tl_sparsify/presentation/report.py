@@ -157,7 +157,7 @@ def _of_run(run: RunResults, folder: Path) -> list[str]:
     if "neuron" in kinds:
         body.append(_figure(plot.neuron_density(reduction), "Where in the layers the kept neurons are."))
     body += [
-        _table(_before_and_after(run.fold)),
+        *([] if run.fold is None else [_table(_before_and_after(run.fold))]),
         _heading("How good it is"),
         _sentences(sentences.quality(run)),
         _picture(
@@ -214,10 +214,11 @@ def _of_benchmark(table: Frame) -> list[str]:
 
 
 def _facts(run: RunResults) -> str:
-    whole = run.fold[run.fold.part == "whole model"].iloc[0]
-    facts = {
-        "units kept": f"{len(run.reduction.circuit):,} of {len(run.reduction.units):,}",
-        "parameters": sentences.share(whole.parameters_kept / whole.parameters),
+    facts = {"units kept": f"{len(run.reduction.circuit):,} of {len(run.reduction.units):,}"}
+    if run.fold is not None:
+        whole = run.fold[run.fold.part == "whole model"].iloc[0]
+        facts |= {"parameters": sentences.share(whole.parameters_kept / whole.parameters)}
+    facts |= {
         "risk": sentences.nats(run.evaluation["risk"]),
         "accuracy": sentences.share(run.evaluation["accuracy"]),
         "agreement with the whole model": sentences.share(run.evaluation["agreement"]),

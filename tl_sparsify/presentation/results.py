@@ -30,8 +30,8 @@ RUN_FILES = (
     "causal.png",
 )
 
-OPTIONAL = ("baselines.csv", "evidence.csv")
-"""Those of them that a run leaves out on request (``left_out`` in ``run.json``)."""
+OPTIONAL = ("fold.csv", "baselines.csv", "evidence.csv")
+"""Those of them that a run leaves out on request, or where units do not fold (``left_out`` in ``run.json``)."""
 
 SEARCH = "search"
 """The folder of a search that is not complete."""
@@ -115,7 +115,7 @@ class RunResults:
         for name, table in (tables | {"evaluation": evaluation}).items():
             if table is not None:
                 _check_columns(folder / f"{name}.csv", table, *_COLUMNS[name])
-        if "whole model" not in set(tables["fold"]["part"]):
+        if tables["fold"] is not None and "whole model" not in set(tables["fold"]["part"]):
             raise ValueError(f"{folder / 'fold.csv'} has no row for the whole model: {_AGAIN}")
         evaluation = evaluation.iloc[0].to_dict()
         return RunResults(about, Reduction.load(folder / "circuit.reduction"), evaluation=evaluation, **tables)

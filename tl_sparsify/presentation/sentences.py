@@ -90,6 +90,8 @@ def discovered(run: RunResults) -> list[str]:
             few = f" ({listed([str(i) for i in kept])})" if site.kind == "head" and 0 < len(kept) < site.size else ""
             parts.append(f"{len(kept):,} of {site.size:,} {site.kind}{'s' if site.size != 1 else ''}{few}")
         said.append(f"Layer {layer} keeps {listed(parts)}.")
+    if run.fold is None:
+        return [*said, "Units of these kinds are no parts of the weights: the circuit does not fold."]
     whole = run.fold[run.fold.part == "whole model"].iloc[0]
     before, after = int(whole.parameters), int(whole.parameters_kept)
     text = f"Folded, it is a model of {after:,} parameters instead of {before:,} ({share(after / before)})"
