@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count, check_is_model
 from tl_sparsify._internal.random import check_seed
+from tl_sparsify._internal.ranks import share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
@@ -213,6 +214,18 @@ def batches_of(
     check_model(model)
     check_examples(examples)
     return examples.batches(batch_size_for(model, examples, batch_size))
+
+
+def shared_batches(
+    model: Model, examples: Examples, batch_size: int | None
+) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
+    """As :func:`batches_of`, of this process's share of the examples; indices are those of the whole. What comes of
+    them is put together by :mod:`tl_sparsify._internal.ranks`."""
+    check_model(model)
+    check_examples(examples)
+    size, mine = batch_size_for(model, examples, batch_size), share(len(examples))
+    for index in torch.arange(mine.start, mine.stop, device="cpu").split(size):
+        yield index, examples[int(index[0]) : int(index[-1]) + 1]
 
 
 def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:
