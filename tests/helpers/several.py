@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import equality, verification
-from helpers.models import bridge, examples, reduction_of, units_of
 from torch import Tensor
 
 import tl_sparsify as tls
+from helpers import equality, verification
+from helpers.models import bridge, examples, reduction_of, units_of
 from tl_sparsify.comparison.cost import counted
 
 TRAIN, HELD_OUT = examples(41, answers=2), examples(22, seed=1, answers=2)

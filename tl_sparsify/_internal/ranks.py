@@ -27,8 +27,12 @@ from torch import distributed as group
 T = TypeVar("T")
 
 _APART: ContextVar[bool] = ContextVar("apart", default=False)
+_OWN_FILES: ContextVar[bool] = ContextVar("own_files", default=False)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
-_AS_THEY_ARE = {kind.__name__: kind for kind in (ValueError, TypeError, FileExistsError, torch.OutOfMemoryError)}
+_AS_THEY_ARE = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, FileExistsError, FileNotFoundError, PermissionError, torch.OutOfMemoryError)
+}
 
 
 def ranks() -> tuple[int, int]:
@@ -52,6 +56,21 @@ def ranks() -> tuple[int, int]:
 def is_main() -> bool:
     """Whether this process writes files and shows progress."""
     return ranks()[0] == 0
+
+
+@contextmanager
+def own_files() -> Iterator[None]:
+    """Here every process writes its own files, where the others do not look."""
+    token = _OWN_FILES.set(True)
+    try:
+        yield
+    finally:
+        _OWN_FILES.reset(token)
+
+
+def has_own_files() -> bool:
+    """Whether this process is in :func:`own_files`."""
+    return _OWN_FILES.get()
 
 
 @contextmanager

@@ -183,7 +183,8 @@ def sparsify(
         given |= {"held_out": held_out, "metric": metric, "interventions": interventions, "shrinkage": shrinkage}
         given |= {"carry_deviation": carry_deviation, "exchanges": most, "predict": predict, "seed": seed}
         described = describe(given)
-        state = read(Path(checkpoint), described, units) or state
+        with agreed("reading the search"):
+            state = read(Path(checkpoint), described, units) or state
     left, clock, number, found, before = state.left, state.clock, state.number, list(state.found), state.before
     believed, promised, trade, spare = state.believed, state.promised, state.trade, state.spare
     picks, restored = state.picks, state.restored  # what has changed since the last expansion
