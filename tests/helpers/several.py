@@ -141,9 +141,9 @@ def found_by(groups: Sequence[str]) -> dict[str, Any]:
     return {"results": results, "passes": passes}
 
 
-def together(size: int, folder: Path, *arguments: str, module: str = "helpers.several") -> list[Any]:
-    """What each of ``size`` processes of a module finds that are launched as torchrun does."""
-    done = launched(size, [sys.executable, "-m", module, str(folder), *arguments])
+def together(size: int, folder: Path, *groups: str) -> list[Any]:
+    """What each of ``size`` processes finds that are launched as torchrun does."""
+    done = launched(size, [sys.executable, "-m", "helpers.several", str(folder), *groups])
     for rank, (code, out) in enumerate(done):
         assert code == 0, f"process {rank}: {out}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

@@ -1,4 +1,4 @@
-"""Files and errors of several processes: ``python -m helpers.several_files FOLDER WHAT``."""
+"""Files and errors of several processes: ``python -m helpers.several_files FOLDER``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import tl_sparsify as tls
-from helpers.models import bridge, examples, reduction_of, units_of
+from helpers.models import bridge, examples, fresh, reduction_of, units_of
 from helpers.several import numbers
 from tl_sparsify._internal import progress
 
@@ -37,7 +37,7 @@ def files(folder: Path) -> Any:
 
 def wrong_in_one(folder: Path) -> Any:
     """What each says where the model's output is NaN on one example only, which one process has."""
-    model, data = bridge(), examples(12)
+    model, data = fresh(), examples(12)
     tokens = data.tokens.clone()
     tokens[11], tokens[:11] = 3, tokens[:11].clamp_max(2)
     with torch.no_grad():
@@ -74,5 +74,5 @@ WHAT = {call.__name__: call for call in (files, wrong_in_one, other_calls, no_fo
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = WHAT[sys.argv[2]](folder)
+    found = {name: call(folder) for name, call in WHAT.items()}
     (folder / f"{RANK}.json").write_text(json.dumps(found))
