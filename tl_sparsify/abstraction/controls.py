@@ -32,6 +32,7 @@ from tl_sparsify.abstraction.interchange import TestedModel, families, selected_
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, shared_batches
 from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Unit, residuals, select
 
@@ -45,7 +46,7 @@ def random_weights(model: Any, seed: int) -> Any:
     if hasattr(config, "architectures") and hasattr(type(original), "_from_config") and not folded:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            fresh = cast(Any, type(original))._from_config(config).to(next(iter(original.parameters())))
+            fresh = cast(Any, type(original))._from_config(config).to(device_of(model), dtype_of(model))
             return build_bridge_from_module(fresh.eval(), type(original).__name__, hf_config=config)
     with redirect_stdout(io.StringIO()):  # it says on which device it puts the copy
         try:

@@ -61,13 +61,13 @@ from tl_sparsify.core.forward import (
     answer_logits,
     answer_rows,
     check_call,
-    device_of,
     output,
     run_values,
     shared_batches,
     unit_positions,
 )
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units

@@ -29,9 +29,10 @@ from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, device_of, frozen
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import risk
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -231,7 +232,7 @@ def _trained(
     size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
     per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
-    wide = torch.float64 if next(iter(model.parameters())).dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
     logits = start.to(device_of(model), wide).requires_grad_()
     best, lowest = logits.detach().clone(), float("inf")
     optimizer = torch.optim.Adam([logits], lr=learning_rate)

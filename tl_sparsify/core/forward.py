@@ -17,7 +17,7 @@ from tl_sparsify._internal.ranks import share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
-from tl_sparsify.core.memory import rows_for
+from tl_sparsify.core.memory import device_of, rows_for
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site, input_at
 from tl_sparsify.core.units import Model, Units
@@ -78,11 +78,6 @@ def check_call(model: Any, examples: Any, *, seed: Any = 0, batch_size: Any = No
         check_count("batch_size", batch_size)
 
 
-def device_of(model: Model) -> torch.device:
-    """The device of the model's first parameter: where inputs go."""
-    return next(iter(model.parameters())).device
-
-
 def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
     """The model's logits on a batch. One forward pass.
 
@@ -91,8 +86,6 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
     """
     device = device_of(model)
     embedding = getattr(model, "W_E", None)
-    if device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
     if embedding is not None and not batch.tokens.is_floating_point() and batch.tokens.ndim != 2:
         raise ValueError(f"tokens are of shape {tuple(batch.tokens.shape)}; a language model takes [n, pos]")
     if embedding is not None and not batch.tokens.is_floating_point():

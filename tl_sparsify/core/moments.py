@@ -19,6 +19,7 @@ from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import fitting, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import dtype_of
 from tl_sparsify.core.units import Model, Units
 
 
@@ -169,6 +170,6 @@ def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
         >>> torch.allclose(tls.constants.mean_of(merged, model, units).tensors[0], means.tensors[0])
         True
     """
-    dtype = next(iter(model.parameters())).dtype
+    dtype = dtype_of(model)
     dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")

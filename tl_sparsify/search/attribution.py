@@ -29,7 +29,7 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened, narrows
-from tl_sparsify.core.memory import rows_for
+from tl_sparsify.core.memory import device_of, dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
@@ -276,9 +276,8 @@ def _slopes(
     model: Model, batch: Examples, units: Units, values: Values, level: float, metric: Metric
 ) -> Float[Tensor, "batch units"]:
     """``d metric / d keep`` of every example, with every unit at the same ``keep``."""
-    parameter = next(iter(model.parameters()))
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=parameter.device).requires_grad_()
+    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
+    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=device_of(model)).requires_grad_()
     with frozen(model), torch.enable_grad():
         with intervened(model, Intervention(units, keep, values, first_token="bos")):
             logits = answer_logits(model, batch)

@@ -34,6 +34,7 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_call, fitting, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.probes import samples
@@ -295,7 +296,8 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
     match = re.fullmatch(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_post)", site.hook)
     if given is None and site.kind in ("head", "neuron") and match is not None and hasattr(model, "blocks"):
         block = model.blocks[int(match[1])]
-        given = block.attn.W_O if site.kind == "head" else block.mlp.W_out
+        part, weight, last = (block.attn, "W_O", "o") if site.kind == "head" else (block.mlp, "W_out", "out")
+        given = _written(model, part, weight, last, site.size)
     if given is not None:
         if given.ndim not in (2, 3) or len(given) != site.size:
             raise ValueError(
@@ -312,3 +314,17 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
         f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "
         f"give readers={{{site.hook!r}: weights [{site.size}, width, out] or [{site.size}, out]}}"
     )
+
+
+def _written(model: Any, part: Any, weight: str, last: str, size: int) -> Float[Tensor, "units *width out"]:
+    """The weights that write a layer's units to the stream; where they are packed or elsewhere (quantised, offloaded)
+    what its last map makes of each of its inputs."""
+    try:
+        return getattr(part, weight)
+    except (NotImplementedError, RuntimeError, ValueError):
+        linear = getattr(part, last).original_component
+    width = getattr(linear, "in_features", getattr(linear, "nx", 0))  # nx: transformers' Conv1D
+    with torch.no_grad():
+        like = {"dtype": dtype_of(model), "device": device_of(model)}
+        rows = linear(torch.eye(width, **like)) - linear(torch.zeros(1, width, **like))  # less the bias
+    return rows if size == width else rows.view(size, width // size, -1)
