@@ -6,6 +6,7 @@ so that the same call runs the same batches every time; what is free at the mome
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
@@ -35,15 +36,24 @@ _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and thei
 
 def device_of(model: Any) -> torch.device:
     """Where inputs go: the device of the model's first parameter; of one that is offloaded, that it is brought to."""
+    found = _runs_on(model)
+    if found.type == "meta":
+        raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
+    return found
+
+
+def _runs_on(model: Any) -> torch.device:
     first = next(iter(model.parameters())).device
-    if first.type != "meta":
-        return first
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (getattr(module, "_hf_hook", None) for module in _modules(model) if first.type == "meta")
     for hook in (part for whole in hooks for part in getattr(whole, "hooks", (whole,))):
         device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
+    return first
+
+
+def _modules(model: Any) -> Iterable[Any]:
+    return model.modules() if isinstance(model, torch.nn.Module) else ()
 
 
 def dtype_of(model: Any) -> torch.dtype:
@@ -60,10 +70,11 @@ def physical() -> int:
 def budget(model: Any) -> int:
     """Bytes that a batch may take on the model's device: 1 GiB on the CPU, on a GPU a quarter of what the model leaves
     of its whole memory; of several GPUs of the one with the least."""
-    if device_of(model).type != "cuda":
+    first = _runs_on(model)
+    if first.type != "cuda":
         return ON_CPU
     storages = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.is_cuda}
-    own = {device_of(model): 0}
+    own = {first: 0}
     for p in storages.values():
         own[p.device] = own.get(p.device, 0) + p.untyped_storage().nbytes()
     left = min(torch.cuda.get_device_properties(device).total_memory - taken for device, taken in own.items())
@@ -87,7 +98,7 @@ def example_bytes(model: Any, examples: Examples, *, narrow: bool) -> int:
 def _shapes(model: Any) -> list[tuple[int, ...]]:
     """Of all parameters; of a packed weight (quantised) what its layer says."""
     found = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+    for module in _modules(model):
         said, weight = (
             (vars(module).get("out_features"), vars(module).get("in_features")),
             module._parameters.get("weight"),
