@@ -56,6 +56,20 @@ def no_folder(folder: Path) -> Any:
     return refused(lambda: reduction_of(bridge()).save(folder / "missing" / "a.reduction"))
 
 
+def out_of_memory(folder: Path) -> Any:
+    """The means where one process has room for two examples at a time only."""
+    model = fresh()
+    forward = model.forward
+
+    def limited(tokens: torch.Tensor, **rest: Any) -> Any:
+        if RANK == 1 and len(tokens) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return forward(tokens, **rest)
+
+    model.forward = limited
+    return numbers(tls.constants.mean(model, examples(12), units_of(model)))
+
+
 def few(folder: Path) -> Any:
     """The scores of fewer examples than processes."""
     return numbers(tls.score.risk(bridge(), examples(1), units_of(bridge())))
@@ -69,7 +83,7 @@ def refused(call: Callable[[], Any]) -> str:
     return "nothing"
 
 
-WHAT = {call.__name__: call for call in (files, wrong_in_one, other_calls, no_folder, few)}
+WHAT = {call.__name__: call for call in (files, wrong_in_one, other_calls, no_folder, out_of_memory, few)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

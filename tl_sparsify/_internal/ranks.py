@@ -121,14 +121,14 @@ def gathered(parts: Iterable[T], n: int) -> list[T]:
     what = f"a pass over {n} examples"
     try:
         mine = list(parts)
-        shape = _apart(mine, tensors)
+        shape = _taken_apart(mine, tensors)
     except Exception as error:
         _meet(what, error=error)
         raise
     shapes = _meet(what, shape)
     found: list[T] = []
     for rank, (other, theirs) in enumerate(zip(shapes, _exchanged(shapes, tensors), strict=True)):
-        found += mine if rank == ranks()[0] else _together(other, theirs)
+        found += mine if rank == ranks()[0] else _put_together(other, theirs)
     return found
 
 
@@ -149,7 +149,7 @@ def summed(parts: Iterable[Sequence[Tensor]], n: int) -> tuple[Tensor, ...]:
         return tuple(reduce(plus, parts))
     with agreed(f"a sum over {n} examples"):
         mine = [part.detach().contiguous() for part in reduce(plus, parts)]
-    sent = [part.to(_channel(part)) for part in mine]
+    sent = [part.to(_channel()) for part in mine]
     sent = [a.clone() if a is b else a for a, b in zip(sent, mine, strict=True)]
     for waiting in [group.all_reduce(part, async_op=True) for part in sent]:
         if waiting is not None:
@@ -157,7 +157,7 @@ def summed(parts: Iterable[Sequence[Tensor]], n: int) -> tuple[Tensor, ...]:
     return tuple(a.to(b.device) for a, b in zip(sent, mine, strict=True))
 
 
-def _channel(like: Tensor | None = None) -> torch.device:
+def _channel() -> torch.device:
     """The device from which the group can send a tensor."""
     if str(group.get_backend()) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
@@ -204,15 +204,15 @@ class _Leaf:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def _apart(value: Any, tensors: list[Tensor]) -> Any:
+def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
     """The value with a leaf for each of its tensors, which go to ``tensors`` in order."""
     if isinstance(value, Tensor):
         tensors.append(value.detach())
         return _Leaf(tuple(value.shape), value.dtype, value.device.type)
     if isinstance(value, list | tuple):
-        return type(value)(_apart(part, tensors) for part in value)
+        return type(value)(_taken_apart(part, tensors) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return _Whole(type(value), {f.name: _apart(getattr(value, f.name), tensors) for f in fields(value)})
+        return _Whole(type(value), {f.name: _taken_apart(getattr(value, f.name), tensors) for f in fields(value)})
     return value
 
 
@@ -224,13 +224,13 @@ class _Whole:
     parts: dict[str, Any]
 
 
-def _together(shape: Any, tensors: Iterator[Tensor]) -> Any:
+def _put_together(shape: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(shape, _Leaf):
         return next(tensors)
     if isinstance(shape, list | tuple):
-        return type(shape)(_together(part, tensors) for part in shape)
+        return type(shape)(_put_together(part, tensors) for part in shape)
     if isinstance(shape, _Whole):
-        return shape.kind(**{name: _together(part, tensors) for name, part in shape.parts.items()})
+        return shape.kind(**{name: _put_together(part, tensors) for name, part in shape.parts.items()})
     return shape
 
 
