@@ -92,6 +92,13 @@ def test_an_error_in_one_process_is_one_in_all(two: tuple[list[Any], list[str]])
 
 
 @pytest.mark.slow
+def test_after_an_error_in_one_process_all_go_on_together(two: tuple[list[Any], list[str]]):
+    (first, mine), (second, other) = (found["wrong_between"] for found in two[0])
+    assert (first, second) == ("ValueError: process 1 of 2: only here", "ValueError: only here")
+    assert mine == other
+
+
+@pytest.mark.slow
 def test_other_calls_in_each_end_with_a_sentence(two: tuple[list[Any], list[str]]):
     first, second = (found["other_calls"] for found in two[0])
     assert first.startswith("RuntimeError: process 0 of 2 is at a pass over 12 examples, process 1 at a pass over 13")

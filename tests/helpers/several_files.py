@@ -14,7 +14,7 @@ import torch
 import tl_sparsify as tls
 from helpers.models import bridge, examples, fresh, reduction_of, units_of
 from helpers.several import numbers
-from tl_sparsify._internal import progress
+from tl_sparsify._internal import progress, ranks
 
 RANK = int(os.environ["RANK"])
 
@@ -70,6 +70,19 @@ def out_of_memory(folder: Path) -> Any:
     return numbers(tls.constants.mean(model, examples(12), units_of(model)))
 
 
+def wrong_between(folder: Path) -> Any:
+    """What each says where one has an error of its own while the others go on to a pass; and then all go on."""
+
+    def call() -> None:
+        with ranks.agreed("the outer block"):
+            if RANK == 1:
+                raise ValueError("only here")
+            tls.risk(bridge(), reduction_of(bridge()), examples(12))
+
+    said = refused(call)
+    return [said, numbers(tls.risk(bridge(), reduction_of(bridge()), examples(12)))]
+
+
 def few(folder: Path) -> Any:
     """The scores of fewer examples than processes."""
     return numbers(tls.score.risk(bridge(), examples(1), units_of(bridge())))
@@ -83,10 +96,10 @@ def refused(call: Callable[[], Any]) -> str:
     return "nothing"
 
 
-WHAT = {call.__name__: call for call in (files, wrong_in_one, other_calls, no_folder, out_of_memory, few)}
+CALLS = (files, wrong_in_one, other_calls, no_folder, out_of_memory, wrong_between, few)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = {name: call(folder) for name, call in WHAT.items()}
+    found = {call.__name__: call(folder) for call in CALLS}
     (folder / f"{RANK}.json").write_text(json.dumps(found))

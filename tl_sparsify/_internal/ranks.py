@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _APART: ContextVar[bool] = ContextVar("apart", default=False)
 _OWN_FILES: ContextVar[bool] = ContextVar("own_files", default=False)
+_KNOWN = "_known_to_all"  # of an exception about which the processes have met
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
 _AS_THEY_ARE = {
     kind.__name__: kind
@@ -172,23 +173,29 @@ def _meet(what: str, told: Any = None, error: Exception | None = None) -> list[A
         RuntimeError: another process is about something else.
     """
     rank, size = ranks()
-    if size == 1:
+    if size == 1 or getattr(error, _KNOWN, False):
         return [told]
     said: list[Any] = [None] * size
     wrong = None if error is None else (type(error).__name__, str(error))
     group.all_gather_object(said, (what, wrong, told if error is None else None))
     if error is not None:
+        setattr(error, _KNOWN, True)
         return []
-    for other, (_, wrong, _) in enumerate(said):
-        if wrong is not None:
-            raise _AS_THEY_ARE.get(wrong[0], RuntimeError)(f"process {other} of {size}: {wrong[1] or wrong[0]}")
-    for other, (theirs, _, _) in enumerate(said):
-        if theirs != what:
-            raise RuntimeError(
-                f"process {rank} of {size} is at {what}, process {other} at {theirs}: all processes must make the same "
-                "calls, with the same arguments"
-            )
-    return [told for _, _, told in said]
+    errors = {other: wrong for other, (_, wrong, _) in enumerate(said) if wrong is not None}
+    elsewhere = {other: theirs for other, (theirs, _, _) in enumerate(said) if theirs != what}
+    if not errors and not elsewhere:
+        return [told for _, _, told in said]
+    if errors:
+        other, (name, text) = next(iter(errors.items()))
+        trouble = _AS_THEY_ARE.get(name, RuntimeError)(f"process {other} of {size}: {text or name}")
+    else:
+        other, theirs = next(iter(elsewhere.items()))
+        trouble = RuntimeError(
+            f"process {rank} of {size} is at {what}, process {other} at {theirs}: all processes must make the same "
+            "calls, with the same arguments"
+        )
+    setattr(trouble, _KNOWN, True)
+    raise trouble
 
 
 @dataclass(frozen=True)
