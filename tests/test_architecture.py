@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "after_import experts checks random arguments beside files progress versions directory storage "
+    "_internal": "after_import experts checks random arguments beside ranks files progress versions directory storage "
     "checksum processes first_tokens readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",

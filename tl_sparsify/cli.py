@@ -128,6 +128,7 @@ def run(
     Results that are in the folder already are replaced as a whole when the run is complete. A search that was
     interrupted goes on from its last round when the same command is given again."""
     from tl_sparsify._internal.directory import results
+    from tl_sparsify._internal.ranks import is_main
     from tl_sparsify.plan import Request, usable_device
     from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES, SEARCH
     from tl_sparsify.run import carry_out
@@ -139,14 +140,15 @@ def run(
     chosen = Request(keep, units, effort, rounds, steps, examples, batch_size, **switches)
     loaded = load_task(task, model=model_, prepend_bos=prepend_bos)
     folder = _writable(Path("results") / loaded.name if out is None else out)
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet or not is_main())
     where = usable_device(device)
     beginning = settled(task, model=model_, prepend_bos=prepend_bos, device=where, seed=seed, batch_size=batch_size)
     about: dict[str, Any] = {"device": device} | ({} if model_ is None else {"model": model_})
     search = folder / SEARCH / hashlib.sha256(repr((loaded.name, chosen, about)).encode()).hexdigest()[:12]
     with results(folder, RUN_ENTRIES, RUN_FILES[0]) as into:
         carry_out(beginning, chosen, into, search, console, about)
-        shutil.rmtree(folder / SEARCH, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(folder / SEARCH, ignore_errors=True)
     console.print(f"written to {escape(str(folder))}")
 
 
@@ -165,11 +167,14 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
 ) -> None:
     """Compare methods on tasks with seeds, go on where an earlier call stopped, and write one table with pictures."""
+    from tl_sparsify._internal.ranks import ranks
     from tl_sparsify.comparison.benchmark import compare_tasks, write_comparison
     from tl_sparsify.comparison.methods import BENCH_FOLDER, BENCH_TASKS, SMOKE_METHODS, SMOKE_TASKS
     from tl_sparsify.comparison.tables import markdown
     from tl_sparsify.presentation import plot
 
+    if ranks()[1] > 1:
+        raise ValueError("bench starts processes of its own (--workers): call it once, not under torchrun")
     folder = Path(BENCH_FOLDER) if out is None else out
     wanted = tuple(tasks or (SMOKE_TASKS if smoke else BENCH_TASKS))
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or (SMOKE_METHODS if smoke else ())

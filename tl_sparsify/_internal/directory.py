@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tl_sparsify._internal.beside import beside, left_over, remove, sweep
 from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.ranks import agreed, is_main, own_files
 
 _NEW = ".complete"
 """In a folder of new results that are complete: their names. From then on they replace the older ones."""
@@ -26,13 +28,30 @@ def check_free(path: Path, mark: str, kind: str) -> None:
 
 
 @contextmanager
-def directory(path: Path, mark: str, kind: str) -> Iterator[Path]:
+def _of_main(where: AbstractContextManager[Path], what: str) -> Iterator[Path]:
+    """``where`` in the first of several processes, a folder that goes again in the others: all write alike."""
+    with agreed(what), own_files():
+        if is_main():
+            with where as into:
+                yield into
+        else:
+            with TemporaryDirectory() as into:
+                yield Path(into)
+
+
+def directory(path: Path, mark: str, kind: str) -> AbstractContextManager[Path]:
     """A folder next to ``path`` to write to, which is renamed to ``path`` at the end, or removed after an exception.
-    An older directory of the same ``kind``, which has the file ``mark``, is replaced.
+    An older directory of the same ``kind``, which has the file ``mark``, is replaced. Of several processes that of the
+    first one is kept.
 
     Raises:
         FileExistsError: ``path`` is there and is of no such kind.
     """
+    return _of_main(_directory(path, mark, kind), f"writing {path.name}")
+
+
+@contextmanager
+def _directory(path: Path, mark: str, kind: str) -> Iterator[Path]:
     settle_directory(path)
     check_free(path, mark, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,18 +83,22 @@ def settle_directory(path: Path) -> None:
     sweep(path.parent, path.name)
 
 
-@contextmanager
-def results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
+def results(folder: Path, names: Collection[str], mark: str) -> AbstractContextManager[Path]:
     """Where to write ``names``, of which ``mark`` says that they are complete: in ``folder`` itself where it has none
     of them; else aside, and at the end they take the place of all the older ones. After an exception these are as
     they were. Other things in the folder are left alone.
 
     Old and new are never side by side: in between, ``mark`` is not there. One process at a time writes: the folder is
-    locked.
+    locked. Of several processes launched together that is the first one.
 
     Raises:
         ValueError: another process is writing results into the folder.
     """
+    return _of_main(_results(folder, names, mark), f"results in {folder.name}")
+
+
+@contextmanager
+def _results(folder: Path, names: Collection[str], mark: str) -> Iterator[Path]:
     with _locked(folder):
         settle(folder, names, mark)
         if any((folder / name).exists() for name in names):

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tl_sparsify._internal.beside import beside, sweep
+from tl_sparsify._internal.ranks import has_own_files, on_main
 
 _KEY = "tl_sparsify"  # one metadata key only: the order of several is not deterministic in safetensors
 
@@ -35,7 +36,13 @@ def digest(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` next to ``path`` and rename it: complete, or not at all. What a process that was killed left of
-    an earlier attempt goes."""
+    an earlier attempt goes. Of several processes the first one writes, and the others wait until the file is there."""
+    if has_own_files():
+        return _write(path, content)
+    on_main(lambda: _write(path, content), f"writing {path.name}")
+
+
+def _write(path: Path, content: bytes) -> None:
     part = beside(path)
     sweep(path.parent, path.name)
     try:

@@ -1,5 +1,5 @@
 """Progress on standard error: bars and spinners in a terminal, a bar in a notebook, a line now and then where nobody
-looks (a log file), and nothing on request."""
+looks (a log file), and nothing on request. Of several processes the first one speaks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from tl_sparsify._internal.ranks import is_main
+
 T = TypeVar("T")
 
 SILENCE = 30.0  # seconds at least between two lines in a log
@@ -23,7 +25,7 @@ _FIRST, _OFTEN, _WIDTH = 1.0, 0.2, 30  # of a notebook's bar: seconds before it 
 def progress(items: Sequence[T], description: str, show: bool) -> Iterator[T]:
     """Yield ``items``, and if ``show`` say how many are done: in a log at most every 30 seconds, in a notebook where it
     takes longer than a second."""
-    place = _place() if show else "nowhere"
+    place = _place() if show and is_main() else "nowhere"
     if place == "terminal":
         yield from track(items, description=escape(description), console=Console(stderr=True), transient=True)
     elif place == "nowhere":
@@ -35,7 +37,7 @@ def progress(items: Sequence[T], description: str, show: bool) -> Iterator[T]:
 @contextmanager
 def step(description: str, show: bool) -> Iterator[None]:
     """Say that one step of unknown length runs: a spinner, or in a log a line after 30 seconds."""
-    place = _place() if show else "nowhere"
+    place = _place() if show and is_main() else "nowhere"
     if place == "terminal":
         with Console(stderr=True).status(escape(description)):
             yield

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
+from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.abstraction.candidates import Group, candidates, every_place, grouped, prefixes
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
@@ -239,13 +240,14 @@ def _effects(
     log-odds of the expected answer."""
     totals: dict[str, list[Tensor]] = {}
     expected = {v: pairs.expected(causal_model, (v,)) for v in variables}
-    for variable, found in interchange_gradients(
-        subject, pairs.base, pairs.source, expected, units, LEVELS, batch_size=batch_size
-    ):
-        parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
-        old = totals.get(variable)
-        totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
-    return totals
+    with agreed(f"the gradients of {len(pairs)} pairs"):
+        for variable, found in interchange_gradients(
+            subject, pairs.base, pairs.source, expected, units, LEVELS, batch_size=batch_size
+        ):
+            parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
+            old = totals.get(variable)
+            totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+    return {variable: list(summed([parts], len(pairs))) for variable, parts in totals.items()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any, cast
@@ -26,11 +26,13 @@ from transformer_lens.tools.analysis.interchange import (
 )
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, families, selected_apart, tokens
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for
+from tl_sparsify.core.forward import answer_logits, shared_batches
 from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Unit, residuals, select
 
@@ -44,7 +46,7 @@ def random_weights(model: Any, seed: int) -> Any:
     if hasattr(config, "architectures") and hasattr(type(original), "_from_config") and not folded:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            fresh = cast(Any, type(original))._from_config(config).to(next(iter(original.parameters())))
+            fresh = cast(Any, type(original))._from_config(config).to(device_of(model), dtype_of(model))
             return build_bridge_from_module(fresh.eval(), type(original).__name__, hf_config=config)
     with redirect_stdout(io.StringIO()):  # it says on which device it puts the copy
         try:
@@ -141,18 +143,22 @@ def placebo(
         NormMatchedPlacebo(cast(Any, aligned), random_basis(len(site.basis), int(mask.sum()), seed + draw))
         for draw in range(draws)
     ]
-    found: list[list[Tensor]] = [[] for _ in moves]
     model = subject.model
-    for index, base in pairs.base.batches(batch_size_for(model, pairs.base, batch_size)):
-        source = pairs.source[index]
-        settings: dict[str, Any] = {"positions": places[index], "batch_size": len(index)}
-        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, pairs.base.spans)),)
-        with intervened(model, *removed):
-            values = collect_activations(model, site.hook, source.tokens, _task(model, source), **settings)
-            for rows, move in zip(found, moves, strict=True):
+
+    def parts() -> Iterator[list[Tensor]]:
+        for index, base in shared_batches(model, pairs.base, batch_size):
+            source = pairs.source[index]
+            settings: dict[str, Any] = {"positions": places[index], "batch_size": len(index)}
+            here = subject.removal
+            removed = () if here is None else (ablate(here.for_examples(index, pairs.base.spans)),)
+            with intervened(model, *removed):
+                values = collect_activations(model, site.hook, source.tokens, _task(model, source), **settings)
                 task = _task(model, base)
-                rows.append(intervened_logits(model, site.hook, move, base.tokens, values, task, **settings))
-    return [tokens(torch.cat(rows), pairs.base) for rows in found]
+                yield [
+                    intervened_logits(model, site.hook, move, base.tokens, values, task, **settings) for move in moves
+                ]
+
+    return [tokens(torch.cat(rows), pairs.base) for rows in zip(*gathered(parts(), len(pairs)), strict=True)]
 
 
 def _task(model: Any, batch: Examples) -> Callable[[Tensor], Float[Tensor, "n choices"]]:

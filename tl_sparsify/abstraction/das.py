@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.tools.analysis.interchange import fit_das
 
+from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.evidence import Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, interchange_gradients
 from tl_sparsify.core.basis import directions
@@ -92,7 +93,7 @@ def _promising(
     parts = interchange_gradients(
         subject, ranking.base, ranking.source, {"": expected}, stream, LEVELS, batch_size=batch_size
     )
-    batches = [found for _, found in parts]
+    batches = gathered((found for _, found in parts), len(ranking))
     promises: dict[tuple[str, int], float] = {}
     for layer, site in enumerate(stream.sites):
         g, step = (torch.cat([found[layer][k][:, :, 0].double().cpu() for found in batches]) for k in range(2))

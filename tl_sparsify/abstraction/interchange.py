@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.between import between, step
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, frozen, output
+from tl_sparsify.core.forward import answer_logits, frozen, output, shared_batches
 from tl_sparsify.core.intervene import Intervention, ablate, intervened, recorded
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
@@ -103,17 +104,21 @@ def logits(
 
     For each batch one forward pass for each source (shared by all lists that name it) and one for each list.
     """
-    found: list[list[Tensor]] = [[] for _ in swaps]
     model = subject.model
-    with torch.no_grad():
-        for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+
+    def parts() -> Iterator[list[Tensor]]:
+        for index, batch in shared_batches(model, base, batch_size):
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
             taken = _taken(model, swaps, base, index, removed)
-            for number, some in enumerate(swaps):
+            found: list[Tensor] = []
+            for some in swaps:
                 swapped = [part for units, source in some if len(units) for part in taken(units, source)]
                 with intervened(model, *swapped, *removed):
-                    found[number].append(answer_logits(model, batch).cpu())
-    return [torch.cat(parts) for parts in found]
+                    found.append(answer_logits(model, batch).cpu())
+            yield found
+
+    with torch.no_grad():
+        return [torch.cat(found) for found in zip(*gathered(parts(), len(base)), strict=True)]
 
 
 def _taken(
@@ -192,14 +197,14 @@ def interchange_gradients(
     *,
     batch_size: int | None = None,
 ) -> Iterator[tuple[str, list[tuple[Float[Tensor, "batch pos _ _"], Float[Tensor, "batch pos _ _"]]]]]:
-    """For each batch and variable, per site, the gradient of the log-odds of the variable's ``expected`` answers, and
-    the step from base to source: their product is the first-order effect of interchange.
+    """For each batch of this process's share and variable, per site, the gradient of the log-odds of the variable's
+    ``expected`` answers, and the step from base to source: their product is the first-order effect of interchange.
 
     The gradient is the sum over ``levels``, the base's share in the point where it is taken, of which the first is 1.
     One forward pass for the sources and one for each level, one backward pass for each level and variable.
     """
     model = subject.model
-    for index, batch in base.batches(batch_size_for(model, base, batch_size)):
+    for index, batch in shared_batches(model, base, batch_size):
         removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
         with torch.no_grad():
             [taken] = _values(model, source[index], (units,), removed)
@@ -246,9 +251,9 @@ def randomly_interchanged(
     groups = _named_apart(dict.fromkeys(unit.site for unit in own))
     offsets = [{site: at for site, at in zip(group.sites, group.offsets, strict=False)} for group in groups]
     places = [[(i, at[u.site] + u.index) for i, u in enumerate(own) if u.site in at] for at in offsets]
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for index, batch in base.batches(batch_size_for(subject.model, base, batch_size)):
+
+    def parts() -> Iterator[Tensor]:
+        for index, batch in shared_batches(subject.model, base, batch_size):
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
             swapped: list[Intervention] = []
@@ -258,8 +263,10 @@ def randomly_interchanged(
                 keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).to(keep)
                 swapped += between(group, keep, taken, batch, source[index])
             with intervened(subject.model, *swapped, *removed):
-                found.append(answer_logits(subject.model, batch).cpu())
-    return torch.cat(found)
+                yield answer_logits(subject.model, batch).cpu()
+
+    with torch.no_grad():
+        return torch.cat(gathered(parts(), len(base)))
 
 
 def _values(

@@ -29,6 +29,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -59,14 +60,14 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
     answer_rows,
-    batches_of,
     check_call,
-    device_of,
     output,
     run_values,
+    shared_batches,
     unit_positions,
 )
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units
@@ -125,9 +126,9 @@ def activation_norm(
         1
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
-    parts: list[Moments] = []
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
+
+    def parts() -> Iterator[Moments]:
+        for index, batch in shared_batches(model, examples, batch_size):
             here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)
@@ -136,8 +137,10 @@ def activation_norm(
                 where = unit_positions(model, batch, site, v).double()[..., None]
                 total = (where * v.double().norm(dim=3)).sum(1) / where.sum(1).clamp_min(1)
                 lengths.append(total.to(device_of(model)))
-            parts.append(Moments.of(torch.cat(lengths, 1)))
-    total = Moments.merge(parts)
+            yield Moments.of(torch.cat(lengths, 1))
+
+    with torch.no_grad():
+        total = Moments.over(parts(), len(examples))
     return Scores(units, total.mean, total.stderr, "activation norm", "activation units", 1, 0)
 
 
@@ -241,15 +244,17 @@ def activation_patching(
     if not all(hasattr(model, name) for name in ("run_with_hooks", "cfg")):
         raise ValueError(f"{type(model).__name__} is no model of TransformerLens's: use score.exact with a source")
     sign = 1 if direction == "noising" else -1
-    parts: list[Moments] = []
-    with torch.no_grad():
-        for index, _ in batches_of(model, examples, batch_size):
+
+    def parts() -> Iterator[Moments]:
+        for index, _ in shared_batches(model, examples, batch_size):
             near, far = runs(examples, index, source, direction, seed)
             here = units.for_examples(index, examples.spans)
             before = by_example(measured_by(metric, answer_logits(model, near), near), near).double()
             after = _patched(model, near, run_values(model, far, here), metric, progress)
-            parts.append(Moments.of(sign * (before[:, None] - after)))
-    total = Moments.merge(parts)
+            yield Moments.of(sign * (before[:, None] - after))
+
+    with torch.no_grad():
+        total = Moments.over(parts(), len(examples))
     name = f"activation patching ({direction})"
     return Scores(units, total.mean, total.stderr, name, "units of the metric", len(units) + 2, 0)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal
 
 import pandas as pd
@@ -25,11 +24,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.ranks import totalled
 from tl_sparsify.comparison.resampling import Resampled
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import check_pairs, checked_partners
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_model, run_values
+from tl_sparsify.core.forward import answer_logits, check_model, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.metrics import Metric, by_example, correct, kl, measured_by
 from tl_sparsify.core.moments import Moments
@@ -220,7 +220,7 @@ def measured(
     empty = Circuit.empty(circuits[0].units)
 
     def parts() -> Iterator[tuple[Moments, Resampled]]:
-        for index, batch in batches_of(model, examples, batch_size):
+        for index, batch in shared_batches(model, examples, batch_size):
             values = by.values(model, empty.units, index, examples.spans)
             original = answer_logits(model, batch)
             before = measured_by(metric, original, batch).double()
@@ -235,7 +235,7 @@ def measured(
             yield Moments.of(samples), Resampled.of(samples, index, bootstrap, seed)
 
     with torch.no_grad():
-        return reduce(lambda one, other: (one[0] + other[0], one[1] + other[1]), parts())
+        return totalled(parts(), lambda one, other: (one[0] + other[0], one[1] + other[1]), len(examples))
 
 
 def _row(

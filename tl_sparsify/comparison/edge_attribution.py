@@ -16,6 +16,7 @@ A first-order effect says little about large steps, and a sum of absolute values
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
+from tl_sparsify._internal.ranks import summed
 from tl_sparsify.comparison.edge_readers import Reader, Slopes, readers_of, taps
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, run_values
+from tl_sparsify.core.forward import answer_logits, check_call, frozen, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.prompts import NO_LABEL
@@ -192,12 +194,14 @@ def edge_attribution(
         raise ValueError(f"steps is {steps}; at least one is needed")
     weights, readers = _writing(model, units), readers_of(model)
     names = tuple(name for reader in readers for name in reader.names)
-    total = torch.zeros(len(units), len(names), dtype=torch.float64)
-    for index, _ in batches_of(model, examples, batch_size):
-        near, far = runs(examples, index, source, direction, seed)
-        total += _edges(
-            model, near, far, units.for_examples(index, examples.spans), weights, readers, steps, metric
-        ).cpu()
+
+    def parts() -> Iterator[tuple[Tensor]]:
+        for index, _ in shared_batches(model, examples, batch_size):
+            near, far = runs(examples, index, source, direction, seed)
+            here = units.for_examples(index, examples.spans)
+            yield (_edges(model, near, far, here, weights, readers, steps, metric).cpu(),)
+
+    (total,) = summed(parts(), len(examples))
     sign = 1 if direction == "noising" else -1  # a step goes from the far run to the near one
     return Edges(units, names, sign * total / len(examples), 1 + steps, steps)
 

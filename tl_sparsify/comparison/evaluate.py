@@ -9,7 +9,7 @@ Where the true units are known, :func:`auroc` and :func:`average_precision` hold
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
@@ -40,7 +40,7 @@ from tl_sparsify.comparison.resampling import check_bootstrap
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions, lone, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call, check_model, run_values
+from tl_sparsify.core.forward import answer_logits, check_call, check_model, run_values, shared_batches
 from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
 from tl_sparsify.core.moments import Estimate, Moments
@@ -292,9 +292,9 @@ def _interchanged(
         examples, reduction = examples[paired], reduction.for_examples(paired)
         kept = kept.for_examples(paired) if isinstance(kept, Reduction) else kept
         by = replace(by, replacement=by.replacement[paired]) if isinstance(by.replacement, Examples) else by
-    parts: list[Moments] = []
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
+
+    def parts() -> Iterator[Moments]:
+        for index, batch in shared_batches(model, examples, batch_size):
             values = by.values(model, reduction.units, index, examples.spans)
             removed = there = removal(kept, index, values, by.first_token, examples.spans)
             if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input
@@ -309,8 +309,10 @@ def _interchanged(
             with intervened(model, *drawn, removed):
                 reduced = answer_logits(model, batch)
             columns = [kl(original, reduced), original.argmax(1) == reduced.argmax(1)]
-            parts.append(Moments.of(torch.stack([by_example(column.double(), batch) for column in columns]).T))
-    return Moments.merge(parts)
+            yield Moments.of(torch.stack([by_example(column.double(), batch) for column in columns]).T)
+
+    with torch.no_grad():
+        return Moments.over(parts(), len(examples))
 
 
 def _minimality(

@@ -16,7 +16,7 @@ parts can do what no set of whole units does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -26,11 +26,13 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, device_of, frozen
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import risk
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -230,27 +232,30 @@ def _trained(
     size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
     per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
-    wide = torch.float64 if next(iter(model.parameters())).dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
     logits = start.to(device_of(model), wide).requires_grad_()
     best, lowest = logits.detach().clone(), float("inf")
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def slopes(index: Int[Tensor, "some"], keep: Float[Tensor, "some units"]) -> Iterator[Float[Tensor, "rows units"]]:
+        for rows in torch.arange(len(index))[share(len(index))].split(together):
+            batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
+            mine = keep.detach()[rows].requires_grad_()
+            with torch.no_grad():
+                original = answer_logits(model, batch)
+            removal = Intervention(here, mine, Values(here, constants.tensors), first_token="bos")
+            with torch.enable_grad(), intervened(model, removal):
+                loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
+            yield torch.autograd.grad(loss, mine)[0]
+
     with frozen(model):
         for step in bar(range(steps), "training a mask", progress):
             order = _random.permutation(len(examples), seed, 89, step // per_epoch)
             index = order[(step % per_epoch) * size :][:size].sort().values
             with torch.enable_grad():
                 keep = gates(logits, index, step)
-            slope = torch.zeros_like(keep)
-            for rows in torch.arange(len(index)).split(together):
-                batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
-                mine = keep.detach()[rows].requires_grad_()
-                with torch.no_grad():
-                    original = answer_logits(model, batch)
-                removal = Intervention(here, mine, Values(here, constants.tensors), first_token="bos")
-                with torch.enable_grad(), intervened(model, removal):
-                    loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
-                (slope[rows],) = torch.autograd.grad(loss, mine)
+            slope = torch.cat(gathered(slopes(index, keep), len(index)))
             with torch.enable_grad():
                 loss = (keep * slope).sum() + (0 if penalty is None else penalty(logits))
             (logits.grad,) = torch.autograd.grad(loss, logits)

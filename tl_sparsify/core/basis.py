@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.ranks import summed
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batches_of, check_model, output, valid_positions
+from tl_sparsify.core.forward import check_model, output, shared_batches, valid_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units, blocks_of
@@ -40,9 +42,11 @@ def pca(
     """
     check_model(model)
     whole = Units((Site(kind="residual", layer=0, hook=hook, size=1),))
-    count, total, square, dtype = 0, torch.zeros(()), torch.zeros(()), torch.float32
-    with torch.no_grad():
-        for _, batch in batches_of(model, examples, batch_size):
+    dtype = torch.float32
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        nonlocal dtype
+        for _, batch in shared_batches(model, examples, batch_size):
             with recorded(model, whole) as recording:
                 output(model, batch)
             found = recording.activations[hook]
@@ -50,8 +54,11 @@ def pca(
             valid = valid_positions(model, batch)
             valid = valid if valid.shape == found.shape[:2] else torch.ones(found.shape[:2], dtype=torch.bool)
             rows = found[valid.to(found.device)].double()
-            total, square = rows.sum(0) + total.to(rows), rows.T @ rows + square.to(rows)
-            count, dtype = count + len(rows), found.dtype
+            dtype = found.dtype
+            yield torch.tensor(len(rows)), rows.sum(0), rows.T @ rows
+
+    with torch.no_grad():
+        count, total, square = summed(parts(), len(examples))
     if not 0 < rank <= len(total):
         raise ValueError(f"rank is {rank}; {hook} has {len(total)} directions")
     mean = total / count

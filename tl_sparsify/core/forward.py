@@ -13,10 +13,11 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count, check_is_model
 from tl_sparsify._internal.random import check_seed
+from tl_sparsify._internal.ranks import share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
-from tl_sparsify.core.memory import rows_for
+from tl_sparsify.core.memory import device_of, rows_for
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site, input_at
 from tl_sparsify.core.units import Model, Units
@@ -77,11 +78,6 @@ def check_call(model: Any, examples: Any, *, seed: Any = 0, batch_size: Any = No
         check_count("batch_size", batch_size)
 
 
-def device_of(model: Model) -> torch.device:
-    """The device of the model's first parameter: where inputs go."""
-    return next(iter(model.parameters())).device
-
-
 def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
     """The model's logits on a batch. One forward pass.
 
@@ -90,8 +86,6 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
     """
     device = device_of(model)
     embedding = getattr(model, "W_E", None)
-    if device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
     if embedding is not None and not batch.tokens.is_floating_point() and batch.tokens.ndim != 2:
         raise ValueError(f"tokens are of shape {tuple(batch.tokens.shape)}; a language model takes [n, pos]")
     if embedding is not None and not batch.tokens.is_floating_point():
@@ -214,6 +208,18 @@ def batches_of(
     check_model(model)
     check_examples(examples)
     return examples.batches(batch_size_for(model, examples, batch_size))
+
+
+def shared_batches(
+    model: Model, examples: Examples, batch_size: int | None, units: Units | None = None
+) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
+    """As :func:`batches_of`, of this process's share of the examples; indices are those of the whole; ``units``
+    where their gradients are taken. What comes of them is put together by :mod:`tl_sparsify._internal.ranks`."""
+    check_model(model)
+    check_examples(examples)
+    size, mine = batch_size_for(model, examples, batch_size, units), share(len(examples))
+    for index in torch.arange(mine.start, mine.stop, device="cpu").split(size):
+        yield index, examples[int(index[0]) : int(index[-1]) + 1]
 
 
 def valid_positions(model: Any, batch: Examples) -> Bool[Tensor, "batch pos"]:

@@ -9,16 +9,17 @@ that is right without interventions can be wrong under interchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.ranks import agreed, gathered
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, batches_of, check_call
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, shared_batches
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments
@@ -66,12 +67,16 @@ def remembered(
     count = torch.bincount(answer_rows(examples)[0], minlength=len(examples))
     start = count.cumsum(0) - count
     kept: list[Float[Tensor, "rows choices"]] = []
-    with torch.no_grad():
-        for _, batch in batches_of(model, examples, batch_size):
+    many = False
+    with agreed(f"the logits of {len(examples)} examples"), torch.no_grad():
+        for _, batch in shared_batches(model, examples, batch_size):
             kept.append(answer_logits(model, batch))
-            if kept[0].shape[1] * int(count.sum()) > numbers:
-                return None
-    table = torch.cat(kept)
+            many = kept[0].shape[1] * int(count.sum()) > numbers
+            if many:
+                break
+    if many:
+        return None
+    table = torch.cat(gathered(kept, len(examples)))
 
     def of(index: Int[Tensor, "batch"]) -> Float[Tensor, "rows choices"]:
         many = count[index]
@@ -99,9 +104,9 @@ def compared(
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
     check_fingerprint(model, reduction)
-    parts: list[Moments] = []
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
+
+    def parts() -> Iterator[Moments]:
+        for index, batch in shared_batches(model, examples, batch_size):
             removed = ablate(reduction.for_examples(index, examples.spans))
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
@@ -110,8 +115,10 @@ def compared(
                 drawn = drawn_interventions(*same)
             with intervened(model, *drawn, removed):
                 reduced = answer_logits(model, batch)
-            parts.append(Moments.of(compare(original, reduced, batch)))
-    return Moments.merge(parts)
+            yield Moments.of(compare(original, reduced, batch))
+
+    with torch.no_grad():
+        return Moments.over(parts(), len(examples))
 
 
 @checked

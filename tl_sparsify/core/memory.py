@@ -6,6 +6,7 @@ so that the same call runs the same batches every time; what is free at the mome
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
@@ -35,6 +36,34 @@ _READ = 4  # of the stream, for each reader of edges: itself, behind the norm, a
 _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and their gradients
 
 
+def device_of(model: Any) -> torch.device:
+    """Where inputs go: the device of the model's first parameter; of one that is offloaded, that it is brought to."""
+    found = _runs_on(model)
+    if found.type == "meta":
+        raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
+    return found
+
+
+def _runs_on(model: Any) -> torch.device:
+    first = next(iter(model.parameters())).device
+    hooks = (getattr(module, "_hf_hook", None) for module in _modules(model) if first.type == "meta")
+    for hook in (part for whole in hooks for part in getattr(whole, "hooks", (whole,))):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return first
+
+
+def _modules(model: Any) -> Iterable[Any]:
+    return model.modules() if isinstance(model, torch.nn.Module) else ()
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The precision that the model computes in: of its first parameter of floating point (not the whole numbers of
+    quantised weights); float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def physical() -> int:
     """Bytes of memory that this machine has."""
     return psutil.virtual_memory().total
@@ -42,20 +71,23 @@ def physical() -> int:
 
 def budget(model: Any) -> int:
     """Bytes that a batch may take on the model's device: 1 GiB on the CPU, on a GPU a quarter of what the model leaves
-    of its whole memory."""
-    first = next(iter(model.parameters()))
-    if first.device.type != "cuda":
+    of its whole memory; of several GPUs of the one with the least."""
+    first = _runs_on(model)
+    if first.type != "cuda":
         return ON_CPU
-    own = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if p.is_cuda}
-    whole = torch.cuda.get_device_properties(first.device).total_memory
-    return max(int(SHARE * (whole - sum(own.values()))), ON_CPU // 4)
+    storages = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.is_cuda}
+    own = {first: 0}
+    for p in storages.values():
+        own[p.device] = own.get(p.device, 0) + p.untyped_storage().nbytes()
+    left = min(torch.cuda.get_device_properties(device).total_memory - taken for device, taken in own.items())
+    return max(int(SHARE * left), ON_CPU // 4)
 
 
 def example_bytes(model: Any, examples: Examples, *, narrow: bool) -> int:
     """About how many bytes one example takes in a forward pass whose graph is kept and a backward pass, the longest as
     long as all; ``narrow`` says that logits are made at labelled positions only. No model pass."""
     pos = examples.labels.shape[1]
-    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+    shapes = [shape for shape in _shapes(model) if len(shape) > 1]
     size = max((p.element_size() for p in model.parameters()), default=4)
     vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 0) or 0)
     # a matrix of experts has a dimension more, of which a token takes few
@@ -63,6 +95,19 @@ def example_bytes(model: Any, examples: Examples, *, narrow: bool) -> int:
     rows = int((examples.labels != NO_LABEL).sum(1).max()) if narrow else pos
     numbers = _KEPT * pos * widths + _COPIES * rows * max(vocabulary, 1) + _PATTERNS * pos * pos * _patterns(model)
     return int(numbers * max(size, 3))  # half precision has its norms and softmax in float32
+
+
+def _shapes(model: Any) -> list[tuple[int, ...]]:
+    """Of all parameters; of a packed weight (quantised) what its layer says."""
+    found = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
+    for module in _modules(model):
+        said, weight = (
+            (vars(module).get("out_features"), vars(module).get("in_features")),
+            module._parameters.get("weight"),
+        )
+        if weight is not None and None not in said and set(weight.shape) != set(said):
+            found[id(weight)] = said
+    return list(found.values())
 
 
 def _patterns(model: Any) -> int:

@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify._internal.ranks import totalled
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batches_of, fitting, output, unit_positions
+from tl_sparsify.core.forward import fitting, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import dtype_of
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 
@@ -83,6 +85,11 @@ class Moments:
         several = (self.spread / (self.count - 1).clamp_min(1) / self.count.clamp_min(1)).sqrt()
         return torch.where(self.count > 1, several, float("inf"))
 
+    @staticmethod
+    def over(parts: Iterable[Moments], n: int) -> Moments:
+        """:meth:`merge` over all processes, of which each has made the parts of its share of ``n`` examples."""
+        return totalled(parts, Moments.__add__, n)
+
     def all_reduce(self) -> Moments:
         """The moments over all processes of ``torch.distributed``'s default group (itself where there is none)."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -136,24 +143,33 @@ def unit_moments(
 
 
 def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
-    totals: list[Moments] | None = None
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
-            here = units.for_examples(index, examples.spans)
-            with recorded(model, here) as recording:
-                output(model, batch)
-            parts: list[Moments] = []
-            values = list(zip(here.sites, recording.read(), strict=True))
-            writers: dict[Any, Moments] = {}  # edges' writers begin alike: once for all at the same positions
-            for site, v in sorted(values, key=lambda pair: pair[0].rows, reverse=True):
-                where = (site.suffix, id(site.positions))
-                if site.kind == "edge" and where not in writers:
-                    writers[where] = _of_site(model, batch, site, v)
-            for site, v in values:
-                whole = writers.get((site.suffix, id(site.positions))) if site.kind == "edge" else None
-                parts.append(_of_site(model, batch, site, v) if whole is None else whole[: site.rows])
-            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-    return tuple(totals or ())
+    parts = (
+        batch_moments(model, batch, units.for_examples(index, examples.spans))
+        for index, batch in shared_batches(model, examples, batch_size)
+    )
+    return totalled(parts, added, len(examples))
+
+
+def batch_moments(model: Model, batch: Examples, units: Units) -> tuple[Moments, ...]:
+    """The moments of one batch, as :func:`unit_moments`. One forward pass."""
+    with torch.no_grad(), recorded(model, units) as recording:
+        output(model, batch)
+    parts: list[Moments] = []
+    values = list(zip(units.sites, recording.read(), strict=True))
+    writers: dict[Any, Moments] = {}  # edges' writers begin alike: once for all at the same positions
+    for site, v in sorted(values, key=lambda pair: pair[0].rows, reverse=True):
+        where = (site.suffix, id(site.positions))
+        if site.kind == "edge" and where not in writers:
+            writers[where] = _of_site(model, batch, site, v)
+    for site, v in values:
+        whole = writers.get((site.suffix, id(site.positions))) if site.kind == "edge" else None
+        parts.append(_of_site(model, batch, site, v) if whole is None else whole[: site.rows])
+    return tuple(parts)
+
+
+def added(one: tuple[Moments, ...], other: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    """The moments of both, for each site."""
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def _of_site(model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]) -> Moments:
@@ -171,6 +187,6 @@ def mean_of(moments: tuple[Moments, ...], model: Model, units: Units) -> Values:
         >>> torch.allclose(tls.constants.mean_of(merged, model, units).tensors[0], means.tensors[0])
         True
     """
-    dtype = next(iter(model.parameters())).dtype
+    dtype = dtype_of(model)
     dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     return Values(units, tuple(part.mean.to(dtype) for part in moments), "mean")

@@ -31,7 +31,7 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, batch_size_for, check_model, frozen
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, shared_batches
 from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import Metric, divergence, measured_by
@@ -189,8 +189,9 @@ def samples(
     batch_size: int | None = None,
     recall: Recall = computed,
 ) -> Iterator[Samples]:
-    """The samples of every batch, for the removal of each unit to ``removal.values``, linearised in the model with
-    ``current``'s units already removed (``None``: the original model), both models under the same ``interventions``.
+    """The samples of every batch of this process's share of the examples, for the removal of each unit to
+    ``removal.values``, linearised in the model with ``current``'s units already removed (``None``: the original model),
+    both models under the same ``interventions``.
     Units that are already removed have no effect; with ``restorable``, minus that of taking them back. ``recall`` may
     know the original's logits from an earlier call (:func:`remembering`).
 
@@ -212,7 +213,7 @@ def samples(
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
-    for index, batch in examples.batches(batch_size_for(model, examples, batch_size, removal.units)):
+    for index, batch in shared_batches(model, examples, batch_size, removal.units):
         same = (interventions, model, removal, examples, index, seed)
         removed = () if current is None else (ablate(current.for_examples(index, examples.spans)),)
         with torch.no_grad():

@@ -5,7 +5,7 @@ folding and evaluation take, and what is saved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,14 +259,29 @@ def fingerprint(model: Any) -> str:
     return f"{exact.hexdigest()[:16]}-{rounded.hexdigest()[:8]}"
 
 
-def _state(model: Any) -> list[tuple[str, Tensor]]:
+def _state(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers by name, in order of name; tables that a model makes for itself are none."""
     found: dict[str, Tensor] = dict(model.named_parameters())
+    elsewhere = _offloaded(model) if any(tensor.is_meta for tensor in found.values()) else {}
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 found[f"{path}.{leaf}"] = buffer
-    return sorted(found.items())
+    for name, tensor in sorted(found.items()):
+        weights, leaf = elsewhere.get(id(tensor), ({}, ""))
+        yield name, weights.get(leaf, tensor)  # one at a time: all of them may not fit
+
+
+def _offloaded(model: Any) -> dict[int, tuple[Any, str]]:
+    """Where the parameters are that accelerate keeps elsewhere (on the CPU, on disk), by the parameter's id."""
+    found: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            weights = getattr(part, "weights_map", None)
+            if weights is not None:
+                found |= {id(p): (weights, leaf) for leaf, p in module._parameters.items() if p is not None}
+    return found
 
 
 def _sampled_fingerprint(model: Any) -> str:

@@ -35,8 +35,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import NeighbourMap
-from tl_sparsify.core.forward import check_model, device_of
+from tl_sparsify.core.forward import check_model
 from tl_sparsify.core.intervene import ablate, intervened, recorded
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units, residuals

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
+from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.core.circuit import NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, output, unit_positions
+from tl_sparsify.core.forward import answer_logits, check_call, frozen, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import intervened, recorded
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Moments
@@ -139,11 +140,13 @@ def _covariances(
     if probing is not None:
         once = passes | {"interventions": NONE, "draws": 1}
         moments: dict[int, Moments] = {}
-        for number, rows, _ in _rows(model, reduction, examples, wanted, None, spread, once):
-            new = Moments.of(rows)
-            moments[number] = moments[number] + new if number in moments else new
+        with agreed(f"the values of {len(examples)} examples"):
+            for number, rows, _ in _rows(model, reduction, examples, wanted, None, spread, once):
+                new = Moments.of(rows)
+                moments[number] = moments[number] + new if number in moments else new
+        moments = {number: Moments.over([part], len(examples)) for number, part in moments.items()}
         spread = [moments[number].variance.sqrt() if number in moments else None for number in range(len(wanted))]
-    sums = _totals(_rows(model, reduction, examples, wanted, probing, spread, passes), kept)
+    sums = _totals(_rows(model, reduction, examples, wanted, probing, spread, passes), kept, len(examples))
     found: list[tuple[Tensor, Tensor, Tensor] | None] = []
     for part, mask in zip(sums, kept, strict=True):
         if part is None:
@@ -186,15 +189,21 @@ class _Totals:
 def _totals(
     batches: Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"] | None]],
     kept: tuple[Bool[Tensor, "_"], ...],
+    n: int,
 ) -> list[_Totals | None]:
-    """Each site's sums. Every sample has ``_EVEN`` mean weights more, and all have the same where none is above 0."""
+    """Each site's sums over ``n`` examples, shared by all processes. Every sample has ``_EVEN`` mean weights more, and
+    all have the same where none is above 0."""
     even: dict[int, _Totals] = {}
     weighted: dict[int, _Totals] = {}
-    for number, rows, weights in batches:
-        for sums, some in ((even, torch.ones_like(rows[:, 0])), (weighted, weights)):
-            if some is not None:
-                new = _Totals.of(rows, some, kept[number])
-                sums[number] = sums[number].plus(new) if number in sums else new
+    with agreed(f"the values of {n} examples"):
+        for number, rows, weights in batches:
+            for sums, some in ((even, torch.ones_like(rows[:, 0])), (weighted, weights)):
+                if some is not None:
+                    new = _Totals.of(rows, some, kept[number])
+                    sums[number] = sums[number].plus(new) if number in sums else new
+    for sums in (even, weighted):
+        for number, part in sums.items():
+            sums[number] = _Totals(*summed([(part.weight, part.values, part.products, part.squares)], n))
     for number, part in weighted.items():
         share = part.weight / even[number].weight
         if bool(share > 0):
@@ -211,12 +220,12 @@ def _rows(
     spread: list[Float[Tensor, "units"] | None],
     passes: dict[str, Any],
 ) -> Iterator[tuple[int, Float[Tensor, "samples units"], Float[Tensor, "samples"] | None]]:
-    """For each batch and wanted site its number, the values of all its units and the weight of each sample, which is an
-    example's position; no weights without probes."""
+    """For each batch of this process's share and wanted site its number, the values of all its units and the weight of
+    each sample, which is an example's position; no weights without probes."""
     kept = reduction.units.split(reduction.circuit.mask)
     for draw in range(passes["draws"]):
         seed = passes["seed"] + draw
-        for index, batch in batches_of(model, examples, passes["batch_size"]):
+        for index, batch in shared_batches(model, examples, passes["batch_size"]):
             with torch.no_grad():
                 drawn = drawn_interventions(passes["interventions"], model, reduction, examples, index, seed)
             here = reduction.for_examples(index, examples.spans).units

@@ -11,7 +11,9 @@ the moments of three coefficients. For wider units ``a0`` and ``G`` of every exa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.first_tokens import first_tokens
+from tl_sparsify._internal.ranks import gathered, share, totalled
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_model, frozen, unit_positions
+from tl_sparsify.core.forward import answer_logits, check_model, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import recorded
-from tl_sparsify.core.moments import Moments, mean_of, unit_moments
+from tl_sparsify.core.moments import Moments, added, batch_moments, mean_of
 from tl_sparsify.core.probes import output_probes, pulled
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
@@ -100,29 +103,35 @@ def alone(
         ValueError: a model in training mode; NaN or infinite activations.
     """
     check_model(model)
-    moments: list[Moments] = []
-    found: list[_Parabolas | _Kept] = []
     center: tuple[Tensor, ...] = ()
-    probes = 0
-    for index, batch in examples.batches(batch_size):
-        left = room if index[0] == 0 and len(batch) < len(examples) else None
-        here = units.for_examples(index, examples.spans)
-        parts, center, terms, probes = _batch(model, batch, index, here, center, len(examples), left, settings)
-        if not terms:
-            rest = torch.arange(len(batch), len(examples))
-            others = unit_moments(
-                model, examples[rest], units.for_examples(rest, examples.spans), batch_size=batch_size
-            )
-            return mean_of(tuple(a + b for a, b in zip(parts, others, strict=True)), model, units), None, 0
-        moments = [a + b for a, b in zip(moments, parts, strict=True)] if moments else parts
-        found = [a + b for a, b in zip(found, terms, strict=True)] if found else terms  # type: ignore[operator]
+    found: list[_Parabolas | _Kept] = []
+    probes, wide = 0, False
+
+    def parts() -> Iterator[tuple[Moments, ...]]:
+        nonlocal center, found, probes, wide
+        batches = shared_batches(model, examples, batch_size)
+        for index, batch in batches:
+            left = room if not found and len(batch) < len(range(len(examples))[share(len(examples))]) else None
+            here = units.for_examples(index, examples.spans)
+            moments, center, terms, probes = _batch(model, batch, index, here, center, len(examples), left, settings)
+            yield moments
+            if not terms:
+                wide = True
+                rest = (batch_moments(model, part, units.for_examples(i, examples.spans)) for i, part in batches)
+                yield reduce(added, rest)
+                return
+            found = [a + b for a, b in zip(found, terms, strict=True)] if found else terms  # type: ignore[operator]
+
+    moments = totalled(parts(), added, len(examples))
+    if any(gathered([wide], len(examples))):
+        return mean_of(moments, model, units), None, 0
     for site, part in zip(units.sites, moments, strict=True):
         if not bool(torch.isfinite(part.mean).all()):
             raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
-    values = mean_of(tuple(moments), model, units)
+    values = mean_of(moments, model, units)
     risks = [one.at(c.double() - start.double()) for one, c, start in zip(found, values.tensors, center, strict=True)]
     whole = [torch.cat([getattr(r, name).to(risks[0].mean.device) for r in risks]) for name in _FIELDS]
-    return values, Moments(*whole), probes
+    return values, Moments.over([Moments(*whole)], len(examples)), probes
 
 
 _FIELDS = ("count", "mean", "spread")
@@ -137,20 +146,20 @@ def _batch(
     n: int,
     room: int | None,
     settings: dict[str, Any],
-) -> tuple[list[Moments], tuple[Tensor, ...], list[_Parabolas | _Kept], int]:
+) -> tuple[tuple[Moments, ...], tuple[Tensor, ...], list[_Parabolas | _Kept], int]:
     """One batch; a function of its own, so that no activation outlives it. No terms where those of ``n`` examples would
     need more than ``room``."""
     with frozen(model), torch.enable_grad(), recorded(model, units, gradients=True) as recording:
         logits = answer_logits(model, batch)
     values = [v.detach() for v in recording.read()]
-    moments = [
+    moments = tuple(
         Moments.of(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
-    ]
+    )
     vectors = output_probes(logits.detach(), batch, index, **settings)
     wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
     if room is not None and n * len(vectors) * sum(wide) * max(4, values[0].element_size()) > room:
         return moments, (), [], 0
-    center = center or mean_of(tuple(moments), model, units).tensors
+    center = center or mean_of(moments, model, units).tensors
     effects: list[list[Tensor]] = [[] for _ in values]
     slopes: list[list[Tensor]] = [[] for _ in values]
     values = [v if v.dtype == torch.float64 else v.float() for v in values]

@@ -13,7 +13,7 @@ steps, and a metric's drop nothing about outputs that the metric does not see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -27,9 +27,9 @@ from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call, frozen, run_values
+from tl_sparsify.core.forward import answer_logits, check_call, frozen, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened, narrows
-from tl_sparsify.core.memory import rows_for
+from tl_sparsify.core.memory import device_of, dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
@@ -149,13 +149,13 @@ def exact(
     wanted = mask.nonzero().flatten()
     replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
     rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
-    batches = list(examples.batches(min(rows, len(examples))))
+    batches = list(shared_batches(model, examples, min(rows, len(examples))))
     whole = None
     if interventions != NONE:
         whole = Reduction(Circuit.full(units), mean(model, examples, units, batch_size=batch_size))
         passes += 1 + sum(part.kind == "interchange" for _, part in interventions.components)
-    parts: list[Moments] = []
-    for number, (index, batch) in enumerate(batches):
+
+    def alone(number: int, index: Int[Tensor, "batch"], batch: Examples) -> Moments:
         together = max(1, rows // len(index))
         firsts = range(0, len(wanted), together)
         effects: list[Float[Tensor, "batch some"]] = []
@@ -173,8 +173,9 @@ def exact(
                     removed = answer_logits(model, examples[copies])
                 drop = _drop(original.repeat(len(some), 1), removed, examples[copies], metric)
                 effects.append(drop.double().view(len(some), len(index)).T)
-        parts.append(Moments.of(torch.cat(effects, 1)))
-    total = Moments.merge(parts)
+        return Moments.of(torch.cat(effects, 1))
+
+    total = Moments.over((alone(number, *part) for number, part in enumerate(batches)), len(examples))
     measured_in = "nats" if metric is None else "units of the metric"
     scores, stderr = (
         torch.full((len(units),), float("nan"), dtype=part.dtype, device=part.device).index_copy(
@@ -260,22 +261,23 @@ def _line(
 ) -> Moments:
     """The moments over examples of ``d metric / d keep``, averaged over the points at which ``keep`` has these levels
     for all units."""
-    parts: list[Moments] = []
-    for index, batch in batches_of(model, examples, batch_size):
-        here = units.for_examples(index, examples.spans)
-        values = Values(here, replacement(index).tensors)
-        slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
-        parts.append(Moments.of(torch.stack(slopes).double().mean(0)))
-    return Moments.merge(parts)
+
+    def parts() -> Iterator[Moments]:
+        for index, batch in shared_batches(model, examples, batch_size):
+            here = units.for_examples(index, examples.spans)
+            values = Values(here, replacement(index).tensors)
+            slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
+            yield Moments.of(torch.stack(slopes).double().mean(0))
+
+    return Moments.over(parts(), len(examples))
 
 
 def _slopes(
     model: Model, batch: Examples, units: Units, values: Values, level: float, metric: Metric
 ) -> Float[Tensor, "batch units"]:
     """``d metric / d keep`` of every example, with every unit at the same ``keep``."""
-    parameter = next(iter(model.parameters()))
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=parameter.device).requires_grad_()
+    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
+    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=device_of(model)).requires_grad_()
     with frozen(model), torch.enable_grad():
         with intervened(model, Intervention(units, keep, values, first_token="bos")):
             logits = answer_logits(model, batch)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_sparsify._internal.checksum import checksum
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
+from tl_sparsify._internal.ranks import on_main
 from tl_sparsify._internal.versions import versions
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.moments import Estimate
@@ -83,7 +84,12 @@ def _said(value: Any) -> str:
 
 
 def write(folder: Path, described: Mapping[str, str], state: State) -> None:
-    """Put a state into a folder; the circuits that an earlier one named and this one does not go."""
+    """Put a state into a folder; the circuits that an earlier one named and this one does not go. Of several processes
+    the first one writes."""
+    on_main(lambda: _write(folder, described, state), f"writing step {state.step} of the search")
+
+
+def _write(folder: Path, described: Mapping[str, str], state: State) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     reductions = [*(step.reduction for step in state.found), state.before]
     *names, before = (f"{_name(reduction)}.reduction" for reduction in reductions)

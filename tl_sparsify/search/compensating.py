@@ -24,10 +24,11 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call, check_examples, frozen, unit_positions
+from tl_sparsify.core.forward import answer_logits, check_call, check_examples, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.memory import SHARE_OF_A_MACHINE, physical
@@ -225,31 +226,34 @@ def _banks(
         torch.zeros(s.size, s.size if m else 1).double() for s, m in zip(current.units.sites, mixable, strict=True)
     ]
     readers, squares = [z.clone() for z in zeros], [z.clone() for z in zeros]
-    sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], [0.0 for _ in zeros]
-    for index, batch in batches_of(model, examples, batch_size):
-        here = current.for_examples(index, examples.spans)
-        with torch.no_grad(), intervened(model, ablate(here)):
-            drawn = drawn_interventions(interventions, model, current, examples, index, settings["seed"])
-        with frozen(model), torch.enable_grad(), intervened(model, *drawn, ablate(here)):
-            with recorded(model, here.units, gradients=True) as recording:
-                logits = answer_logits(model, batch)
-            gradients = list(pulled(recording, logits, output_probes(logits.detach(), batch, index, **settings)))
-        parts = zip(here.units.sites, recording.read(), here.values.tensors, mixable, strict=True)
-        for number, (site, v, c, mixes) in enumerate(parts):
-            where, v = unit_positions(model, batch, site, v), v.detach().double()
-            for found in gradients:
-                g = (found[number] * where.to(found[number])[..., None, None]).double()
+    sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], torch.zeros(len(zeros)).double()
+    with agreed(f"the statistics of {len(examples)} examples"):
+        for index, batch in shared_batches(model, examples, batch_size):
+            here = current.for_examples(index, examples.spans)
+            with torch.no_grad(), intervened(model, ablate(here)):
+                drawn = drawn_interventions(interventions, model, current, examples, index, settings["seed"])
+            with frozen(model), torch.enable_grad(), intervened(model, *drawn, ablate(here)):
+                with recorded(model, here.units, gradients=True) as recording:
+                    logits = answer_logits(model, batch)
+                gradients = list(pulled(recording, logits, output_probes(logits.detach(), batch, index, **settings)))
+            parts = zip(here.units.sites, recording.read(), here.values.tensors, mixable, strict=True)
+            for number, (site, v, c, mixes) in enumerate(parts):
+                where, v = unit_positions(model, batch, site, v), v.detach().double()
+                for found in gradients:
+                    g = (found[number] * where.to(found[number])[..., None, None]).double()
+                    if mixes:
+                        rows = g[where][..., 0].cpu()
+                        readers[number] += rows.T @ rows / len(examples)
+                    else:
+                        effect = (g * (c.to(v) - v)).sum((1, 3)).cpu()
+                        readers[number] += effect.square().sum(0)[:, None] / len(examples)
                 if mixes:
-                    rows = g[where][..., 0].cpu()
-                    readers[number] += rows.T @ rows / len(examples)
-                else:
-                    effect = (g * (c.to(v) - v)).sum((1, 3)).cpu()
-                    readers[number] += effect.square().sum(0)[:, None] / len(examples)
-            if mixes:
-                rows = v[where][..., 0].cpu()
-                squares[number] += rows.T @ rows
-                sums[number] += rows.sum(0)
-                counts[number] += len(rows)
+                    rows = v[where][..., 0].cpu()
+                    squares[number] += rows.T @ rows
+                    sums[number] += rows.sum(0)
+                    counts[number] += len(rows)
+    whole = [summed([part], len(examples)) for part in (readers, squares, sums, [counts])]
+    readers, squares, sums, (counts,) = (list(part) for part in whole)
     banks: list[_Bank] = []
     for number, alive in enumerate(current.units.split(free)):
         kept = current.units.split(current.circuit.mask)[number]

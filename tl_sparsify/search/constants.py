@@ -14,22 +14,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.ranks import share, summed, totalled
 from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
     batch_size_for,
-    batches_of,
     check_call,
     frozen,
+    shared_batches,
     unit_positions,
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
@@ -174,27 +175,28 @@ def refit(
     known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
     every = max(1, min(steps, patience or steps) // 10)
     fell, mark = 0, lowest  # after how many steps the validation risk last fell clearly
+
+    def gradients(step: int, index: Int[Tensor, "some"]) -> Iterator[list[Tensor]]:
+        for part in index[share(len(index))].split(together):
+            batch, here = train[part], at(theta).for_examples(part, train.spans)
+            same = (interventions, model, reduction, train, part, seed + step)
+            with torch.no_grad():
+                with intervened(model, *drawn_interventions(*same)):
+                    original = answer_logits(model, batch) if known is None else known(part)
+                with intervened(model, ablate(here)):
+                    drawn = drawn_interventions(*same)
+            with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
+                loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
+            found = torch.autograd.grad(loss, theta, allow_unused=True)
+            yield [torch.zeros_like(t) if g is None else g for t, g in zip(theta, found, strict=True)]
+
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else learning_rate)
     with frozen(model):
         for step in bar(range(steps), "refitting constants", progress):
             order = _random.permutation(len(train), seed, 41, step // per_epoch)
             index = order[(step % per_epoch) * size :][:size].sort().values
-            gradients = [torch.zeros_like(parameter) for parameter in theta]
-            for part in index.split(together):
-                batch, here = train[part], at(theta).for_examples(part, train.spans)
-                same = (interventions, model, reduction, train, part, seed + step)
-                with torch.no_grad():
-                    with intervened(model, *drawn_interventions(*same)):
-                        original = answer_logits(model, batch) if known is None else known(part)
-                    with intervened(model, ablate(here)):
-                        drawn = drawn_interventions(*same)
-                with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
-                    loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
-                for total, found in zip(gradients, torch.autograd.grad(loss, theta, allow_unused=True), strict=True):
-                    if found is not None:
-                        total += found
-            for parameter, gradient in zip(theta, gradients, strict=True):
+            for parameter, gradient in zip(theta, summed(gradients(step, index), len(index)), strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
@@ -250,16 +252,17 @@ def curvature_weighted(
         >>> tls.constants.curvature_weighted(model, train, units, temperature=3.0)
         Values(constant for Units(12: 12 heads))
     """
-    square: list[Tensor] = []
-    weighted: list[Tensor] = []
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-    for values, gradients, _ in _gradients("curvature_weighted", model, examples, units, batch_size, settings):
-        g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
-        v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
-        outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
-        inner = [torch.einsum("suw,su->uw", a, (a * b).sum(-1)) for a, b in zip(g, v, strict=True)]
-        square = outer if not square else [a + b for a, b in zip(square, outer, strict=True)]
-        weighted = inner if not weighted else [a + b for a, b in zip(weighted, inner, strict=True)]
+
+    def parts() -> Iterator[list[Tensor]]:
+        for values, gradients, _ in _gradients("curvature_weighted", model, examples, units, batch_size, settings):
+            g = [torch.cat([probe[site].flatten(0, 1) for probe in gradients]).double() for site in range(len(values))]
+            v = [value.flatten(0, 1).double().repeat(len(gradients), 1, 1) for value in values]
+            outer = [torch.einsum("suw,sux->uwx", a, a) for a in g]
+            yield [*outer, *(torch.einsum("suw,su->uw", a, (a * b).sum(-1)) for a, b in zip(g, v, strict=True))]
+
+    sums = summed(parts(), len(examples))
+    square, weighted = sums[: len(units.sites)], sums[len(units.sites) :]
     means = mean(model, examples, units, batch_size=batch_size)
     found: list[Tensor] = []
     for a, b, m in zip(square, weighted, means.tensors, strict=True):
@@ -306,22 +309,29 @@ def newton(
     """
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping is {damping}; it must not be negative, and finite")
-    totals: list[list[Tensor]] = []
     settings = {"probes": probes, "temperature": 1.0, "metric": None, "seed": seed, "labels": True}
-    for values, gradients, where in _gradients("newton", model, examples, units, batch_size, settings):
-        for site, value in enumerate(values):
-            v = value.double()
-            h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
-            seen = v[where[site]]
-            low, high = seen.amin(0), seen.amax(0)
-            slope = gradients[-1][site].double().sum((0, 1))
-            new = [(h * v).sum((0, 1)), slope, h.sum((0, 1)), h.amax((0, 1)), low, high]
-            if site == len(totals):
-                totals.append(new)
-                continue
-            old = totals[site]
-            joined = [a + b for a, b in zip(old[:3], new[:3], strict=True)]
-            totals[site] = [*joined, torch.maximum(old[3], new[3]), old[4].minimum(new[4]), old[5].maximum(new[5])]
+
+    def parts() -> Iterator[list[list[Tensor]]]:
+        for values, gradients, where in _gradients("newton", model, examples, units, batch_size, settings):
+            sites: list[list[Tensor]] = []
+            for site, value in enumerate(values):
+                v = value.double()
+                h = torch.stack([g[site].double().square() for g in gradients[:-1]]).sum(0)
+                seen = v[where[site]]
+                low, high = seen.amin(0), seen.amax(0)
+                slope = gradients[-1][site].double().sum((0, 1))
+                sites.append([(h * v).sum((0, 1)), slope, h.sum((0, 1)), h.amax((0, 1)), low, high])
+            yield sites
+
+    joined = (torch.add, torch.add, torch.add, torch.maximum, torch.minimum, torch.maximum)
+
+    def both(olds: list[list[Tensor]], news: list[list[Tensor]]) -> list[list[Tensor]]:
+        return [
+            [join(a, b) for join, a, b in zip(joined, old, new, strict=True)]
+            for old, new in zip(olds, news, strict=True)
+        ]
+
+    totals = totalled(parts(), both, len(examples))
     means = mean(model, examples, units, batch_size=batch_size)
     found: list[Tensor] = []
     outside = 0
@@ -342,15 +352,16 @@ def newton(
 def _gradients(
     what: str, model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
 ) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]], list[Bool[Tensor, "batch pos"]]]]:
-    """For each batch the units' values per site, for each probe (with ``labels`` at last for the cross-entropy) the
-    gradients per site, zero at positions where a unit is not meant, and per site the positions that hold input."""
+    """For each batch of this process's share the units' values per site, for each probe (with ``labels`` at last for
+    the cross-entropy) the gradients per site, zero at positions where a unit is not meant, and per site the positions
+    that hold input."""
     check_call(model, examples, seed=settings["seed"], batch_size=batch_size)
     check_count("probes", settings["probes"], most=MOST)
     check_temperature(settings["temperature"])
     labels = settings.pop("labels", False)
     if any(site.kind == "edge" for site in units.sites):
         raise ValueError(f"{what} gives each unit a constant; edges from one writer share theirs: take mean()")
-    for index, batch in batches_of(model, examples, batch_size):
+    for index, batch in shared_batches(model, examples, batch_size):
         here = units.for_examples(index, examples.spans)
         with frozen(model), torch.enable_grad(), recorded(model, here, gradients=True) as recording:
             logits = answer_logits(model, batch)

@@ -7,7 +7,7 @@ and measured risk decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
+from tl_sparsify._internal.ranks import summed
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batches_of, check_call
+from tl_sparsify.core.forward import answer_logits, check_call, shared_batches
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.probes import samples
@@ -122,15 +123,19 @@ def _risks(
     batch_size: int | None,
 ) -> Float[Tensor, "circuits"]:
     """The measured risk of each circuit. One forward pass, and one for each circuit."""
-    total = torch.zeros(len(circuits), dtype=torch.float64)
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
+
+    def parts() -> Iterator[tuple[Tensor]]:
+        for index, batch in shared_batches(model, examples, batch_size):
             original = answer_logits(model, batch)
-            for number, circuit in enumerate(circuits):
+            found: list[Float[Tensor, ""]] = []
+            for circuit in circuits:
                 with intervened(model, ablate(reduction.with_circuit(circuit).for_examples(index, examples.spans))):
                     reduced = answer_logits(model, batch)
-                total[number] += divergence(original, reduced, batch, metric).double().sum().cpu()
-    return total / len(examples)
+                found.append(divergence(original, reduced, batch, metric).double().sum().cpu())
+            yield (torch.stack(found),)
+
+    with torch.no_grad():
+        return summed(parts(), len(examples))[0] / len(examples)
 
 
 def _exchanges(

@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
@@ -182,7 +183,8 @@ def sparsify(
         given |= {"held_out": held_out, "metric": metric, "interventions": interventions, "shrinkage": shrinkage}
         given |= {"carry_deviation": carry_deviation, "exchanges": most, "predict": predict, "seed": seed}
         described = describe(given)
-        state = read(Path(checkpoint), described, units) or state
+        with agreed("reading the search"):
+            state = read(Path(checkpoint), described, units) or state
     left, clock, number, found, before = state.left, state.clock, state.number, list(state.found), state.before
     believed, promised, trade, spare = state.believed, state.promised, state.trade, state.spare
     picks, restored = state.picks, state.restored  # what has changed since the last expansion
@@ -248,7 +250,7 @@ def sparsify(
                 parts = samples(model, judged, current, temperature=1.0, **here, **shared)
                 predicted, additivity = _predicted(_noting(parts, made), picks, restored, len(judged), unit)
                 if seen and reached:
-                    found[-1] = replace(found[-1], measured=Estimate.of(Moments.merge(made), unit))
+                    found[-1] = replace(found[-1], measured=Estimate.of(Moments.over(made, len(judged)), unit))
             current = current.with_circuit(Circuit(units, left.isinf()))
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
@@ -344,7 +346,7 @@ def _looking(
         halves = linearise_folds(_noting(parts, made), len(examples), seed=seed + number)
         if not carry_deviation:
             halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
-        return _Expansion(halves, merged(halves), Moments.merge(made), index)
+        return _Expansion(halves, merged(halves), Moments.over(made, len(examples)), index)
 
     return look
 
@@ -365,18 +367,20 @@ def _predicted(
     parts: Iterator[Samples], removed: Int[Tensor, "some"], restored: Int[Tensor, "others"], n: int, unit: str
 ) -> tuple[Estimate, float]:
     """The predicted joint risk after a change, and how far its own part of it is from a sum over units."""
-    made, alone = 0.0, 0.0
+    sums = torch.zeros(2, dtype=torch.float64)
 
     def watched() -> Iterator[Samples]:
-        nonlocal made, alone
         for part in parts:
-            made += float(part.offset.double().sum()) / n
             half, linear = part.effects.double().square().sum(0) / 2, part.linear.double()
-            alone += float((half + linear)[:, removed.to(half.device)].sum()) / n
-            alone += float((half - linear)[:, restored.to(half.device)].sum()) / n
+            sums[0] += float(part.offset.double().sum()) / n
+            sums[1] += float((half + linear)[:, removed.to(half.device)].sum()) / n
+            sums[1] += float((half - linear)[:, restored.to(half.device)].sum()) / n
             yield part
 
-    total = joint_moments(watched(), removed, restored)
+    with agreed(f"the prediction for {n} examples"):
+        mine = joint_moments(watched(), removed, restored)
+    total = Moments.over([mine], n)
+    made, alone = summed([(sums,)], n)[0].tolist()
     joint = float(total.mean) - made
     found = Estimate.of(total, unit)
     found = replace(found, mean=max(0.0, found.mean))  # a divergence is never negative

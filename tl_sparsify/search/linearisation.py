@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.ranks import agreed, gathered, summed
 from tl_sparsify.core.probes import Samples
 
 HEIGHT = 1024
@@ -67,20 +68,22 @@ def linearise_folds(
     batches: Iterator[Samples], n: int, *, seed: int, height: int = HEIGHT, folds: int = 2
 ) -> tuple[Linearisation, ...]:
     """Gather the samples of ``n`` examples, dealt out by number to as many linearisations of at most ``height`` rows
-    together, each the mean over its own examples.
+    together, each the mean over its own examples. ``batches`` are those of this process's share of them; the result is
+    that of all.
 
     More samples are projected: each goes, with random signs, to four of the rows (a sparse Johnson-Lindenstrauss
     map, Kane and Nelson, 2014), which keeps every ``R(S)`` in expectation. Memory: twice ``height`` by units.
     """
     gathering: list[_Gathering] = []
-    for part in batches:
-        if not gathering:
-            k, _, u = part.effects.shape
-            sizes = [len(range(fold, n, folds)) for fold in range(folds)]
-            gathering = [_Gathering(size, k, u, height // folds, part, seed) for size in sizes]
-        for fold, one in enumerate(gathering):
-            one.add(part, part.index % folds == fold)
-    return tuple(one.linearisation() for one in gathering)
+    with agreed(f"the samples of {n} examples"):
+        for part in batches:
+            if not gathering:
+                k, _, u = part.effects.shape
+                sizes = [len(range(fold, n, folds)) for fold in range(folds)]
+                gathering = [_Gathering(size, k, u, height // folds, part, seed) for size in sizes]
+            for fold, one in enumerate(gathering):
+                one.add(part, part.index % folds == fold)
+    return tuple(one.linearisation(n) for one in gathering)
 
 
 class _Gathering:
@@ -111,15 +114,18 @@ class _Gathering:
         self.matrix.add(effects.flatten(0, 1) / math.sqrt(self.n), (index.expand(self.k, -1), probe))
         self.deviation.add(along / math.sqrt(self.n), (index, 0))
 
-    def linearisation(self) -> Linearisation:
-        variance = (self.own_square - self.own.square()).clamp_min(0) / max(1, self.n - 1)
-        matrix, projected = self.matrix.stacked(), self.matrix.projected
+    def linearisation(self, n: int) -> Linearisation:
+        """Of all processes, which had ``n`` examples together."""
+        offset = torch.tensor(self.offset, dtype=torch.float64)
+        offset, linear, own, own_square = summed([(offset, self.linear, self.own, self.own_square)], n)
+        variance = (own_square - own.square()).clamp_min(0) / max(1, self.n - 1)
+        matrix, projected = self.matrix.stacked(n), self.matrix.projected
         return Linearisation(
-            self.offset,
-            self.linear.to(matrix),
+            float(offset),
+            linear.to(matrix),
             matrix,
             projected,
-            self.deviation.stacked(),
+            self.deviation.stacked(n),
             variance.sqrt().to(matrix),
             self.n * self.k,
         )
@@ -144,8 +150,12 @@ class _Rows:
             sign = (0.5 - (draw & 1)).to(rows)  # +-1 over the root of the four copies
             self.matrix.index_add_(0, row, sign[:, None] * rows)
 
-    def stacked(self) -> Float[Tensor, "rows units"]:
-        return self.matrix if self.projected or not self.parts else torch.cat(self.parts)
+    def stacked(self, n: int) -> Float[Tensor, "rows units"]:
+        """The rows of all processes, which had ``n`` examples together."""
+        if self.projected:
+            return summed([(self.matrix,)], n)[0]
+        parts = gathered(self.parts, n)
+        return torch.cat(parts) if parts else self.matrix
 
 
 def merged(folds: Sequence[Linearisation]) -> Linearisation:

@@ -19,7 +19,7 @@ score               what it is                                             forwa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
+from tl_sparsify._internal.ranks import gathered, summed
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import batches_of, check_call, fitting, output, unit_positions
+from tl_sparsify.core.forward import check_call, fitting, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.probes import samples
@@ -109,12 +111,15 @@ def risk(
         values, forward = mean(model, examples, units, batch_size=batch_size), 2
     settings |= {"interventions": interventions}
     removal = Reduction(Circuit.full(units), values)
-    parts: list[Moments] = []
     backward = 0
-    for part in samples(model, examples, removal, seed=seed, batch_size=batch_size, **settings):
-        parts.append(Moments.of(part.effects.double().square().sum(0) / 2))
-        backward = len(part.effects)
-    total = Moments.merge(parts)
+
+    def parts() -> Iterator[Moments]:
+        nonlocal backward
+        for part in samples(model, examples, removal, seed=seed, batch_size=batch_size, **settings):
+            backward = len(part.effects)
+            yield Moments.of(part.effects.double().square().sum(0) / 2)
+
+    total = Moments.over(parts(), len(examples))
     return Scores(units, total.mean, total.stderr, "risk", unit, forward, backward)
 
 
@@ -219,12 +224,14 @@ def additivity(
     removed = ~reduction.circuit.mask
     if not bool(removed.any()):
         raise ValueError(f"reduction removes none of {reduction.units!r}: there is nothing to add up")
-    parts: list[Float[Tensor, "two batch"]] = []
     settings = {"probes": probes, "metric": metric, "interventions": interventions}
-    for part in samples(model, examples, reduction, seed=seed, batch_size=batch_size, **settings):
-        effects = part.effects[..., removed.to(part.effects.device)].double()
-        parts.append(torch.stack([effects.sum(2).square().sum(0), effects.square().sum((0, 2))]) / 2)
-    joint, alone = torch.cat(parts, 1)
+
+    def risks(effects: Float[Tensor, "probes batch units"]) -> Float[Tensor, "two batch"]:
+        gone = effects[..., removed.to(effects.device)].double()
+        return torch.stack([gone.sum(2).square().sum(0), gone.square().sum((0, 2))]) / 2
+
+    parts = samples(model, examples, reduction, seed=seed, batch_size=batch_size, **settings)
+    joint, alone = torch.cat(gathered((risks(part.effects) for part in parts), len(examples)), 1)
     if not bool(alone.any()):
         return Estimate(0.0, 0.0, len(examples))  # nothing reads these units
     # A ratio of means, its error by the delta method: a mean of ratios would be ruled by examples of tiny risk.
@@ -243,9 +250,10 @@ def _spread(
     """The variance over examples and positions of every unit as its reader (:func:`_reader`) sees it, and its standard
     error: of a ratio, since examples may differ in how many positions they have."""
     means = [part.mean for part in unit_moments(model, examples, units, batch_size=batch_size)]
-    sums = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
-    with torch.no_grad():
-        for index, batch in batches_of(model, examples, batch_size):
+    nothing = torch.zeros(5, len(units), dtype=torch.float64, device=means[0].device)
+
+    def parts() -> Iterator[tuple[Tensor]]:
+        for index, batch in shared_batches(model, examples, batch_size):
             here = units.for_examples(index, examples.spans)
             with recorded(model, here) as recording:
                 output(model, batch)
@@ -253,11 +261,14 @@ def _spread(
             n: list[Float[Tensor, "batch some"]] = []
             for site, v, m, reader in zip(here.sites, recording.read(), means, readers, strict=True):
                 where = unit_positions(model, batch, site, v).double()
-                q.append(torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m))).to(sums))
-                n.append(where.sum(1, keepdim=True).expand(-1, site.size).to(sums))
+                q.append(torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m))).to(nothing))
+                n.append(where.sum(1, keepdim=True).expand(-1, site.size).to(nothing))
             total, count = torch.cat(q, 1), torch.cat(n, 1)
             products = (total, count, total * total, total * count, count * count)
-            sums = sums + torch.stack([product.sum(0) for product in products])
+            yield (torch.stack([product.sum(0) for product in products]),)
+
+    with torch.no_grad():
+        (sums,) = summed(parts(), len(examples))
     q1, n1, qq, qn, nn = sums  # squares, positions, and the second moments of both: what the delta method needs
     n1 = n1.clamp_min(1)
     scores = q1 / n1
@@ -286,7 +297,8 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
     match = re.fullmatch(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_post)", site.hook)
     if given is None and site.kind in ("head", "neuron") and match is not None and hasattr(model, "blocks"):
         block = model.blocks[int(match[1])]
-        given = block.attn.W_O if site.kind == "head" else block.mlp.W_out
+        part, weight, last = (block.attn, "W_O", "o") if site.kind == "head" else (block.mlp, "W_out", "out")
+        given = _written(model, part, weight, last, site.size)
     if given is not None:
         if given.ndim not in (2, 3) or len(given) != site.size:
             raise ValueError(
@@ -303,3 +315,17 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
         f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "
         f"give readers={{{site.hook!r}: weights [{site.size}, width, out] or [{site.size}, out]}}"
     )
+
+
+def _written(model: Any, part: Any, weight: str, last: str, size: int) -> Float[Tensor, "units *width out"]:
+    """The weights that write a layer's units to the stream; where they are packed or elsewhere (quantised, offloaded)
+    what its last map makes of each of its inputs."""
+    try:
+        return getattr(part, weight)
+    except (NotImplementedError, RuntimeError, ValueError):
+        linear = getattr(part, last).original_component
+    width = getattr(linear, "in_features", getattr(linear, "nx", 0))  # nx: transformers' Conv1D
+    with torch.no_grad():
+        like = {"dtype": dtype_of(model), "device": device_of(model)}
+        rows = linear(torch.eye(width, **like)) - linear(torch.zeros(1, width, **like))  # less the bias
+    return rows if size == width else rows.view(size, width // size, -1)

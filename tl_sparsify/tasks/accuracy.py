@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from tl_sparsify._internal.ranks import summed
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model
+from tl_sparsify.core.forward import answer_logits, check_model, shared_batches
 from tl_sparsify.core.metrics import by_example, correct
 from tl_sparsify.core.units import Model
 
@@ -43,12 +46,16 @@ def accuracy(model: Model, examples: Examples, *, batch_size: int | None = None)
         ValueError: a model in training mode, a NaN or infinite output.
     """
     check_model(model)
-    every, among = 0.0, 0.0
-    with torch.no_grad():
-        for _, batch in examples.batches(batch_size_for(model, examples, batch_size)):
+
+    def parts() -> Iterator[tuple[Tensor]]:
+        for _, batch in shared_batches(model, examples, batch_size):
             whole = replace(batch, choices=None)
             logits = answer_logits(model, whole)
             chosen = logits if batch.choices is None else logits[:, batch.choices.to(logits.device)]
-            every += float(by_example(correct(logits, whole), batch).sum())
-            among += float(by_example(correct(chosen, batch), batch).sum())
-    return Accuracy(every / len(examples), among / len(examples), len(examples))
+            right = [by_example(correct(logits, whole), batch), by_example(correct(chosen, batch), batch)]
+            yield (torch.stack([part.sum().double() for part in right]),)
+
+    with torch.no_grad():
+        (total,) = summed(parts(), len(examples))
+    every, among = (total / len(examples)).tolist()
+    return Accuracy(every, among, len(examples))

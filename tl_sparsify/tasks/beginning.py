@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tl_sparsify.core.forward import device_of
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.prompts import adds_beginning
 from tl_sparsify.tasks.accuracy import Accuracy, accuracy
 from tl_sparsify.tasks.language_models import load_tokenizer

@@ -1,0 +1,96 @@
+"""Several processes on one machine: how much faster two of one thread each are than one of one thread.
+
+    python benchmarks/processes.py                 # prints seconds and ratios; writes nothing
+    python benchmarks/processes.py --prompts 64    # of GPT-2 small's shape, random weights
+
+Each call runs in processes of its own, launched as torchrun does; the seconds are those of the slowest process, without
+loading. The passes over the data are the share of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+import tl_sparsify as tls
+from tl_sparsify.comparison.cost import counted
+
+
+def model_of(layers: int) -> Any:
+    """A transformer of GPT-2 small's widths, with random weights."""
+    from transformer_lens import TransformerBridge, TransformerBridgeConfig
+
+    config: dict[str, Any] = {"d_model": 768, "d_head": 64, "n_heads": 12, "n_layers": layers, "n_ctx": 64}
+    config |= {"d_vocab": 50257, "d_mlp": 3072, "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
+    return TransformerBridge.boot_native(TransformerBridgeConfig(**config)).eval()
+
+
+def measured(prompts: int, layers: int) -> dict[str, tuple[float, float]]:
+    """Seconds and passes over the data of each call, in this process."""
+    torch.set_num_threads(1)
+    model = model_of(layers)
+    tokens = torch.randint(50257, (prompts, 20), generator=torch.Generator().manual_seed(0))
+    examples = tls.Examples(tokens, tokens.where(torch.arange(20) == 19, -100))
+    units = tls.heads(model) + tls.neurons(model)
+    reduction = tls.constants.reduced(
+        model, tls.score.variance(model, examples[:8], units).top(0.5), tls.constants.mean(model, examples[:8], units)
+    )
+    calls = {
+        "score.risk": lambda: tls.score.risk(model, examples, units),
+        "risk": lambda: tls.risk(model, reduction, examples),
+        "sparsify, 4 rounds": lambda: tls.sparsify(model, examples, units, rounds=4, progress=False),
+        "refit, 5 steps": lambda: tls.constants.refit(model, reduction, examples, examples, steps=5, progress=False),
+    }
+    found: dict[str, tuple[float, float]] = {}
+    for name, call in calls.items():
+        tls.risk(model, reduction, examples[:8])  # all processes begin together
+        start = time.perf_counter()
+        with counted(model) as passes:
+            call()
+        found[name] = (time.perf_counter() - start, (passes["forward"] + passes["backward"]) / prompts)
+    return found
+
+
+def launched(size: int, arguments: list[str]) -> list[dict[str, tuple[float, float]]]:
+    """What each of ``size`` processes measures."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, __file__, "--one", *arguments]
+    started = [
+        subprocess.Popen(command, env=given | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        for r in range(size)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--prompts", type=int, default=64)
+    options.add_argument("--layers", type=int, default=6)
+    options.add_argument("--one", action="store_true", help="measure here, and print json")
+    given = options.parse_args()
+    if given.one:
+        print(json.dumps(measured(given.prompts, given.layers)))
+        return
+    one, two = (launched(size, [f"--prompts={given.prompts}", f"--layers={given.layers}"]) for size in (1, 2))
+    print(f"{'':20} {'one (s)':>8} {'two (s)':>8} {'ratio':>6} {'passes':>7} {'share of each':>14}")
+    for name, (seconds, passes) in one[0].items():
+        both = max(part[name][0] for part in two)
+        shares = ", ".join(f"{part[name][1]:.1f}" for part in two)
+        print(f"{name:20} {seconds:8.1f} {both:8.1f} {seconds / both:6.2f} {passes:7.1f} {shares:>14}")
+
+
+if __name__ == "__main__":
+    main()
