@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tl_sparsify import Scores, Units, plot
+from tl_sparsify import Estimate, Scores, Units, plot
 
 
 def curves(figure: Figure) -> list[tuple[list[float], list[float]]]:
@@ -58,6 +59,15 @@ def test_the_risk_curve_takes_further_points():
     legend = axes.get_legend()
     assert legend is not None and "refitted" in [text.get_text() for text in legend.get_texts()]
     assert len(curves(figure)) == len(curves(plot.risk_curve(path()))) + 1
+
+
+def test_a_search_that_did_not_predict_has_no_line_of_predictions():
+    found, nothing = path(), Estimate(float("nan"), float("nan"), 50, "nats")
+    silent = replace(found, rounds=tuple(replace(step, predicted=nothing) for step in found.rounds))
+    [axes] = plot.risk_curve(silent).axes
+    legend = axes.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["measured along the path"]
+    assert len(curves(plot.risk_curve(silent))) == len(curves(plot.risk_curve(found))) - 1
 
 
 @pytest.mark.parametrize("measure", ["risk", "accuracy", "faithfulness"])

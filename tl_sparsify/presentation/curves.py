@@ -48,7 +48,9 @@ def risk_curve(path: CircuitPath, points: Mapping[str, pd.DataFrame] | None = No
     ends = [(measured + sign * frame.measured_stderr).clip(lower=_FLOOR) for sign in (-1, 1)]
     bars = [measured - ends[0], ends[1] - measured]  # none below the floor
     points = points or {}
-    groups = _groups(["measured along the path", "predicted before removing"], list(points))
+    known = bool(frame.predicted.notna().any())  # a search need not predict
+    own = ["measured along the path", *["predicted before removing"][:known]]
+    groups = _groups(own, list(points))
     single = len(groups) == 1
     below = 0.18 * max(map(len, groups)) * (len(points) > 2)
     size = (6.4, 4.2 + below) if single else (0.6 + 4.2 * len(groups), 4.0 + below)
@@ -56,8 +58,9 @@ def risk_curve(path: CircuitPath, points: Mapping[str, pd.DataFrame] | None = No
     styles = _styles(dict.fromkeys(points, False))
     for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
         axes.errorbar(frame.kept, measured, yerr=bars, marker="o", ms=4, label=group[0])
-        axes.plot(frame.kept, frame.predicted.clip(lower=_FLOOR), "--", marker="x", ms=4, label=group[1])
-        for name in group[2:]:
+        if known:
+            axes.plot(frame.kept, frame.predicted.clip(lower=_FLOOR), "--", marker="x", ms=4, label=group[1])
+        for name in group[len(own) :]:
             table = points[name]
             axes.errorbar(table.kept, table.risk.clip(lower=_FLOOR), yerr=table.stderr, **styles[name])
         axes.set(xscale="log", yscale="log", xlabel=f"units kept (of {len(path.units):,})")
