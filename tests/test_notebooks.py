@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 REAL = [path for path in NOTEBOOKS if "smollm2" in path.read_text()]
 LARGEST = 200_000  # bytes of outputs
 SHORT = "EXAMPLES, ROUNDS, KEPT, PROBING = 4, 1, 0.05, tls.Probing(probes=1, examples=2)"
-MINUTES = 10
+SECONDS = 2 * 10 * 60  # of processor time: ten minutes of two cores, whatever else the machine did meanwhile
 
 
 def test_there_are_notebooks():
@@ -56,12 +56,12 @@ def test_notebook_on_the_real_model_runs(path: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_a_notebook_on_the_real_model_installs_first_and_took_less_than_ten_minutes(path: Path):
+def test_a_notebook_on_the_real_model_installs_first_and_took_less_than_ten_minutes_of_two_cores(path: Path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert "pip install" in cells[0].source and 'fetch("smollm2")' in cells[0].source
     [said] = [output.text for output in cells[-1].outputs]
     found = re.fullmatch(r"(\d+) s on the clock, (\d+) s of processor time, (\d+) threads\n", said)
-    assert found is not None and int(found[1]) < 60 * MINUTES
+    assert found is not None and 0 < int(found[2]) < SECONDS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
