@@ -51,6 +51,26 @@ def test_gpt2_small_has_158_nodes_and_32491_edges():
     assert not {"m0->a0.h0<q>", "a0.h0->a0.h1<v>", "a1.h0->m0", "input->a0.h0", "logits->m0"} & set(sizes.edges)
 
 
+def test_gpt2_smalls_names_are_those_of_the_rule_and_come_back_from_a_file(tmp_path: Path):
+    """Every node reads what was written before it: heads in three ways, all of a layer's heads before its MLP."""
+    blocks = [([f"a{layer}.h{head}" for head in range(12)], f"m{layer}") for layer in range(12)]
+    before, edges = ["input"], set[str]()
+    for heads_of, mlp in blocks:
+        edges |= {f"{source}->{head}<{way}>" for source in before for head in heads_of for way in "qkv"}
+        before += heads_of
+        edges |= {f"{source}->{mlp}" for source in before}
+        before += [mlp]
+    edges |= {f"{source}->logits" for source in before}
+    sizes = tls.mib.Sizes(layers=12, heads=12, d_model=768)
+    assert sizes.nodes == (*before, "logits") and set(sizes.edges) == edges
+    drawn = torch.Generator().manual_seed(0)
+    scores, kept = torch.randn(len(edges), generator=drawn), torch.rand(len(edges), generator=drawn) < 0.05
+    nodes = torch.randn(len(sizes.nodes), generator=drawn), torch.rand(len(sizes.nodes), generator=drawn) < 0.5
+    graph = tls.mib.Graph(sizes, nodes[1], kept, nodes[0].double(), scores.double())
+    graph.save(tmp_path / "gpt2.json")
+    assert tls.mib.load(tmp_path / "gpt2.json") == graph
+
+
 def test_two_layers_of_two_heads_by_hand(small: Any):
     sizes = tls.mib.sizes(small)
     assert sizes == tls.mib.Sizes(2, 2, 8, parallel=False)

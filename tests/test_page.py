@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,20 +253,6 @@ def test_the_graph_of_neuronpedia(made: dict[str, Any], tmp_path: Path):
     assert all(nodes <= set(names) for nodes in variables.values())
     with pytest.raises(ValueError, match="slug is 'a graph'"):
         tls.to_neuronpedia(path, made["model"], made["reduction"], made["test"], **settings | {"slug": "a graph"})
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if BROWSER is None:
-        pytest.skip("no browser on this machine")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_the_page_is_walked_through(browser: Any, made: dict[str, Any]):

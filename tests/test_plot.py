@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tl_sparsify import Scores, Units, plot
+from tl_sparsify import Estimate, Scores, Units, plot
 
 
 def curves(figure: Figure) -> list[tuple[list[float], list[float]]]:
@@ -60,14 +61,24 @@ def test_the_risk_curve_takes_further_points():
     assert len(curves(figure)) == len(curves(plot.risk_curve(path()))) + 1
 
 
+def test_a_search_that_did_not_predict_has_no_line_of_predictions():
+    found, nothing = path(), Estimate(float("nan"), float("nan"), 50, "nats")
+    silent = replace(found, rounds=tuple(replace(step, predicted=nothing) for step in found.rounds))
+    [axes] = plot.risk_curve(silent).axes
+    legend = axes.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["measured along the path"]
+    assert len(curves(plot.risk_curve(silent))) == len(curves(plot.risk_curve(found))) - 1
+
+
 @pytest.mark.parametrize("measure", ["risk", "accuracy", "faithfulness"])
 def test_the_frontier_has_a_line_of_means_over_seeds_for_every_method_in_every_tasks_panel(measure: str):
-    frame = table()
+    few = METHODS[:9]
+    frame = table(methods=few)
     figure = plot.frontier(frame, measure)
     assert [axes.get_title().split(" (")[0] for axes in figure.axes] == list(dict.fromkeys(frame.task))
     for axes, (_, part) in zip(figure.axes, frame.groupby("task", sort=False), strict=True):
         lines = {line.get_label(): line for line in axes.lines if line.get_label() in METHODS}
-        assert set(lines) == set(METHODS)
+        assert set(lines) == set(few)
         for method, rows in part.groupby("method"):
             means = rows.groupby("size")[["kept", measure]].mean()
             np.testing.assert_allclose(lines[method].get_xdata(), means.kept)
@@ -100,8 +111,8 @@ def test_one_seed_has_its_own_intervals_as_bars():
 
 
 def test_this_packages_methods_are_bolder_and_no_two_lines_look_alike():
-    [axes] = plot.frontier(table(tasks=("one",), sizes=BENCHED)).axes
-    lines = {str(line.get_label()): line for line in axes.lines if line.get_label() in METHODS}
+    drawn = plot.frontier(table(tasks=("one",), sizes=BENCHED)).axes
+    lines = {str(line.get_label()): line for axes in drawn for line in axes.lines if line.get_label() in METHODS}
     ours = {name for name in METHODS if name.startswith(("joint", "compensating"))}
     assert min(lines[name].get_linewidth() for name in ours) > max(
         lines[n].get_linewidth() for n in set(METHODS) - ours
@@ -111,7 +122,7 @@ def test_this_packages_methods_are_bolder_and_no_two_lines_look_alike():
 
 
 def test_kinds_of_ablation_never_share_a_panel():
-    frame = table(ablations=("mean", "zero", "refitted"))
+    frame = table(methods=METHODS[:9], ablations=("mean", "zero", "refitted"))
     figure = plot.frontier(frame)
     titles = [axes.get_title() for axes in figure.axes]
     assert len(titles) == len(set(titles)) == 6 and "hierarchical_equality (refitted constants)" in titles

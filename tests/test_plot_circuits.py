@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.drawn import CIRCUIT, texts
+from helpers.drawn import CIRCUIT, large_units, texts
 from helpers.written import (
     UNITS,
     affine,
@@ -207,9 +207,7 @@ def test_a_causal_graph_shows_every_variable_above_its_parents():
 
 def test_a_wide_layers_units_are_shown_as_shares_of_its_parts():
     """30 layers of 1,536 neurons: 64 cells of 24 neurons each, and not a stripe a neuron."""
-    sites = [Site("head", layer, f"blocks.{layer}.attn.hook_z", 9) for layer in range(30)]
-    sites += [Site("neuron", layer, f"blocks.{layer}.mlp.hook_post", 1536) for layer in range(30)]
-    units = Units(tuple(sites))
+    units = large_units()
     mask = torch.zeros(len(units), dtype=torch.bool)
     first = 30 * 9 + 2 * 1536  # of layer 2
     mask[first : first + 12] = True

@@ -7,8 +7,7 @@ from pathlib import Path as FilePath
 
 import matplotlib.pyplot as plt
 import pytest
-import torch
-from helpers.drawn import CIRCUIT, clipped, overlapping
+from helpers.drawn import CIRCUIT, clipped, large, overlapping
 from helpers.written import (
     METHODS,
     UNITS,
@@ -21,15 +20,7 @@ from helpers.written import (
 )
 from matplotlib.figure import Figure
 
-from tl_sparsify import Circuit, Site, Units, plot
-
-
-def large(layers: int, heads: int, neurons: int) -> Circuit:
-    sites = [Site("head", i, f"blocks.{i}.attn.hook_z", heads) for i in range(layers)]
-    sites += [Site("neuron", i, f"blocks.{i}.mlp.hook_post", neurons) for i in range(layers)]
-    units = Units(tuple(sites))
-    return Circuit(units, torch.rand(len(units), generator=torch.Generator().manual_seed(0)) < 0.1)
-
+from tl_sparsify import Circuit, plot
 
 MANY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 OTHER = [float((7 * i) % 19) for i in range(19)]

@@ -14,6 +14,7 @@ from helpers.cards import single
 from helpers.published import CITIES, MEN, PROMPTS, WOMEN, minimal_pairs, ravel_files, write_causalgym, write_ravel
 
 import tl_sparsify as tls
+from tl_sparsify.tasks import published
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +271,14 @@ def test_ravels_model_is_verified_at_the_entity(ravel: tls.Task):
     first = next(unit for unit in tls.residuals(model).at("entity_end") if unit.site.layer == 0)
     evidence = tls.verify(model, ravel.causal_model, tls.Alignment({"Country": [first]}), pairs, draws=1)
     assert "Country" in str(evidence.to_frame()["variable"].tolist())
+
+
+def test_the_tokenizer_is_loaded_once_for_all_splits_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded: list[Any] = []
+    load = published.load_tokenizer
+    monkeypatch.setattr(published, "load_tokenizer", lambda source: (loaded.append(source), load(source))[1])
+    for name, folder in (("causalgym/agr_gender", write_causalgym), ("ravel/city/Country", write_ravel)):
+        task = tls.load_task(name, path=folder(tmp_path / name.partition("/")[0]))
+        task.examples(0), task.pairs(4, 0), task.dropped()
+        assert len(loaded) == 1
+        loaded.clear()

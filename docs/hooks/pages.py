@@ -18,6 +18,11 @@ LINKS = (
     *((re.compile(rf"\]\({re.escape(file)}\)"), f"]({page})") for page, file in ELSEWHERE.items()),
 )
 
+IN_NOTEBOOKS = (
+    (re.compile(r"\]\(\.\./docs/([\w./-]+)\)"), r"](../\1)"),
+    (re.compile(r"\]\((\w+)\.ipynb\)"), r"](\1.md)"),
+)
+
 
 def on_files(files: Files, config: Any) -> Files:
     for page, source in ELSEWHERE.items():
@@ -38,6 +43,8 @@ def notebook(path: Path) -> dict[str, str | bytes]:
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
+            for pattern, new in IN_NOTEBOOKS:
+                source = pattern.sub(new, source)
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -14,13 +15,26 @@ from helpers.written import (
     KEPT,
     UNITS,
 )
-from tl_sparsify import Circuit
+from tl_sparsify import Circuit, Site, Units
 
 CIRCUIT = Circuit.of(UNITS, KEPT)
 
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def large_units(layers: int = 30, heads: int = 9, neurons: int = 1536) -> Units:
+    """Heads and neurons of SmolLM2's shape, or of another."""
+    sites = [Site("head", i, f"blocks.{i}.attn.hook_z", heads) for i in range(layers)]
+    sites += [Site("neuron", i, f"blocks.{i}.mlp.hook_post", neurons) for i in range(layers)]
+    return Units(tuple(sites))
+
+
+def large(layers: int = 30, heads: int = 9, neurons: int = 1536, share: float = 0.1) -> Circuit:
+    """A random circuit of that shape."""
+    units = large_units(layers, heads, neurons)
+    return Circuit(units, torch.rand(len(units), generator=torch.Generator().manual_seed(0)) < share)
 
 
 def printed(figure: Figure) -> list[tuple[str, Bbox]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -20,12 +21,14 @@ from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
+from tl_sparsify.presentation.edge_map import edge_map
 from tl_sparsify.search.scores import Scores
 
 KEPT, FAINT, LINE = "#08306b", "#f3f5f8", "#b4bdc7"
 _WIDE = 1e3  # scores that span more than this are shaded by their logarithm
 _POWERS = 1e-6  # of the largest score: what a logarithmic shade shows for less
 _STRIPES, _PARTS = 512, 64  # units a layer that get a cell each; parts of a layer where there are more
+_PAGE, _LOWEST = 9.5, 0.2  # inches: of all rows of a circuit together, where they can, and of one
 _HATCH = {"constant": "", "refitted constant": "/////", "affine in kept units": "....."}
 
 
@@ -34,7 +37,8 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
 
     With ``scores``, removed units are shaded by their rank in them. Of a kind with more than 512 units a layer a cell
-    is the share that is kept of one of 64 equal parts of the layer, dark where that share is largest.
+    is the share that is kept of one of 64 equal parts of the layer, dark where that share is largest. Edges have a map
+    of their own, which is drawn where there is nothing else (:func:`edge_map`).
 
     Raises:
         ValueError: scores of other units.
@@ -51,36 +55,52 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     if scores is not None:
         rank[scores.order.cpu().numpy()] = np.linspace(0, 0.45, len(units))
     shade = np.where(circuit.mask.numpy(), 1.0, rank)
-    kinds = list(dict.fromkeys(site.kind for site in units.sites))
+    kinds = [kind for kind in dict.fromkeys(site.kind for site in units.sites) if kind != "edge"]
+    if not kinds:
+        return edge_map(circuit)
     widths = [max(site.size for site in units.sites if site.kind == kind) for kind in kinds]
-    ratios = [max(width, max(widths) / 6) for width in widths]
+    cells = [_PARTS if width > _STRIPES else width for width in widths]
+    ratios = [max(parts, max(cells) / 4) for parts in cells]
     layers = sorted({site.layer for site in units.sites})
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(layers)), layout="constrained")
-    for axes, kind, width in zip(
-        figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, strict=True
+    figure = Figure(figsize=(9, 1.5 + _tall(len(layers))), layout="constrained")
+    for axes, kind, width, parts in zip(
+        figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, cells, strict=True
     ):
-        parts = _PARTS if width > _STRIPES else width
         grid = np.full((len(layers), parts), np.nan)
         count = {layer: 0 for layer in layers}
-        for site, part in zip(units.sites, units.slices, strict=True):
-            if site.kind == kind:
-                row = grid[layers.index(site.layer)]
-                if parts == width:
-                    row[: site.size] = shade[part]
-                else:
-                    row[:] = _shares(circuit.mask[part].numpy(), width, parts)
-                count[site.layer] += int(circuit.mask[part].sum())
+        own = [(site, part) for site, part in zip(units.sites, units.slices, strict=True) if site.kind == kind]
+        for site, part in own:
+            row = grid[layers.index(site.layer)]
+            if parts == width:
+                row[: site.size] = shade[part]
+            else:
+                row[:] = _shares(circuit.mask[part].numpy(), width, parts)
+            count[site.layer] += int(circuit.mask[part].sum())
         most = 1.0 if parts == width else max(float(np.nanmax(grid)), 1e-9)
         across, up = np.linspace(0, width, parts + 1), np.arange(len(layers) + 1)
         lines = 0.6 if parts < 100 else 0
         axes.pcolormesh(across, up, grid, cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=lines)
-        axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}: {count[layer]}" for layer in layers])
-        axes.set(xlabel=f"{kind} index", title=f"{(n := sum(count.values()))} {kind}{'s' * (n != 1)} kept")
-        if parts != width:
-            axes.set_xlabel(f"{kind} index, in {parts} parts; darkest: {most:.0%} of a part kept")
-        if width <= 16:
+        labels = [f"layer {layer}: {count[layer]:,}" for layer in layers]
+        axes.set_yticks(np.arange(len(layers)) + 0.5, labels, fontsize=_small(len(layers)))
+        mask = torch.cat([circuit.mask[part] for _, part in own])
+        axes.set_title(f"{Units(tuple(site for site, _ in own)).describe(mask)} kept")
+        said = f", in {parts} parts; strongest: {most:.0%} of a part kept" if parts != width else ""
+        axes.set_xlabel(f"{kind} index{said}" if width > 1 else "")
+        if width == 1:
+            axes.set_xticks([])
+        elif width <= 16:
             _index_ticks(axes, width)
     return figure
+
+
+def _tall(layers: int, row: float = 0.42) -> float:
+    """Inches for so many layers: at most nine of them."""
+    return min(row * layers, 9.0)
+
+
+def _small(layers: int) -> int:
+    """The size of text beside so many layers."""
+    return 9 if layers <= 24 else 7 if layers <= 60 else 5
 
 
 def _shares(kept: Bool[np.ndarray, "size"], width: int, parts: int) -> Float[np.ndarray, "parts"]:
@@ -110,7 +130,7 @@ def head_map(of: Scores | Reduction | Circuit) -> Figure:
     for number, (site, part) in enumerate(rows):
         grid[number, : site.size] = flat[part]
     width = min(9.0, 2.6 + 0.42 * grid.shape[1])
-    figure = Figure(figsize=(width, 1.3 + min(0.42, 9 / len(rows)) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(width, 1.3 + _tall(len(rows))), layout="constrained")
     axes = figure.add_subplot()
     norm, colours, note = _shades(grid) if isinstance(of, Scores) else (Normalize(0, 1), "Blues", "")
     shown = np.clip(grid, norm.vmin, norm.vmax)  # keeps NaN, where a layer has no such head
@@ -148,7 +168,7 @@ def neuron_density(reduction: Reduction | Circuit, bins: int = 32) -> Figure:
     bins = min(bins, min(site.size for site, _ in rows))
     share = np.array([mask[part].mean() for _, part in rows])
     grid = np.stack([[cut.mean() for cut in np.array_split(mask[part].astype(float), bins)] for _, part in rows])
-    figure = Figure(figsize=(9, 1.5 + min(0.36, 9 / len(rows)) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + _tall(len(rows), 0.36)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     middle = np.arange(len(rows)) + 0.5
     left.barh(middle, 100 * share, height=0.7, color=KEPT)
@@ -188,16 +208,17 @@ def circuit(reduction: Reduction) -> Figure:
     layers = sorted({site.layer for site in units.sites})
     sides = {True: [], False: []}  # heads to the left of the stream, all else to its right
     place: dict[int, float] = {}
-    step = 0.62 if len(layers) <= 16 else 0.46
+    sites = [(i, site.layer, site.kind == "head") for i, site in enumerate(units.sites)]
+    found = {layer: [[i for i, *at in sites if at == [layer, side]] for side in sides] for layer in layers}
+    deep = {layer: max(map(len, both)) for layer, both in found.items()}
+    step = max(_LOWEST, min(0.62, _PAGE / sum(deep.values())))
+    high = min(0.3, 0.7 * step)
     top = 0.0
-    for layer in layers:
-        here = [i for i, site in enumerate(units.sites) if site.layer == layer]
+    for layer, both in found.items():
         place[layer] = top
-        for side in (True, False):
-            chosen = [i for i in here if (units.sites[i].kind == "head") == side]
+        for side, chosen in zip(sides, both, strict=True):
             sides[side] += [(i, top + number * step) for number, i in enumerate(chosen)]
-        deepest = max(sum((units.sites[i].kind == "head") == side for i in here) for side in (True, False))
-        top += deepest * step
+        top += deep[layer] * step
     widest = max((units.sites[i].size for i, _ in sides[True]), default=0)
     cell = min(0.42, 5.6 / max(widest, 1))
     stream = widest * cell + 0.55
@@ -214,12 +235,12 @@ def circuit(reduction: Reduction) -> Figure:
         axes.text(-0.15, y, f"layer {layer}", ha="right", va="center", fontsize=8, color="0.25")
     for i, y in sides[True]:
         kept = mask[units.slices[i]]
-        _cells(axes, kept, y, cell, marks[i])
+        _cells(axes, kept, y, (cell, high), marks[i])
         start = (kept.size * cell + 0.03, y)
         _linked(axes, start, (stream - 0.04, y), bool(kept.any()))
     for i, y in sides[False]:
         up = y + 0.4 * step if widest else y  # an MLP reads what its layer's heads have written
-        _bar(axes, units.sites[i], mask[units.slices[i]], (bar, up), marks[i])
+        _bar(axes, units.sites[i], mask[units.slices[i]], (bar, up), high, marks[i])
         _linked(axes, (bar - 0.03, up), (stream + 0.04, up), bool(mask[units.slices[i]].any()))
     title = f"{len(reduction.circuit):,} of {len(units):,} units kept: {units.describe(reduction.circuit.mask)}"
     axes.text(-0.8, top + 0.62, title, va="center", fontsize=10)
@@ -279,9 +300,8 @@ def _rows(units: Units, kind: str) -> list[tuple[Site, slice]]:
 
 
 def _layer_ticks(axes: Axes, rows: list[tuple[Site, slice]]) -> None:
-    small = 9 if len(rows) <= 24 else 7
     labels = [f"layer {site.layer}{site.suffix}" for site, _ in rows]
-    axes.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=small)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=_small(len(rows)))
 
 
 def _index_ticks(axes: Axes, width: int) -> None:
@@ -309,31 +329,32 @@ def _replacements(reduction: Reduction) -> list[str]:
     return [constant if part is None else "affine in kept units" for part in mixing]
 
 
-def _cells(axes: Axes, kept: Bool[np.ndarray, "heads"], y: float, cell: float, mark: str) -> None:
-    """A row of heads, with their numbers where there is room."""
+def _cells(axes: Axes, kept: Bool[np.ndarray, "heads"], y: float, size: tuple[float, float], mark: str) -> None:
+    """A row of heads, each of that width and height, with their numbers where there is room."""
+    cell, high = size
     for index, here in enumerate(kept):
         fill, edge, hatch = (KEPT, KEPT, "") if here else (FAINT, LINE, _HATCH[mark])
-        corner = (index * cell + 0.02, y - 0.15)
-        shape = Rectangle(corner, cell - 0.04, 0.3, hatch=hatch, linewidth=0.8, facecolor=fill, edgecolor=edge)
+        corner = (index * cell + 0.02, y - high / 2)
+        shape = Rectangle(corner, cell - 0.04, high, hatch=hatch, linewidth=0.8, facecolor=fill, edgecolor=edge)
         axes.add_patch(shape)
         if cell >= 0.24 and here:
             axes.text((index + 0.5) * cell, y, str(index), ha="center", va="center", fontsize=8, color="white")
 
 
 def _bar(
-    axes: Axes, site: Site, kept: Bool[np.ndarray, "units"], at: tuple[float, float], mark: str, width: float = 1.9
+    axes: Axes, site: Site, kept: Bool[np.ndarray, "units"], at: tuple[float, float], high: float, mark: str
 ) -> None:
     """A box for a site's units: the kept share dark, the rest marked by what replaces it, and the number kept."""
-    x, y = at
-    share = 0.0 if not kept.any() else max(0.04, float(kept.mean()))
-    axes.add_patch(
-        Rectangle((x, y - 0.12), width, 0.24, hatch=_HATCH[mark] if share < 1 else "", linewidth=0.8, fc=FAINT, ec=LINE)
-    )
+    (x, y), width, high = at, 1.9, 0.8 * high
+    share = 0.0 if not kept.any() else max(0.015, float(kept.mean()))
+    corner, hatch = (x, y - high / 2), _HATCH[mark] if share < 1 else ""
+    axes.add_patch(Rectangle(corner, width, high, hatch=hatch, linewidth=0.8, facecolor=FAINT, edgecolor=LINE))
     if share:
-        axes.add_patch(Rectangle((x, y - 0.12), width * share, 0.24, linewidth=0.8, facecolor=KEPT, edgecolor=KEPT))
+        axes.add_patch(Rectangle(corner, width * share, high, linewidth=0.8, facecolor=KEPT, edgecolor=KEPT))
     if mark == "affine in kept units" and 0 < share < 1:
-        ends = ((x + width * share / 2, y + 0.12), (x + width * (share + min(1, share + 0.35)) / 2 + 0.1, y + 0.12))
-        bent = {"connectionstyle": "arc3,rad=-0.45", "color": "0.25", "linewidth": 0.9, "mutation_scale": 7}
+        ends = [(x + width * share / 2, y), (x + width * (share + min(1, share + 0.35)) / 2 + 0.1, y)]
+        ends = [(across, up + high / 2) for across, up in ends]
+        bent = {"connectionstyle": "arc3,rad=-0.3", "color": "0.25", "linewidth": 0.9, "mutation_scale": 7}
         axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", shrinkA=0, shrinkB=0, **bent))
     names = {"mlp": "MLP", "attention": "attention", "residual": "residual stream"}
     if kept.size == 1 and site.kind in names:

@@ -38,11 +38,13 @@ from tl_sparsify.presentation.results import (
 from tl_sparsify.search.scores import Scores
 
 _DPI = 150
+_FEW = 12  # layers with a sentence each among the others
 _COLUMNS = ("task", "method", "seed", "ablation", "size", "kept", "risk", "accuracy", "faithfulness", "ours")
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b2129; --soft: #5b6672; --line: #d8dee5; --tint: #f4f6f8; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14181d; --ink: #e4e8ec; --soft: #a0abb6; --line: #353d46; --tint: #1d232a; }
+  figure img { filter: invert(.91) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
@@ -59,9 +61,9 @@ dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem,
 dl.facts div { background: var(--tint); border-radius: 6px; padding: .6rem .8rem; }
 dl.facts dt { color: var(--soft); font-size: .85rem; }
 dl.facts dd { margin: 0; font-size: 1.2rem; font-weight: 600; }
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; display: block; background: #ffffff; border: 1px solid var(--line);
-  border-radius: 6px; padding: .4rem; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure img { max-width: max(100%, 44rem); height: auto; display: block; background: #ffffff;
+  border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
 figcaption { font-size: .9rem; margin-top: .35rem; max-width: 46rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; margin: .75rem 0; font-variant-numeric: tabular-nums; }
@@ -141,19 +143,26 @@ def _of_run(run: RunResults, folder: Path) -> list[str]:
     reduction, units = run.reduction, run.reduction.units
     scores = _scores(run)
     kinds = {site.kind for site in units.sites}
+    layers = sentences.by_layer(run)
     body = [
         f"<h1>{escape(str(run.about['task']))}</h1>",
         f'<p class="soft">{escape(str(run.about["description"]))}</p>',
         f'<p class="lead">{escape(sentences.headline(run))}</p>',
         _facts(run),
         _heading("What was found"),
-        _sentences(sentences.discovered(run)),
+        _sentences([*sentences.discovered(run), *(layers if len(layers) <= _FEW else ())]),
         _figure(
             plot.circuit(reduction),
             "The circuit. Units read the residual stream and write to it; what replaces removed ones is marked.",
         ),
-        _figure(plot.unit_map(reduction, scores), "Every unit: kept ones dark, removed ones shaded by rank of score."),
+        _figure(
+            plot.unit_map(reduction, scores),
+            "Every unit: kept ones in the strongest colour, removed ones shaded by rank of score; of wide layers the "
+            "share of each part that is kept.",
+        ),
     ]
+    if len(layers) > _FEW:
+        body.append(_details("What each layer keeps", _sentences(layers)))
     if "neuron" in kinds:
         body.append(_figure(plot.neuron_density(reduction), "Where in the layers the kept neurons are."))
     body += [

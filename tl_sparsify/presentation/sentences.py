@@ -74,13 +74,27 @@ def _together(found: set[str]) -> str:
 
 
 def discovered(run: RunResults) -> list[str]:
-    """What was found: the circuit by layer and the size of the folded model."""
+    """What was found: the circuit's size and the folded model's."""
     circuit, units = run.reduction.circuit, run.reduction.units
     removed = len(units) - len(circuit)
     said = [
         f"The model has {units.describe()}. The search kept {units.describe(circuit.mask)}"
         + (f"; the other {removed:,} are replaced by {_replacement(run.reduction)}." if removed else ": all of them.")
     ]
+    if run.fold is None:
+        return [*said, "Units of these kinds are no parts of the weights: the circuit does not fold."]
+    whole = run.fold[run.fold.part == "whole model"].iloc[0]
+    before, after = int(whole.parameters), int(whole.parameters_kept)
+    text = f"Folded, it is a model of {after:,} parameters instead of {before:,} ({share(after / before)})"
+    if "folded_difference" in run.evaluation:
+        text += f", whose logits differ from the ablated model's by at most {run.evaluation['folded_difference']:.1e}"
+    return [*said, f"{text}."]
+
+
+def by_layer(run: RunResults) -> list[str]:
+    """What each layer keeps, a sentence each."""
+    circuit, units = run.reduction.circuit, run.reduction.units
+    said: list[str] = []
     for layer in sorted({site.layer for site in units.sites}):
         parts: list[str] = []
         for site, part in zip(units.sites, units.slices, strict=True):
@@ -90,14 +104,7 @@ def discovered(run: RunResults) -> list[str]:
             few = f" ({listed([str(i) for i in kept])})" if site.kind == "head" and 0 < len(kept) < site.size else ""
             parts.append(f"{len(kept):,} of {site.size:,} {site.kind}{'s' if site.size != 1 else ''}{few}")
         said.append(f"Layer {layer} keeps {listed(parts)}.")
-    if run.fold is None:
-        return [*said, "Units of these kinds are no parts of the weights: the circuit does not fold."]
-    whole = run.fold[run.fold.part == "whole model"].iloc[0]
-    before, after = int(whole.parameters), int(whole.parameters_kept)
-    text = f"Folded, it is a model of {after:,} parameters instead of {before:,} ({share(after / before)})"
-    if "folded_difference" in run.evaluation:
-        text += f", whose logits differ from the ablated model's by at most {run.evaluation['folded_difference']:.1e}"
-    return [*said, f"{text}."]
+    return said
 
 
 def quality(run: RunResults) -> list[str]:

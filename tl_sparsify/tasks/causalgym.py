@@ -72,13 +72,9 @@ class CausalGym:
     unusable: Unusable
 
     @cached_property
-    def _readable(self) -> Any:
-        return self.reader.readable()
-
-    @cached_property
     def _settings(self) -> dict[str, Any]:
         started = any(_is_marked(line.row) for line in self.lines["train"])
-        return self.reader.settings(self._readable, True if started else None)
+        return self.reader.settings(True if started else None)
 
     @cached_property
     def _checked(self) -> tuple[dict[str, list[dict[str, Any]]], pd.DataFrame]:
@@ -105,7 +101,7 @@ class CausalGym:
         wrong: dict[int, Problem] = {}
         lengths: list[dict[int, dict[str, int]]] = []
         for rows in (flat, [_turned(row) for row in flat]):
-            problems, examples = usable_of(self._readable, rows, self._settings, spans="spans")
+            problems, examples = usable_of(self.reader.readable, rows, self._settings, spans="spans")
             wrong = problems | wrong
             kept = [i for i in range(len(rows)) if i not in problems]
             sizes = {} if examples is None or examples.spans is None else examples.spans
@@ -141,7 +137,7 @@ class CausalGym:
 
     def _examples(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         return load_examples(
-            self._readable, [dict(row) for row in rows], spans="spans", choices=self._labels, **self._settings
+            self.reader.readable, [dict(row) for row in rows], spans="spans", choices=self._labels, **self._settings
         ).examples
 
     def examples(self, seed: int = 0) -> tuple[Examples, Examples, Examples]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -39,18 +40,24 @@ class Reader:
         """The language model."""
         return load_language_model(self.source)
 
+    @cached_property
     def readable(self) -> Any:
         """The tokenizer and the model's sizes, for which a named model's weights are not loaded."""
         if not isinstance(self.source, str | Path):
             return load_language_model(self.source)
         return SimpleNamespace(tokenizer=load_tokenizer(self.source), cfg=load_sizes(self.source))
 
-    def settings(self, readable: Any, first: bool | None = None) -> dict[str, Any]:
+    @property
+    def outputs(self) -> int:
+        """How many tokens the model can answer with."""
+        return int(getattr(getattr(self.readable, "cfg", None), "d_vocab", 0) or len(self.readable.tokenizer))
+
+    def settings(self, first: bool | None = None) -> dict[str, Any]:
         """Beginning and padding, for :func:`load_examples`; ``first``: what the data have where nothing is said."""
         said = first if self.prepend_bos is None else self.prepend_bos
         if said is None:
-            said = begins(self.source, readable.tokenizer)
-        return {"prepend_bos": said and readable.tokenizer.bos_token_id is not None, "padding_side": "left"}
+            said = begins(self.source, self.readable.tokenizer)
+        return {"prepend_bos": said and self.readable.tokenizer.bos_token_id is not None, "padding_side": "left"}
 
 
 def dropped_of(problems: Sequence[tuple[str, Place, Problem]]) -> pd.DataFrame:

@@ -87,10 +87,6 @@ class Ravel:
     unusable: Unusable
 
     @cached_property
-    def _readable(self) -> Any:
-        return self.reader.readable()
-
-    @cached_property
     def causal_model(self) -> CausalModel:
         """A variable for each attribute of the entity, and the one that the prompt asks for as answer."""
         files, names = self.files, {_variable(name): name for name in self.files.prompts}
@@ -111,8 +107,9 @@ class Ravel:
         leads = {_lead(prompt): prompt.replace(_SLOT, "it") for prompt in self.files.asked}
         values = dict.fromkeys(value for own in self.files.entities.values() for value in own.values())
         texts = {lead + value: prompt for lead, prompt in leads.items() for value in values}
-        size = int(getattr(getattr(self._readable, "cfg", None), "d_vocab", 0) or len(self._readable.tokenizer))
-        tokens = following(self._readable.tokenizer, "answer", [*texts.values()], [*texts], size, several=True)
+        tokens = following(
+            self.reader.readable.tokenizer, "answer", [*texts.values()], [*texts], self.reader.outputs, several=True
+        )
         return {text: some[0] for text, some in zip(texts, tokens, strict=True) if isinstance(some, list)}
 
     @cached_property
@@ -174,10 +171,11 @@ class Ravel:
 
     def _unreadable(self, rows: Sequence[dict[str, Any]]) -> dict[int, Problem]:
         """Questions that the tokenizer cannot do with."""
-        tokenizer = self._readable.tokenizer
-        size = int(getattr(getattr(self._readable, "cfg", None), "d_vocab", 0) or len(tokenizer))
+        tokenizer = self.reader.readable.tokenizer
         texts = [row["prompt"] for row in rows]
-        answers = following(tokenizer, "answer", texts, [row["answer"] for row in rows], size, several=True)
+        answers = following(
+            tokenizer, "answer", texts, [row["answer"] for row in rows], self.reader.outputs, several=True
+        )
         lengths, whole = [len(ids) for ids in ids_of(tokenizer, texts)], self._tokens
         wrong: dict[int, Problem] = {}
         for i, (row, answer, n) in enumerate(zip(rows, answers, lengths, strict=True)):
@@ -190,7 +188,7 @@ class Ravel:
                 wrong[i] = Problem("an answer that changes with its prompt", f"{lost or row['answer']!r}")
             else:
                 row["token"] = answer[0]
-        limit = getattr(getattr(self._readable, "cfg", None), "n_ctx", None)
+        limit = getattr(getattr(self.reader.readable, "cfg", None), "n_ctx", None)
         for i, n in enumerate(lengths):
             if limit is not None and n + 1 > limit:
                 wrong.setdefault(i, Problem("prompt longer than the context", f"{n} tokens, at most {limit}"))
@@ -223,8 +221,8 @@ class Ravel:
             | {"corrupt": other["prompt"], "wrong_answer": other["token"]}
             for row, other in both
         ]
-        settings = self.reader.settings(self._readable)
-        found = load_examples(self._readable, rows, spans="spans", answers_as="ids", **settings).examples
+        settings = self.reader.settings()
+        found = load_examples(self.reader.readable, rows, spans="spans", answers_as="ids", **settings).examples
         usable = [row for some in self._checked[0].values() for row in some]
         return replace(found, choices=torch.tensor(sorted({row["token"] for row in usable})))
 
