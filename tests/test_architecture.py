@@ -26,7 +26,8 @@ ORDER = {
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
     "methods tables cells benchmark",
-    "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia page",
+    "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia "
+    "page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
