@@ -246,6 +246,20 @@ def test_parts_are_left_out_and_the_report_says_so(tiny: Path, tmp_path: Path):
     assert "without fold.csv" in sentence(command("report", tmp_path / "out"))
 
 
+def test_units_that_do_not_fold_have_no_smaller_model(tiny: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    found = command(
+        "run", tiny, "--rounds", "2", "--effort", "quick", "--no-baselines", "--units", "edges", "--out", out
+    )
+    assert found.code == 0, found.err
+    assert "these units do not fold: there is no smaller model" in found.out
+    about = json.loads((out / "run.json").read_text())
+    assert "fold.csv" in about["left_out"] and not (out / "folded").exists() and not (out / "fold.csv").exists()
+    assert set(pd.read_csv(out / "evidence.csv").model) >= {"original", "reduced"}
+    assert command("report", out).code == 0
+    assert "the circuit does not fold" in (out / "report.html").read_text()
+
+
 def test_the_batch_size_and_the_steps_reach_every_part(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: dict[str, list[Any]] = {}
 
