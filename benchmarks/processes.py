@@ -4,7 +4,8 @@
     python benchmarks/processes.py --prompts 64    # of GPT-2 small's shape, random weights
 
 Each call runs in processes of its own, launched as torchrun does; the seconds are those of the slowest process, without
-loading. The passes over the data are the share of one process.
+loading: of the clock, and of the processor, which do not grow where other programs keep the processors busy. The passes
+over the data are the share of one process.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def model_of(layers: int) -> Any:
     return TransformerBridge.boot_native(TransformerBridgeConfig(**config)).eval()
 
 
-def measured(prompts: int, layers: int) -> dict[str, tuple[float, float]]:
-    """Seconds and passes over the data of each call, in this process."""
+def measured(prompts: int, layers: int) -> dict[str, tuple[float, float, float]]:
+    """Seconds of the clock and of the processor, and passes over the data, of each call in this process."""
     torch.set_num_threads(1)
     model = model_of(layers)
     tokens = torch.randint(50257, (prompts, 20), generator=torch.Generator().manual_seed(0))
@@ -49,17 +50,18 @@ def measured(prompts: int, layers: int) -> dict[str, tuple[float, float]]:
         "sparsify, 4 rounds": lambda: tls.sparsify(model, examples, units, rounds=4, progress=False),
         "refit, 5 steps": lambda: tls.constants.refit(model, reduction, examples, examples, steps=5, progress=False),
     }
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, tuple[float, float, float]] = {}
     for name, call in calls.items():
         tls.risk(model, reduction, examples[:8])  # all processes begin together
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         with counted(model) as passes:
             call()
-        found[name] = (time.perf_counter() - start, (passes["forward"] + passes["backward"]) / prompts)
+        share = (passes["forward"] + passes["backward"]) / prompts
+        found[name] = (time.perf_counter() - start, time.process_time() - busy, share)
     return found
 
 
-def launched(size: int, arguments: list[str]) -> list[dict[str, tuple[float, float]]]:
+def launched(size: int, arguments: list[str]) -> list[dict[str, tuple[float, float, float]]]:
     """What each of ``size`` processes measures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,11 +87,12 @@ def main() -> None:
         print(json.dumps(measured(given.prompts, given.layers)))
         return
     one, two = (launched(size, [f"--prompts={given.prompts}", f"--layers={given.layers}"]) for size in (1, 2))
-    print(f"{'':20} {'one (s)':>8} {'two (s)':>8} {'ratio':>6} {'passes':>7} {'share of each':>14}")
-    for name, (seconds, passes) in one[0].items():
-        both = max(part[name][0] for part in two)
-        shares = ", ".join(f"{part[name][1]:.1f}" for part in two)
-        print(f"{name:20} {seconds:8.1f} {both:8.1f} {seconds / both:6.2f} {passes:7.1f} {shares:>14}")
+    print(f"{'':20} {'clock: one':>10} {'two':>6} {'ratio':>6} {'processor: one':>15} {'two':>6} {'ratio':>6}  passes")
+    for name, (clock, busy, passes) in one[0].items():
+        both, each = (max(part[name][i] for part in two) for i in range(2))
+        shares = " + ".join(f"{part[name][2]:.1f}" for part in two)
+        print(f"{name:20} {clock:10.1f} {both:6.1f} {clock / both:6.2f}", end=" ")
+        print(f"{busy:15.1f} {each:6.1f} {busy / each:6.2f}  {passes:.1f} = {shares}")
 
 
 if __name__ == "__main__":
