@@ -287,6 +287,12 @@ def test_the_page_is_walked_through(browser: Any, made: dict[str, Any]):
     assert page.locator(".unit").count() == n and wrong == []
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth <= 360")
+    page.locator("#example").select_option("0")  # begins at the answer, with the layers' names in sight
+    assert page.evaluate("map.scrollWidth > map.clientWidth && map.scrollLeft + map.clientWidth > map.scrollWidth - 2")
+    gap = "document.querySelector('#labels text').getBoundingClientRect().x - map.getBoundingClientRect().x"
+    assert abs(page.evaluate(gap) - 8) < 2
+    page.evaluate("map.scrollLeft = 0; map.onscroll()")
+    assert abs(page.evaluate(gap) - 8) < 2
     page.emulate_media(color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
     page.close()

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from tl_sparsify._internal.ranks import is_main
-
 T = TypeVar("T")
 
 SILENCE = 30.0  # seconds at least between two lines in a log
@@ -25,7 +23,7 @@ _FIRST, _OFTEN, _WIDTH = 1.0, 0.2, 30  # of a notebook's bar: seconds before it 
 def progress(items: Sequence[T], description: str, show: bool) -> Iterator[T]:
     """Yield ``items``, and if ``show`` say how many are done: in a log at most every 30 seconds, in a notebook where it
     takes longer than a second."""
-    place = _place() if show and is_main() else "nowhere"
+    place = _place() if show and _is_first() else "nowhere"
     if place == "terminal":
         yield from track(items, description=escape(description), console=Console(stderr=True), transient=True)
     elif place == "nowhere":
@@ -37,7 +35,7 @@ def progress(items: Sequence[T], description: str, show: bool) -> Iterator[T]:
 @contextmanager
 def step(description: str, show: bool) -> Iterator[None]:
     """Say that one step of unknown length runs: a spinner, or in a log a line after 30 seconds."""
-    place = _place() if show and is_main() else "nowhere"
+    place = _place() if show and _is_first() else "nowhere"
     if place == "terminal":
         with Console(stderr=True).status(escape(description)):
             yield
@@ -97,3 +95,9 @@ def _told(items: Sequence[T], description: str, *, notebook: bool) -> Iterator[T
 def _write(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
+
+
+def _is_first() -> bool:
+    from tl_sparsify._internal.ranks import is_main  # imports torch, for which --help does not wait
+
+    return is_main()

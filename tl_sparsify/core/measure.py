@@ -104,7 +104,19 @@ def compared(
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
     check_fingerprint(model, reduction)
+    return _compared(model, reduction, examples, compare, interventions, batch_size, seed, recall)
 
+
+def _compared(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    compare: Callable[[Float[Tensor, "rows choices"], Float[Tensor, "rows choices"], Examples], Float[Tensor, "..."]],
+    interventions: InterventionDistribution,
+    batch_size: int | None,
+    seed: int,
+    recall: Recall,
+) -> Moments:
     def parts() -> Iterator[Moments]:
         for index, batch in shared_batches(model, examples, batch_size):
             removed = ablate(reduction.for_examples(index, examples.spans))
@@ -148,9 +160,28 @@ def risk(
         (True, 64)
     """
 
+    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_fingerprint(model, reduction)
+    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
+    return known_risk(model, reduction, examples, metric=metric, **settings)
+
+
+def known_risk(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    *,
+    interventions: InterventionDistribution = NONE,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    recall: Recall = computed,
+) -> Estimate:
+    """:func:`risk` of a reduction that is known to be the model's: the check reads all weights, which a search or a
+    refit does once."""
+
     def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:
         return divergence(original, reduced, batch, metric)
 
-    settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
-    moments = compared(model, reduction, examples, compare, **settings)
+    moments = _compared(model, reduction, examples, compare, interventions, batch_size, seed, recall)
     return Estimate.of(moments, "nats" if metric is None else "squared units")

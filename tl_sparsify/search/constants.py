@@ -34,7 +34,7 @@ from tl_sparsify.core.forward import (
     unit_positions,
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
-from tl_sparsify.core.measure import computed, remembered, remembering, risk
+from tl_sparsify.core.measure import computed, known_risk, remembered, remembering
 from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence
 from tl_sparsify.core.moments import mean_of, unit_moments
 from tl_sparsify.core.probes import output_probes, pulled
@@ -167,7 +167,7 @@ def refit(
     judging |= {"recall": remembering() if clean else computed}
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
-        return risk(model, at(parameters), validation, **judging).mean
+        return known_risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
     size = len(train) if per_step is None else min(per_step, len(train))

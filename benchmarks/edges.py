@@ -1,0 +1,157 @@
+"""Circuits of edges: the joint search beside edge attribution in its forms, one-shot risk and masks, on text tasks.
+
+One cell for each task, method and seed: a CSV of its own, so that a run that was stopped goes on where it was. Every
+method sees the same training examples and the same mean constants, and leaves the same first tokens alone. Signed
+scores are ordered once by size and once by sign. In rounds, attribution takes at least as many backward passes as the
+joint search; one-shot scores have no more to take. Sizes are reported on test examples.
+
+    python benchmarks/edges.py --tasks ioi induction
+    python benchmarks/edges.py --model smollm2 --tasks ioi --examples 64
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from shared import RESULTS, geometric_mean, nats, parser
+
+import tl_sparsify as tls
+from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.cost import cost_of
+
+SIZES = (0.2, 0.1, 0.05, 0.02, 0.01)
+TASKS = ("ioi", "docstring", "greater_than", "induction", "multi_task")
+OURS = "joint risk"
+Method = Callable[..., Any]
+
+
+def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
+    """By name: a function of model, examples, units, ``values`` and ``seed``. ``steps``: of integrated gradients, and
+    examples in a step of a mask."""
+    quiet = {"progress": False}
+    backward = (rounds + rounds // 2) * (probes + 1)  # passes over the examples, in all rounds and exchanges
+
+    def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+        settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": tls.Probing(probes)}
+        return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
+
+    def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:
+        def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+            found = scorer(model, train, units, values=values, seed=seed, **settings)
+            return found.absolute if absolute else found
+
+        return order
+
+    def again(scorer: Method, each: int, **settings: Any) -> Method:
+        some = {"rounds": max(rounds, -(-backward // each)), "smallest": SIZES[-1], "absolute": True, **quiet}
+        return partial(tls.baselines.in_rounds, scorer, **some, **settings)
+
+    def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+        many = min(32, len(train))
+        given = {"steps": -(-backward * len(train) // many), "per_step": many, **quiet}
+        return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
+
+    gradient, integrated = tls.score.gradient, tls.score.integrated
+    return {
+        OURS: joint,
+        "risk, one shot": ordered(tls.score.risk, False, temperature=3.0),
+        "EAP": ordered(gradient, True),
+        "EAP, signed": ordered(gradient, False),
+        "EAP-IG": ordered(integrated, True, steps=steps),
+        "EAP-IG, signed": ordered(integrated, False, steps=steps),
+        "EAP, rounds": again(gradient, 1),
+        "EAP-IG, rounds": again(integrated, steps, steps=steps),
+        "top-k mask": mask,
+    }
+
+
+def cell(options: Any, task: str, method: str, seed: int) -> pd.DataFrame:
+    """One method on one task: a row a size."""
+    loaded = tls.load_task(task) if options.model is None else tls.load_task(task, model=options.model)
+    model = loaded.model()
+    train, _, test = loaded.examples(seed)
+    train, test = train.sample(options.examples, seed=seed), test.sample(options.test, seed=seed)
+    units = tls.edges(model)
+    values = tls.constants.mean(model, train, units)
+    find = methods(options.rounds, options.probes, options.steps)[method]
+    started = time.perf_counter()
+    found, cost = cost_of(model, len(train), lambda: find(model, train, units, values=values, seed=seed))
+    seconds = time.perf_counter() - started
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
+        judged = tls.evaluate(model, tls.constants.reduced(model, circuit, values), test, seed=seed)
+        row = {"task": task, "method": method, "seed": seed, "size": size, "kept": len(circuit), "edges": len(units)}
+        row |= {"risk": judged.risk.mean, "risk_stderr": judged.risk.stderr, "accuracy": judged.accuracy}
+        rows.append(row | {"forward": cost.forward, "backward": cost.backward, "seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+def page(frame: pd.DataFrame) -> str:
+    """Markdown: risk and accuracy for each method and size, means over seeds, the lowest bold; at the end in how many
+    cells the joint search is lowest."""
+    lines: list[str] = []
+    lowest, ratios = [], []
+    for task, part in frame.groupby("task", sort=False):
+        means = part.groupby(["method", "size"], sort=False)[["risk", "accuracy"]].mean().unstack("size")
+        sizes = sorted(part["size"].unique(), reverse=True)
+        head = " | ".join(f"{100 * size:g} %" for size in sizes)
+        lines += [
+            f"**{task}**, {part.edges.iloc[0]:,} edges",
+            "",
+            f"| method | {head} |",
+            "|---" * (len(sizes) + 1) + "|",
+        ]
+        for name in means.index:
+            cells: list[str] = []
+            for size in sizes:
+                risk, right = (float(means.loc[name, (kind, size)]) for kind in ("risk", "accuracy"))  # type: ignore[arg-type]
+                text = f"{nats(risk)} ({right:.2f})"
+                cells.append(f"**{text}**" if risk == means[("risk", size)].min() else text)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+        if OURS in means.index and len(means) > 1:
+            others = means["risk"].drop(index=OURS).min()
+            lowest += [bool(means["risk"].loc[OURS, size] <= others[size]) for size in sizes]
+            ratios += [float(others[size] / means["risk"].loc[OURS, size]) for size in sizes]
+    if lowest:
+        mean = geometric_mean(ratios)
+        lines.append(
+            f"The joint search is lowest in {sum(lowest)} of {len(lowest)} cells; the best other method's risk "
+        )
+        lines.append(f"is {mean:.2g} times its own (geometric mean over cells).")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Make every cell that is missing, and the page of all that there are."""
+    options = parser(__doc__)
+    options.add_argument("--model", help="a real language model; the shipped one where not given")
+    options.add_argument("--tasks", nargs="+", default=TASKS)
+    options.add_argument("--methods", nargs="+")
+    options.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    for name, value in (("examples", 128), ("test", 256), ("rounds", 20), ("probes", 4), ("steps", 5)):
+        options.add_argument(f"--{name}", type=int, default=value)
+    chosen = options.parse_args()
+    setting = f"{chosen.model or 'shipped'}-{chosen.examples}-{chosen.rounds}-{chosen.probes}"
+    for seed in chosen.seeds:
+        for task in chosen.tasks:
+            for method in chosen.methods or methods(chosen.rounds, chosen.probes, chosen.steps):
+                file = RESULTS / "edges" / setting / f"{task}-{method.replace(', ', '-').replace(' ', '_')}-{seed}.csv"
+                if file.is_file():
+                    continue
+                file.parent.mkdir(parents=True, exist_ok=True)
+                found = cell(chosen, task, method, seed)
+                write_text(file, found.to_csv(index=False))
+                print(f"{task}, {method}, seed {seed}: {', '.join(map(nats, found.risk))}", flush=True)
+    files = sorted((RESULTS / "edges" / setting).glob("*.csv"))
+    if files:
+        write_text(RESULTS / "edges" / f"{setting}.md", page(pd.concat(map(pd.read_csv, files))))
+
+
+if __name__ == "__main__":
+    main()
