@@ -130,9 +130,8 @@ def before(name: str, parallel: bool) -> Callable[[str], bool]:
 
     def earlier(key: str) -> bool:
         kind, _, where = key.partition(".")
-        return (
-            kind == "embed" or int(where) < layer or (int(where) == layer and mlp and kind == "heads" and not parallel)
-        )
+        beside = mlp and kind == "heads" and not parallel
+        return kind == "embed" or int(where) < layer + beside
 
     return earlier
 

@@ -10,6 +10,7 @@ that is right without interventions can be wrong under interchange.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -96,27 +97,18 @@ def compared(
     batch_size: int | None = None,
     seed: int = 0,
     recall: Recall = computed,
+    known: bool = False,
 ) -> Moments:
     """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
 
     Two forward passes over the data (one where ``recall`` knows the original's logits from an earlier call under the
-    same interventions); two more for each ``interchange`` in the distribution.
+    same interventions); two more for each ``interchange`` in the distribution. The check
+    that the reduction is the model's reads all weights: where that is ``known`` it is left out.
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
-    check_fingerprint(model, reduction)
-    return _compared(model, reduction, examples, compare, interventions, batch_size, seed, recall)
+    if not known:
+        check_fingerprint(model, reduction)
 
-
-def _compared(
-    model: Model,
-    reduction: Reduction,
-    examples: Examples,
-    compare: Callable[[Float[Tensor, "rows choices"], Float[Tensor, "rows choices"], Examples], Float[Tensor, "..."]],
-    interventions: InterventionDistribution,
-    batch_size: int | None,
-    seed: int,
-    recall: Recall,
-) -> Moments:
     def parts() -> Iterator[Moments]:
         for index, batch in shared_batches(model, examples, batch_size):
             removed = ablate(reduction.for_examples(index, examples.spans))
@@ -160,10 +152,8 @@ def risk(
         (True, 64)
     """
 
-    check_call(model, examples, seed=seed, batch_size=batch_size)
-    check_fingerprint(model, reduction)
     settings = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
-    return known_risk(model, reduction, examples, metric=metric, **settings)
+    return known_risk(model, reduction, examples, metric=metric, known=False, **settings)
 
 
 def known_risk(
@@ -171,17 +161,14 @@ def known_risk(
     reduction: Reduction,
     examples: Examples,
     *,
-    interventions: InterventionDistribution = NONE,
     metric: Metric | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    recall: Recall = computed,
+    known: bool = True,
+    **settings: Any,
 ) -> Estimate:
-    """:func:`risk` of a reduction that is known to be the model's: the check reads all weights, which a search or a
-    refit does once."""
+    """:func:`risk` of a reduction that is known to be the model's, as a refit's is; ``settings``: :func:`compared`."""
 
     def compare(original: Tensor, reduced: Tensor, batch: Examples) -> Tensor:
         return divergence(original, reduced, batch, metric)
 
-    moments = _compared(model, reduction, examples, compare, interventions, batch_size, seed, recall)
+    moments = compared(model, reduction, examples, compare, known=known, **settings)
     return Estimate.of(moments, "nats" if metric is None else "squared units")
