@@ -67,6 +67,22 @@ def test_the_best_edges_are_those_that_are_joined(small: Any, n: int, absolute: 
     assert names(graph.sizes.nodes, found.kept_nodes) == nodes
 
 
+@pytest.mark.parametrize("n", [3, 7, 15, 29])
+def test_of_equal_scores_the_first_writer_comes_first(small: Any, n: int):
+    graph = edge_graph(small, 0)
+    graph = tls.mib.Graph(
+        graph.sizes, graph.kept_nodes, graph.kept_edges, graph.node_scores, (2 * graph.edge_scores).round()
+    )
+    columns = ["a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h1<k>", "a0.h0<v>", "a0.h1<v>", "m0"]
+    columns += [name.replace("0.", "1.") for name in columns[:6]] + ["m1", "logits"]
+    matrix = [f"{writer}->{reader}" for writer in graph.sizes.nodes[:-1] for reader in columns]
+    scores = dict(zip(graph.sizes.edges, graph.edge_scores.abs().tolist(), strict=True))
+    best = sorted((name for name in matrix if name in scores), key=lambda name: -scores[name])[:n]
+    assert len(set(scores.values())) < len(scores) / 4
+    _, edges = slowly_joined(set(graph.sizes.nodes), set(best))
+    assert names(graph.sizes.edges, graph.top(n).kept_edges) == edges
+
+
 def test_the_best_nodes_come_with_all_edges_between_them(small: Any):
     graph = edge_graph(small, 3)
     found = graph.top(2, of="nodes")
