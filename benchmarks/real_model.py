@@ -125,7 +125,7 @@ def table(frame: pd.DataFrame) -> str:
             cells: list[str] = []
             for size in sizes:
                 risk, error, accuracy = (means.loc[name, (kind, size)] for kind in ("risk", "risk_stderr", "accuracy"))
-                best = risk == means[("risk", size)].min()
+                best = len(means) > 1 and risk == means[("risk", size)].min()
                 text = f"{risk:.3f} ± {error:.3f} ({accuracy:.2f})"
                 cells.append(f"**{text}**" if best else text)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
