@@ -137,8 +137,8 @@ def _read_json(path: Path) -> Parts:
 
 
 @cache
-def _cells(sizes: Sizes) -> tuple[Int[Tensor, "edges"], Int[Tensor, "edges"]]:
-    """Row and column of each edge."""
+def cells(sizes: Sizes) -> tuple[Int[Tensor, "edges"], Int[Tensor, "edges"]]:
+    """Row (the writer) and column (the reader) of each edge in EAP-IG's matrices."""
     writer = {name: i for i, name in enumerate(sizes.nodes)}
     reader = {name: i for i, name in enumerate(_readers(sizes))}
     rows, columns = [], []
@@ -158,7 +158,7 @@ def _readers(sizes: Sizes) -> list[str]:
 
 def _write_tensors(path: Path, parts: Parts) -> None:
     sizes = parts.sizes
-    rows, columns = _cells(sizes)
+    rows, columns = cells(sizes)
     scores = torch.zeros(len(sizes.nodes) - 1, len(_readers(sizes)))
     kept = torch.zeros_like(scores, dtype=torch.bool)
     scores[rows, columns], kept[rows, columns] = parts.edge_scores.float(), parts.kept_edges
@@ -190,7 +190,7 @@ def _read_tensors(path: Path) -> Parts:
             raise ValueError(f"{path}: {name} is {found}; for {sizes} it must be a tensor of shape {shape}")
     if content.get("neurons_in_graph") is not None:
         raise ValueError(f"{path} is a circuit of neurons within nodes: give one of nodes or edges")
-    rows, columns = _cells(sizes)
+    rows, columns = cells(sizes)
     scores = content.get("nodes_scores")
     scores = torch.full((len(sizes.nodes) - 1,), math.nan) if scores is None else scores
     return Parts(

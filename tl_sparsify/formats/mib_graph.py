@@ -20,8 +20,8 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import reading
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.units import Model, Units, heads, mlps
-from tl_sparsify.formats.mib_files import Parts, read_parts, write_parts
-from tl_sparsify.formats.mib_names import Sizes, edge_table, edges_by_writer
+from tl_sparsify.formats.mib_files import Parts, cells, read_parts, write_parts
+from tl_sparsify.formats.mib_names import Sizes, edge_table
 from tl_sparsify.search.scores import Scores
 
 
@@ -106,8 +106,10 @@ class Graph:
         if not 0 <= n <= scored:
             raise ValueError(f"n is {n}; there are {scored:,} {of} with a score")
         ranked = (scores.abs() if absolute else scores).nan_to_num(nan=-math.inf)
-        sizes = (self.sizes.layers, self.sizes.heads, self.sizes.parallel)
-        first = torch.tensor(edges_by_writer(*sizes)) if of == "edges" else torch.arange(len(ranked))
+        first = torch.arange(len(ranked))
+        if of == "edges":
+            rows, columns = cells(self.sizes)
+            first = (rows * len(ranked) + columns).argsort()  # there are fewer columns than edges
         order = first[ranked[first].argsort(descending=True, stable=True)]
         best = torch.zeros(len(scores), dtype=torch.bool)
         best[order[:n]] = True

@@ -60,19 +60,3 @@ def edge_table(layers: int, n: int, parallel: bool) -> tuple[tuple[str, str, str
         found += [(f"{w}->m{layer}", w, f"m{layer}") for w in before]
         writers = [*writers, *attention, f"m{layer}"]
     return (*found, *((f"{w}->logits", w, "logits") for w in writers))
-
-
-@cache
-def edges_by_writer(layers: int, n: int, parallel: bool) -> tuple[int, ...]:
-    """The numbers of the edges in the order in which EAP-IG looks for the best: writer by writer, and for each all
-    queries, keys and values of a layer, its MLP and so on, and the logits last."""
-    place = {name: i for i, name in enumerate(node_names(layers, n))}
-
-    def of(number: int) -> tuple[int, int, int, int]:
-        name, writer, reader = edge_table(layers, n, parallel)[number]
-        layer, _, head = reader[1:].partition(".h")
-        if reader == "logits":
-            return place[writer], layers, 0, 0
-        return place[writer], int(layer), "qkv".index(name[-2]) if head else 3, int(head or 0)
-
-    return tuple(sorted(range(len(edge_table(layers, n, parallel))), key=of))
