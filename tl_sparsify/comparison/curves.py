@@ -334,11 +334,17 @@ def ablated(
     if values is None and kind in (None, "mean") and any(baseline != first.baseline for baseline in others):
         raise ValueError("the path's reductions have several baselines, so m(0) is not one number: name the ablation")
     if kind is not None:
-        baseline = None if "zero" in (first.kind, first.baseline.kind) else first.baseline
+        none = "zero" in (first.kind, first.baseline.kind) or first.baseline.paired
+        baseline = None if none else first.baseline
         by = Ablation.of(kind, model, examples, first.units, values=values, baseline=baseline, seed=seed)
         return [part.circuit for part in reductions], replace(by, first_token=first.first_token)
     if values is not None:
         raise ValueError("values are given, and no ablation: a reduction has its own, or give ablation='mean'")
+    if first.values.paired:
+        if examples.counterfactual_tokens is None:
+            raise ValueError("reduction takes its values from counterfactual inputs, and examples have none: give them")
+        by = Ablation.of("counterfactual", model, examples, first.units)
+        return [part.circuit for part in reductions], replace(by, first_token=first.first_token)
     kinds = ", ".join(dict.fromkeys(part.kind for part in reductions))
     return reductions, Ablation(kinds, first.baseline, first.first_token)
 

@@ -28,6 +28,7 @@ from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
@@ -227,7 +228,7 @@ def _trained(
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate}; it must be positive")
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
-    if constants.units != units or not constants.constant:
+    if constants.units != units or not (constants.constant or constants.paired):
         raise ValueError(f"values are {constants!r}: give constants for {units!r}")
     size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
@@ -244,7 +245,8 @@ def _trained(
             mine = keep.detach()[rows].requires_grad_()
             with torch.no_grad():
                 original = answer_logits(model, batch)
-            removal = Intervention(here, mine, Values(here, constants.tensors), first_token="bos")
+                values_here = paired_values(model, examples, index[rows], here) if constants.paired else constants
+            removal = Intervention(here, mine, Values(here, values_here.tensors), first_token="bos")
             with torch.enable_grad(), intervened(model, removal):
                 loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
             yield torch.autograd.grad(loss, mine)[0]
@@ -266,7 +268,8 @@ def _trained(
                 if found < lowest:
                     best, lowest = logits.detach().clone(), found
     scores = logits.detach() if held_out is None else best
-    forward, backward = (math.ceil(times * steps * size / len(examples)) for times in (2, 1))
+    times = 3 if constants.paired else 2
+    forward, backward = (math.ceil(times * steps * size / len(examples)) for times in (times, 1))
     unknown = torch.full_like(scores, float("nan"))
     return Scores(units, scores, unknown, name, "logit", forward + (values is None), backward)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.distributions import removal
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import check_call
+from tl_sparsify.core.forward import batches_of, check_call
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -47,7 +50,8 @@ def in_rounds(
         rounds, smallest: the schedule of :func:`sparsify`: from all units down to ``smallest`` of them.
         absolute: order by the size of signed scores.
         values: what removed units are set to; their means over ``examples`` where not given. They are also what the
-            scorer removes units to, if it takes constants.
+            scorer removes units to, if it takes constants. With :func:`constants.counterfactual` the scorer sees a
+            batch at a time, and a score is the mean over batches; what it draws at random then depends on them.
         settings: go to the scorer.
 
     The passes of the scorer in each round that removes a unit; one forward pass for the means where not given.
@@ -73,6 +77,7 @@ def in_rounds(
     run = settings.get("source", takes["source"].default if "source" in takes else "constant")
     if "values" in takes and run == "constant":
         settings["values"] = values
+    takes_size = "batch_size" in takes
     if "progress" in takes:
         settings["progress"] = False
     current = Reduction(Circuit.full(units), values)
@@ -84,8 +89,7 @@ def in_rounds(
         excess = len(current.circuit) - target
         if excess <= 0:
             continue
-        with intervened(model, ablate(current)):
-            found = scorer(model, examples, units, seed=seed + number, **settings)
+        found = _without(model, current, examples, partial(scorer, model, seed=seed + number, **settings), takes_size)
         found = found.absolute if absolute else found
         name, forward, backward = found.name, forward + found.forward_passes, backward + found.backward_passes
         ranked = found.order.cpu()
@@ -98,3 +102,23 @@ def in_rounds(
     place[torch.cat([*order, rest])] = torch.arange(len(units), dtype=torch.float64)
     unknown = torch.full_like(place, float("nan"))
     return Scores(units, place, unknown, f"{name}, {rounds} rounds", "place in the order of removal", forward, backward)
+
+
+def _without(
+    model: Model, current: Reduction, examples: Examples, scorer: Callable[..., Scores], takes_size: bool
+) -> Scores:
+    """The scores in the model without what has been removed so far; of values of counterfactual inputs, which belong to
+    their examples, batch by batch."""
+    if not current.values.paired:
+        with intervened(model, ablate(current)):
+            return scorer(examples, current.units)
+    size = scorer.keywords.pop("batch_size", None) if isinstance(scorer, partial) else None
+    parts: list[tuple[int, Scores]] = []
+    for index, batch in batches_of(model, examples, size):
+        with intervened(model, removal(model, current, examples, index)):
+            of_batch = {"batch_size": len(index)} if takes_size else {}
+            parts.append((len(index), scorer(batch, current.units.for_examples(index, examples.spans), **of_batch)))
+    total = sum(count * part.scores for count, part in parts) / len(examples)
+    last = parts[-1][1]
+    unknown = torch.full_like(last.scores, float("nan"))
+    return replace(last, units=current.units, scores=total, stderr=unknown, forward_passes=last.forward_passes + 1)

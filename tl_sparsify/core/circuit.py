@@ -19,6 +19,8 @@ from tl_sparsify.core.units import Unit, Units
 
 REFIT, REFITTED_NEIGHBOURS = "refit", "refitted neighbours"
 """The kinds of values that were fitted together on the divergence: constants, and maps of kept units."""
+COUNTERFACTUAL = "counterfactual"
+"""The kind of values that are no constants: each example's on its counterfactual input."""
 FirstToken = Literal["bos", "any", "none"]
 """At which first tokens removed units are left alone: a beginning-of-sequence token, whose activations are outliers
 that do not depend on the input; any token; none. In models with an attention sink a few neurons write huge values
@@ -126,7 +128,8 @@ class Circuit:
 @dataclass(frozen=True, eq=False)
 class Values:
     """One value for every unit: per site a tensor ``[units, width]`` (a constant), or ``[batch, pos, units, width]``
-    (the values of another run). Only constants fold. ``kind`` says how they were made, and is not compared.
+    (the values of another run). Only constants fold. ``kind`` says how they were made, and is not compared, unless it
+    is ``counterfactual``: then the tensors hold NaN in place of what each example's counterfactual input gives.
 
     Example:
         >>> zeros = tls.Values(units, tuple(torch.zeros(site.size, 16) for site in units.sites))
@@ -157,9 +160,14 @@ class Values:
                 )
 
     @property
+    def paired(self) -> bool:
+        """Whether they are each example's on its counterfactual input."""
+        return self.kind == COUNTERFACTUAL
+
+    @property
     def constant(self) -> bool:
         """Whether no value varies by example or position."""
-        return all(tensor.ndim == 2 for tensor in self.tensors)
+        return not self.paired and all(tensor.ndim == 2 for tensor in self.tensors)
 
     def where(self, mask: Bool[Tensor, "units"], other: Values) -> Values:
         """These values where ``mask``, ``other``'s elsewhere; edges from one writer share theirs (any)."""
@@ -170,13 +178,16 @@ class Values:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Values) or self.units != other.units:
             return False
+        if self.paired or other.paired:
+            return self.paired and other.paired
         return all(torch.equal(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
 
     def __hash__(self) -> int:
         return hash((self.units, tuple(tuple(tensor.shape) for tensor in self.tensors)))
 
     def __repr__(self) -> str:
-        return f"Values({'constant' if self.constant else 'of a run'} for {self.units!r})"
+        what = "constant" if self.constant else "of counterfactual inputs" if self.paired else "of a run"
+        return f"Values({what} for {self.units!r})"
 
 
 @dataclass(frozen=True, eq=False)

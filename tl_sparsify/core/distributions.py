@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,12 +10,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
-from tl_sparsify._internal.arguments import checked_fields
+from tl_sparsify._internal.arguments import checked, checked_fields
+from tl_sparsify.core.circuit import COUNTERFACTUAL, Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import run_values
-from tl_sparsify.core.intervene import Intervention
+from tl_sparsify.core.forward import check_call, run_values
+from tl_sparsify.core.intervene import Intervention, ablate
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model
+from tl_sparsify.core.units import Model, Units
 
 
 @checked_fields
@@ -87,6 +88,7 @@ class InterventionDistribution:
 
 
 NONE = InterventionDistribution()
+_PAIRED = InterventionDistribution.interchange(1.0, "counterfactual")
 
 
 def partners(examples: Examples, seed: int, counter: int) -> Int[Tensor, "n"]:
@@ -149,8 +151,7 @@ def source_batch(
         if examples.counterfactual_tokens is None:
             raise ValueError("examples have no counterfactual_tokens: use source='shuffled', or give them")
         check_pairs(examples)
-        mine = replace(examples[index], tokens=examples.counterfactual_tokens[index])
-        return replace(mine, counterfactual_tokens=None, counterfactual_labels=None, counterfactual_mask=None)
+        return examples[index].counterfactuals
     return examples[checked_partners(examples, seed, 17)[index]]
 
 
@@ -171,6 +172,57 @@ def check_pairs(examples: Examples) -> None:
             f"counterfactual_tokens of {len(rows)} examples have another length, so that positions do not match (rows "
             f"{some}): leave these out, load_examples(..., pairs='equal', unusable='drop')"
         )
+
+
+def removal(
+    model: Model, reduction: Reduction, examples: Examples, index: Int[Tensor, "batch"], source: Values | None = None
+) -> Intervention:
+    """What sets the removed units for the examples ``index`` to their constants or, where the reduction says so, to
+    what they are on each one's counterfactual input, in the model as it is now: ``source``, or one forward pass.
+
+    Raises:
+        ValueError: no counterfactuals where they are asked for, or pairs of other length.
+    """
+    here = reduction.for_examples(index, examples.spans)
+    if not here.values.paired:
+        return ablate(here)
+    if source is None and bool(here.circuit.mask.all()):  # nothing is set to anything
+        return Intervention(here.units, here.circuit.mask.float(), here.values)
+    return ablate(here, paired_values(model, examples, index, here.units) if source is None else source)
+
+
+def paired_values(model: Model, examples: Examples, index: Int[Tensor, "batch"], units: Units) -> Values:
+    """The units' values on the counterfactual inputs of the examples ``index``. One forward pass.
+
+    Raises:
+        ValueError: as :func:`source_batch`.
+    """
+    if examples.counterfactual_tokens is None:
+        raise ValueError(
+            "examples have no counterfactual_tokens, and removed units are set to their values on these: give them, or "
+            "pair the examples with one another (examples.with_partners)"
+        )
+    return run_values(model, source_batch(_PAIRED, examples, index, 0), units)
+
+
+@checked
+def counterfactual(model: Model, examples: Examples, units: Units) -> Values:
+    """No constants: every removed unit takes the value that it has on its example's counterfactual input (resample
+    ablation), in scores, searches, risk and evaluation. What is made with them runs on examples with counterfactuals
+    only, costs a forward pass more, and neither folds nor is refitted. One forward pass of one example.
+
+    Raises:
+        ValueError: ``examples`` without counterfactuals, or with pairs of other length.
+
+    Example:
+        >>> paired = tls.constants.counterfactual(model, train, units)
+        >>> tls.sparsify(model, train, units, values=paired, rounds=3, progress=False).at(0.5).kind
+        'counterfactual'
+    """
+    check_call(model, examples)
+    first = torch.zeros(1, dtype=torch.long)
+    found = paired_values(model, examples, first, units.for_examples(first, examples.spans))
+    return Values(units, tuple(torch.full_like(v[0, 0], float("nan")) for v in found.tensors), COUNTERFACTUAL)
 
 
 def drawn_interventions(
@@ -199,6 +251,10 @@ def drawn_interventions(
             chosen &= reduction.circuit.mask
         if part.kind == "mean":
             values = reduction.baseline
+            if values.paired:
+                raise ValueError(
+                    "interventions of kind 'mean' need means, and the reduction has none: give interchange"
+                )
         else:
             values = run_values(model, source_batch(part, examples, index, seed), reduction.units)
         drawn.append(Intervention(reduction.units, (~chosen).float(), values))

@@ -265,6 +265,18 @@ class Examples:
             counterfactual_mask=other,  # pairs of other length
         )
 
+    @property
+    def counterfactuals(self) -> Examples:
+        """The paired inputs, with the labels of those that they are paired with: a source run's.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.counterfactual_tokens is None:
+            raise ValueError("examples have no counterfactual_tokens: give them, or pair examples (with_partners)")
+        none: dict[str, Any] = dict.fromkeys(("counterfactual_tokens", "counterfactual_labels", "counterfactual_mask"))
+        return replace(self, tokens=self.counterfactual_tokens, **none)
+
     def batches(self, batch_size: int | None) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:
         """Each batch with the indices of its examples, in order; ``None``: everything in one batch."""
         size = len(self) if batch_size is None else batch_size

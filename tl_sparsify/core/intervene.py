@@ -68,17 +68,31 @@ class Intervention:
 
 
 @checked
-def ablate(reduction: Reduction) -> Intervention:
-    """Set every removed unit of a reduction to its constant (or affine replacement), everywhere.
+def ablate(reduction: Reduction, source: Values | None = None) -> Intervention:
+    """Set every removed unit of a reduction to its constant (or affine replacement), everywhere; of one whose values
+    are those of counterfactual inputs, to its value in ``source``, their run (:func:`forward.run_values`).
 
     Nested with other interventions on its units it comes last, so that affine replacements see what the others left.
+
+    Raises:
+        ValueError: values of counterfactual inputs without a ``source``, constants with one.
 
     Example:
         >>> with tls.intervened(model, tls.ablate(reduction)):
         ...     logits = model(test.tokens)
     """
+    paired = reduction.values.paired
+    if paired and source is None:
+        raise ValueError(
+            "reduction sets removed units to their values on counterfactual inputs, and source is not given: "
+            "ablate(reduction, tls.run_values(model, examples.counterfactuals, reduction.units))"
+        )
+    if source is not None and (not paired or source.paired or source.units != reduction.units):
+        what = f"for {source.units!r}" if paired else f"given, and the reduction has {reduction.kind} values of its own"
+        raise ValueError(f"source is {what}: give the run of a reduction made with tls.constants.counterfactual")
     keep = reduction.circuit.mask.float()
-    return Intervention(reduction.units, keep, reduction.values, reduction.mixing, reduction.first_token)
+    values = reduction.values if source is None else source
+    return Intervention(reduction.units, keep, values, reduction.mixing, reduction.first_token)
 
 
 @checked

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.ranks import agreed, gathered
-from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, shared_batches
-from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
@@ -102,8 +102,8 @@ def compared(
     """The moments over examples of ``compare(original logits, reduced logits, batch)``, one row for each example.
 
     Two forward passes over the data (one where ``recall`` knows the original's logits from an earlier call under the
-    same interventions); two more for each ``interchange`` in the distribution. The check
-    that the reduction is the model's reads all weights: where that is ``known`` it is left out.
+    same interventions); two more for each ``interchange`` in the distribution, one more for values of counterfactual
+    inputs. The check that the reduction is the model's reads all weights: where that is ``known`` it is left out.
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
     if not known:
@@ -111,7 +111,7 @@ def compared(
 
     def parts() -> Iterator[Moments]:
         for index, batch in shared_batches(model, examples, batch_size):
-            removed = ablate(reduction.for_examples(index, examples.spans))
+            removed = removal(model, reduction, examples, index)
             same = (interventions, model, reduction, examples, index, seed)
             with intervened(model, *drawn_interventions(*same)):
                 original = recall(index, lambda batch=batch: answer_logits(model, batch))
@@ -140,8 +140,9 @@ def risk(
     """Measured interventional risk of a reduction: mean KL(original || reduced) in nats, or half the mean squared
     error of ``metric``, with both models under the same interventions.
 
-    Two forward passes over the data; two more for each ``interchange`` in the distribution. ``recall`` may know the
-    original's logits from an earlier call (:func:`remembering`).
+    Two forward passes over the data; two more for each ``interchange`` in the distribution, one more where removed
+    units take their values on counterfactual inputs. ``recall`` may know the original's logits from an earlier call
+    (:func:`remembering`).
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, NaN or infinite activations.

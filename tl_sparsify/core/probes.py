@@ -29,10 +29,12 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.first_tokens import first_tokens
-from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
+from tl_sparsify.core.distributions import removal as removal_of
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, shared_batches
-from tl_sparsify.core.intervene import Intervention, Recording, ablate, intervened, recorded
+from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import Metric, divergence, measured_by
 from tl_sparsify.core.moments import Moments
@@ -190,15 +192,15 @@ def samples(
     recall: Recall = computed,
 ) -> Iterator[Samples]:
     """The samples of every batch of this process's share of the examples, for the removal of each unit to
-    ``removal.values``, linearised in the model with ``current``'s units already removed (``None``: the original model),
-    both models under the same ``interventions``.
+    ``removal.values`` (constants, or what it is on the counterfactual input), linearised in the model with
+    ``current``'s units already removed (``None``: the original model), both models under the same ``interventions``.
     Units that are already removed have no effect; with ``restorable``, minus that of taking them back. ``recall`` may
     know the original's logits from an earlier call (:func:`remembering`).
 
     One forward and ``probes`` backward passes over the data (fewer where fewer are exact); with ``current``
     one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
-    model. Memory does not grow with the number of examples. With ``temperature`` other than 1 everything is
-    ``temperature**2`` times the divergence at that temperature.
+    model; one more for values of counterfactual inputs. Memory does not grow with the number of examples. With
+    ``temperature`` other than 1 everything is ``temperature**2`` times the divergence at that temperature.
 
     Raises:
         ValueError: a model in training mode, fewer than one probe, a temperature that is not positive, NaN or
@@ -209,13 +211,16 @@ def samples(
         raise ValueError(f"probes is {probes}; at least one is needed")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
+    paired = removal.values.paired or (current is not None and current.values.paired)
     for site, value in zip(removal.units.sites, removal.values.tensors, strict=True):
-        if not bool(torch.isfinite(value).all()):
+        if not removal.values.paired and not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
     for index, batch in shared_batches(model, examples, batch_size, removal.units):
         same = (interventions, model, removal, examples, index, seed)
-        removed = () if current is None else (ablate(current.for_examples(index, examples.spans)),)
+        there = removal.for_examples(index, examples.spans)
+        source = paired_values(model, examples, index, there.units) if paired else None
+        removed = () if current is None else (_removed(model, current, examples, index, source),)
         with torch.no_grad():
             z = None
             if current is not None:
@@ -224,13 +229,19 @@ def samples(
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
         settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed, "most": most}
-        part = _linearised(
-            model, batch, index, removal.for_examples(index, examples.spans), removed, drawn, z, settings
-        )
+        target = source if source is not None and removal.values.paired else removal.values
+        part = _linearised(model, batch, index, there, target.tensors, removed, drawn, z, settings)
         if current is not None and not restorable:
             mask = current.circuit.mask.to(part.effects)
             part = replace(part, linear=part.linear * mask, effects=part.effects * mask)
         yield part
+
+
+def _removed(
+    model: Model, current: Reduction, examples: Examples, index: Int[Tensor, "batch"], source: Values | None
+) -> Intervention:
+    """The removals made so far; ``source`` serves those that have no constants of their own."""
+    return removal_of(model, current, examples, index, source if current.values.paired else None)
 
 
 def _linearised(
@@ -238,6 +249,7 @@ def _linearised(
     batch: Examples,
     index: Int[Tensor, "batch"],
     removal: Reduction,
+    values: tuple[Float[Tensor, "..."], ...],
     removed: tuple[Intervention, ...],
     drawn: tuple[Intervention, ...],
     z: Float[Tensor, "rows choices"] | None,
@@ -252,7 +264,8 @@ def _linearised(
         vectors = output_probes(here, batch, index, **settings)
         slope = None if z is None else _slope(z, here, batch, settings["metric"], settings["temperature"])
         spared = first_tokens(model, batch.tokens, batch.attention_mask, removal.first_token)
-        effects = _effects(own, recording, removal, changed, vectors if slope is None else [*vectors, slope], spared)
+        vectors = vectors if slope is None else [*vectors, slope]
+        effects = _effects(own, recording, values, changed, vectors, spared)
     if z is None:
         nothing = effects.new_zeros(len(batch))
         return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
@@ -277,14 +290,14 @@ def _slope(
 def _effects(
     own: Recording,
     recording: Recording,
-    removal: Reduction,
+    values: tuple[Float[Tensor, "..."], ...],
     logits: Float[Tensor, "rows choices"],
     vectors: list[Float[Tensor, "rows choices"]],
     spared: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "probes batch units"]:
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
-    mechanism gives (before the removals made so far: overlapping directions share theirs) to the constant."""
-    moved = list(zip(removal.units.sites, own.read(), removal.values.tensors, strict=True))
+    mechanism gives (before the removals made so far: overlapping directions share theirs) to its replacement."""
+    moved = list(zip(recording.units.sites, own.read(), values, strict=True))
     # those of edges are the same writers' again and again: made when they are needed, and not kept
     steps = [None if site.kind == "edge" else _step(site, v, c, spared) for site, v, c in moved]
     rows: list[Tensor] = []
@@ -300,10 +313,10 @@ def _effects(
 def _step(
     site: Site,
     v: Float[Tensor, "batch pos some width"],
-    c: Float[Tensor, "some width"],
+    c: Float[Tensor, "*run some width"],
     spared: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch pos some width"]:
-    """By how much setting each value to its constant moves it, where it is set at all."""
+    """By how much setting each value to its replacement moves it, where it is set at all."""
     v = v.detach() if v.dtype == torch.float64 else v.detach().float()
     step = c.to(v) - v
     where = site.position_mask(v.shape[0], v.shape[1])

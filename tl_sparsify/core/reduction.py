@@ -37,7 +37,8 @@ class Reduction:
 
     Attributes:
         circuit: the kept units.
-        values: a constant for every unit; the kept units' are not used by the reduction itself.
+        values: a constant for every unit; the kept units' are not used by the reduction itself. Or, of
+            :func:`constants.counterfactual`, what each unit is on an example's counterfactual input.
         reference: the constants of the empty circuit that faithfulness is measured from (``values`` before a refit).
         fingerprint: of the model, checked by everything that takes both; ``None`` is never refused.
         mixing: for each site a linear map of kept units that is added to the constants of removed ones, or ``None``:
@@ -62,10 +63,12 @@ class Reduction:
             raise ValueError(f"first_token is {self.first_token!r}; it is one of {', '.join(FIRST_TOKENS)}")
         if self.circuit.units != self.values.units:
             raise ValueError(f"values are for {self.values.units!r}, the circuit for {self.circuit.units!r}")
-        if not self.values.constant:
+        if not self.values.constant and not self.values.paired:
             raise ValueError("values vary by example or position: a reduction needs constants, which fold")
+        if self.values.paired and self.mixing is not None:
+            raise ValueError("mixing adds to constants; values are those of counterfactual inputs: leave one of them")
         for values in (self.values, self.reference):
-            if values is not None:
+            if values is not None and not values.paired:
                 self._check_values(values)
         if self.mixing is not None:
             self._check_mixing(self.mixing)
@@ -103,7 +106,8 @@ class Reduction:
 
     @property
     def kind(self) -> str:
-        """How the constants were made (``mean``, ``zero``, ``refit``, ``given``: by the user); part of every number."""
+        """How the constants were made (``mean``, ``zero``, ``refit``, ``given``: by the user), or ``counterfactual``;
+        part of every number."""
         return self.values.kind
 
     @property

@@ -111,6 +111,11 @@ def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
             "first_token is 'any': what removed units write at a first token that varies is no constant, and does not "
             "fold. Make the reduction with first_token='bos' or 'none'"
         )
+    if reduction.values.paired:
+        raise ValueError(
+            "reduction sets removed units to their values on counterfactual inputs, which are no constants, and do not "
+            "fold: give it constants, dataclasses.replace(reduction, values=tls.constants.mean(model, train, units))"
+        )
     if any(site.kind == "edge" for site in reduction.units.sites):
         raise ValueError(
             "edges do not fold: what one reader gets from a writer and another does not is no property of the weights. "

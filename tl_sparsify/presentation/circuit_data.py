@@ -23,9 +23,10 @@ from transformer_lens.tools.analysis import logit_readout
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.abstraction.evidence import Alignment, Evidence
 from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.distributions import removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, output, valid_positions
-from tl_sparsify.core.intervene import Intervention, ablate, intervened, recorded
+from tl_sparsify.core.intervene import Intervention, intervened, recorded
 from tl_sparsify.core.metrics import by_example, kl, log_odds
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
@@ -138,15 +139,15 @@ def _rank(reduction: Reduction, request: Request) -> list[float]:
     return [0.0] * len(units)
 
 
-def _one(reduction: Reduction, i: int) -> Intervention:
-    """Unit ``i`` set to its constant."""
-    units = reduction.units
+def _one(removed: Intervention, i: int) -> Intervention:
+    """Unit ``i`` set to its replacement."""
+    units = removed.units
     number = next(n for n, part in enumerate(units.slices) if i < part.stop)
     site = Units((units.sites[number],))
     keep = torch.ones(len(site))
     keep[i - units.slices[number].start] = 0
-    values = Values(site, (reduction.values.tensors[number],), reduction.values.kind)
-    return Intervention(site, keep, values, first_token=reduction.first_token)
+    values = Values(site, (removed.values.tensors[number],))
+    return Intervention(site, keep, values, first_token=removed.first_token)
 
 
 def _effects(
@@ -154,21 +155,22 @@ def _effects(
 ) -> tuple[dict[int, float], dict[int, Float[Tensor, "units"]]]:
     """How much the risk rises without each kept unit, and how far every unit's value then moves."""
     index = torch.arange(len(few))
-    here = reduction.for_examples(index, few.spans)
+    removed = removal(model, reduction, few, index)
+    here = removed.units
     original = answer_logits(model, few)
 
     def run(*interventions: Intervention) -> tuple[float, tuple[Tensor, ...]]:
-        with intervened(model, *interventions, ablate(here)), recorded(model, here.units) as recording:
+        with intervened(model, *interventions, removed), recorded(model, here) as recording:
             logits = answer_logits(model, few)
         return float(by_example(kl(original, logits), few).mean()), recording.read()
 
     risk, base = run()
     valid = valid_positions(model, few)
-    scale = torch.cat([_size(v - c.to(v), valid) for v, c in zip(base, here.values.tensors, strict=True)])
+    scale = torch.cat([_size(v - c.to(v), valid) for v, c in zip(base, removed.values.tensors, strict=True)])
     risks: dict[int, float] = {}
     moved: dict[int, Float[Tensor, "units"]] = {}
     for i in bar(kept, "measuring the effect of each unit", progress):
-        without, values = run(_one(here, i))
+        without, values = run(_one(removed, i))
         risks[i] = without - risk
         change = torch.cat([_size(a - b, valid) for a, b in zip(values, base, strict=True)])
         change[i] = 0
@@ -201,15 +203,16 @@ def _values(model: Any, units: Units, examples: Examples) -> tuple[Tensor, ...]:
 
 def _places(model: Any, reduction: Reduction, shown: Examples) -> Float[np.ndarray, "shown units pos"]:
     """The first-order effect of each unit's constant on the log-odds of the right answer, at each position."""
-    here = reduction.for_examples(torch.arange(len(shown)), shown.spans)
-    with frozen(model), torch.enable_grad(), intervened(model, ablate(here)):
-        with recorded(model, here.units, gradients=True) as recording:
+    with torch.no_grad():
+        removed = removal(model, reduction, shown, torch.arange(len(shown)))
+    with frozen(model), torch.enable_grad(), intervened(model, removed):
+        with recorded(model, removed.units, gradients=True) as recording:
             total = log_odds(answer_logits(model, shown), shown).sum()
         activations = list(recording.activations.values())
         gradients = torch.autograd.grad(total, activations, allow_unused=True)
     filled = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, activations, strict=True)]
     slopes = recording.pull(dict(zip(recording.activations, filled, strict=True)))
-    parts = zip(slopes, recording.read(), here.values.tensors, strict=True)
+    parts = zip(slopes, recording.read(), removed.values.tensors, strict=True)
     found = [((v.detach() - c.to(v)) * g).sum(-1).transpose(1, 2) for g, v, c in parts]
     width = shown.tokens.shape[1]
     return torch.cat([p if p.shape[2] == width else p.expand(-1, -1, width) for p in found], 1).double().cpu().numpy()

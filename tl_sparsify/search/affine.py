@@ -96,6 +96,8 @@ def neighbours(
         raise ValueError(f"ridge is {ridge}; it must be positive")
     if weighting not in get_args(Weighting):
         raise ValueError(f"weighting is {weighting!r}; it is {' or '.join(get_args(Weighting))}")
+    if reduction.values.paired:
+        raise ValueError("reduction's values are those of counterfactual inputs: give one with constants")
     kept = reduction.units.split(reduction.circuit.mask)
     affine = [
         site.kind in MIXABLE and bool(mask.any()) and not bool(mask.all())

@@ -59,6 +59,7 @@ def gradient(
 
     Args:
         values: the constants that replace units; their means over the examples where not given.
+            :func:`constants.counterfactual` is ``source="counterfactual"``.
         source: take the replacement from another run instead. With ``counterfactual`` the score is *minus*
             TransformerLens's ``attribution_patch(model, clean=counterfactuals, corrupt=tokens)``, which also takes
             the gradient at ``tokens`` but reports the change; others take the gradient at the counterfactual run.
@@ -235,6 +236,8 @@ def _replacement(
     check_call(model, examples, seed=seed, batch_size=batch_size)
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; it is {', '.join(_SOURCES[:-1])} or {_SOURCES[-1]}")
+    if values is not None and values.paired and source == "constant":
+        source, values = "counterfactual", None
     if source == "constant":
         constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
         if constants.units != units:

@@ -3,7 +3,7 @@
 ``mean``, ``zero``, ``curvature_weighted`` and ``newton`` give a value for every unit, each unit on its own.
 ``neighbours`` and ``refit`` take a reduction: the one makes its removed units affine in kept units of their hook point,
 the other fits all its replacements together in the ablated model. None of them varies by example or position, so they
-fold.
+fold. ``counterfactual`` is the exception: no constants, but what each unit is on the paired input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tl_sparsify._internal.checks import MOST, check_count, check_positive, chec
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.ranks import share, summed, totalled
 from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, NeighbourMap, Values
-from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, counterfactual, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
@@ -44,7 +44,18 @@ from tl_sparsify.search.affine import neighbours
 
 _FALL = 0.02  # of the validation risk: less does not count as progress
 
-__all__ = ["curvature_weighted", "mean", "mean_of", "neighbours", "newton", "reduced", "refit", "unit_moments", "zero"]
+__all__ = [
+    "counterfactual",
+    "curvature_weighted",
+    "mean",
+    "mean_of",
+    "neighbours",
+    "newton",
+    "reduced",
+    "refit",
+    "unit_moments",
+    "zero",
+]
 
 
 @checked
@@ -135,6 +146,10 @@ def refit(
         check_count("patience", patience, most=MOST)
     if per_step is not None and per_step < 1:
         raise ValueError(f"per_step is {per_step}; a step needs at least one example")
+    if reduction.values.paired:
+        raise ValueError(
+            "reduction sets removed units to their values on counterfactual inputs: there is nothing to fit"
+        )
     removed = (~reduction.circuit).mask
     if not bool(removed.any()):
         values = replace(reduction.values, kind=REFIT)

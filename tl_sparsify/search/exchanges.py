@@ -18,9 +18,10 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify._internal.ranks import summed
 from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import paired_values, removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, shared_batches
-from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
@@ -122,14 +123,18 @@ def _risks(
     metric: Metric | None,
     batch_size: int | None,
 ) -> Float[Tensor, "circuits"]:
-    """The measured risk of each circuit. One forward pass, and one for each circuit."""
+    """The measured risk of each circuit. One forward pass (two for values of counterfactual inputs), and one for each
+    circuit."""
 
     def parts() -> Iterator[tuple[Tensor]]:
         for index, batch in shared_batches(model, examples, batch_size):
             original = answer_logits(model, batch)
+            paired = reduction.values.paired
+            units = reduction.units.for_examples(index, examples.spans)
+            source = paired_values(model, examples, index, units) if paired else None
             found: list[Float[Tensor, ""]] = []
             for circuit in circuits:
-                with intervened(model, ablate(reduction.with_circuit(circuit).for_examples(index, examples.spans))):
+                with intervened(model, removal(model, reduction.with_circuit(circuit), examples, index, source)):
                     reduced = answer_logits(model, batch)
                 found.append(divergence(original, reduced, batch, metric).double().sum().cpu())
             yield (torch.stack(found),)

@@ -78,7 +78,8 @@ def sparsify(
     Args:
         rounds: a geometric schedule of this many rounds, from all units down to ``smallest`` of them.
         sizes: a schedule of your own instead: the fraction kept after each round, falling.
-        values: what removed units are set to; their means over ``train`` where not given.
+        values: what removed units are set to; their means over ``train`` where not given;
+            :func:`constants.counterfactual`: their values on each example's counterfactual input.
         held_out: where predicted and measured risk are taken; ``train`` where not given.
         metric: half its squared error instead of the KL divergence.
         interventions: what both models are under, in the search and where risk is measured.
@@ -148,6 +149,10 @@ def sparsify(
         current = replace(reduced(model, first, values), first_token=first_token)
     else:
         current = start if values is None else replace(start, values=values)
+    if current.values.paired and refit_steps:
+        if refitting.steps is not None:
+            raise ValueError(f"refitting.steps is {refit_steps}, and values are no constants to be refitted: give 0")
+        refit_steps = 0
     free = torch.ones(len(units), dtype=torch.bool) if always_keep is None else ~always_keep.mask
     judged = train if held_out is None else held_out
     predict = held_out is not None or metric is not None if predict is None else predict
