@@ -34,12 +34,32 @@ def reads(hook: str) -> bool:
     return _POINT.fullmatch(hook) is not None
 
 
+def rows_first(x: Float[Tensor, "batch pos rows d_model"]) -> Float[Tensor, "rows batch pos d_model"]:
+    """A view: in memory rows come first, so that products over readers, writers and positions take nothing apart."""
+    return x.permute(2, 0, 1, 3)
+
+
+def rows_last(x: Float[Tensor, "rows batch pos d_model"]) -> Float[Tensor, "batch pos rows d_model"]:
+    """As hook points have it, a view."""
+    return x.permute(1, 2, 0, 3)
+
+
 @dataclass(frozen=True)
 class Written:
-    """What a reader's hook is told: its name, and what has been written into the stream before it."""
+    """What a reader's hook is told: its name, and what has been written into the stream before it; ``stacks``: what
+    readers share that are told the same."""
 
     name: str
     parts: tuple[Float[Tensor, "batch pos _ d_model"], ...]
+    stacks: dict[int, Float[Tensor, "batch pos writers d_model"]]
+
+    @property
+    def stack(self) -> Float[Tensor, "batch pos writers d_model"]:
+        """All that was written, one beside the other."""
+        if len(self.parts) not in self.stacks:
+            self.stacks.clear()  # of what earlier readers were told none is needed again
+            self.stacks[len(self.parts)] = rows_last(torch.cat([rows_first(part) for part in self.parts]))
+        return self.stacks[len(self.parts)]
 
 
 @dataclass
@@ -51,6 +71,7 @@ class _Pass:
     taken: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
+    stacks: dict[int, Float[Tensor, "batch pos writers d_model"]] = field(default_factory=dict)
 
 
 _PASSES: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
@@ -141,8 +162,15 @@ def _begin(model: Any, stream: Float[Tensor, "batch pos d_model"], hook: Any) ->
 
 
 def _note_heads(model: Any, layer: int, attn: Any, z: Float[Tensor, "batch pos heads width"], hook: Any) -> None:
-    weight = attn.W_O.detach()
-    _PASSES[model].written[f"heads.{layer}"] = torch.einsum("bphw,hwd->bphd", z, weight.to(z))
+    _PASSES[model].written[f"heads.{layer}"] = _by_head(z, attn.W_O.detach())
+
+
+def _by_head(
+    x: Float[Tensor, "batch pos heads some"], weight: Float[Tensor, "heads some others"]
+) -> Float[Tensor, "batch pos heads others"]:
+    """Each head's own product; nothing is copied on the way in."""
+    made = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x))
+    return made.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def _note_mlp(model: Any, layer: int, out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
@@ -155,7 +183,7 @@ def _acted(
     """A reader's copies of the stream after all that is done to them here."""
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
-    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)))
+    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks)
     for act in acts:
         new = act(stream, hook=hook)
         if new is not None:
@@ -187,7 +215,7 @@ def _take_attention(
         taken = _acted(model, name, here, copies)
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
-            state.normed[name] = taken if inner is None else inner(taken)
+            state.normed[name] = taken if inner is None else rows_last(inner(rows_first(taken)))
     return whole
 
 
@@ -210,5 +238,5 @@ def _project(
     weight, bias = getattr(attn, f"W_{part.upper()}").detach(), getattr(attn, f"b_{part.upper()}", None)
     if normed.shape[2] != len(weight):  # several heads share a reader
         normed = normed.repeat_interleave(len(weight) // normed.shape[2], 2)
-    made = torch.einsum("bphd,hdw->bphw", normed, weight.to(normed))
+    made = _by_head(normed, weight)
     return (made if bias is None else made + bias.detach().to(made)).to(own)

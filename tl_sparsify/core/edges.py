@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.readers import Written, blocks_that_read
+from tl_sparsify._internal.readers import Written, blocks_that_read, rows_first, rows_last
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of
@@ -100,27 +100,27 @@ def apply_to_edges(
         raise ValueError(f"keep is for {len(gone)} examples, {site.hook} saw a batch of {len(stream)}")
     if sum(part.shape[2] for part in hook.parts) != site.rows:
         raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
-    letters = "brw" if gone.ndim == 3 else "rw"
-    lost: Tensor | float = 0.0
-    for part, share, constant in zip(hook.parts, *_cut(hook, gone, value.to(stream)), strict=True):
-        if gone.requires_grad or bool((share != 0).any()):
-            lost = lost + torch.einsum(f"bpwd,{letters}->bprd", part.to(stream) - constant, share)
-    if not isinstance(lost, Tensor):
+    if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
+    written = rows_first(hook.stack.to(stream))
+    value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
+    change = _shared(gone, value) - _shared(gone, written)
     where = site.position_mask(stream.shape[0], stream.shape[1])
     if where is not None:
-        lost = lost * where.to(lost)[..., None, None]
+        change = change * where.to(change)[..., None]
     first = spared()
     if first is not None:
-        lost = lost.masked_fill(first.to(lost.device)[..., None, None], 0)
-    return stream - lost
+        change = change.masked_fill(first.to(change.device)[..., None], 0)
+    return rows_last(rows_first(stream) + change)
 
 
-def _cut(hook: Written, *over: Float[Tensor, "..."]) -> list[tuple[Float[Tensor, "..."], ...]]:
-    """Tensors over all writers, by what they wrote together: the first along its last dimension, others along the last
-    but one."""
-    sizes = [part.shape[2] for part in hook.parts]
-    return [tensor.split(sizes, -1 - bool(number)) for number, tensor in enumerate(over)]
+def _shared(
+    share: Float[Tensor, "*batch readers rows"], x: Float[Tensor, "rows #batch #pos d_model"]
+) -> Float[Tensor, "readers #batch #pos d_model"]:
+    """Each reader's sum of rows, by its own shares of them."""
+    if share.ndim == 2:
+        return (share @ x.flatten(1)).view(-1, *x.shape[1:])
+    return torch.einsum("brw,wbpd->rbpd", share, x.expand(-1, len(share), -1, -1))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked, checked_fields
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
-from tl_sparsify._internal.readers import Written, reader_hooks, reads
+from tl_sparsify._internal.readers import Written, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
@@ -265,7 +265,8 @@ class Recording:
                     f"hook point {hook} did not fire: the model does not compute it, or it is switched off"
                 )
         most = max(self.written.values(), key=len, default=())
-        stacked = torch.cat(most, 2) if most else None  # what readers are told is a beginning of this
+        # what readers are told is a beginning of this
+        stacked = rows_last(torch.cat([rows_first(part) for part in most])) if most else None
         return tuple(
             _joined([site.read(self.activations[h]) for h in site.hook_names])
             if site.kind != "edge" or stacked is None

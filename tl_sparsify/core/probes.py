@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.first_tokens import first_tokens
+from tl_sparsify._internal.readers import rows_first, rows_last
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
 from tl_sparsify.core.distributions import removal as removal_of
@@ -298,16 +299,38 @@ def _effects(
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
     mechanism gives (before the removals made so far: overlapping directions share theirs) to its replacement."""
     moved = list(zip(recording.units.sites, own.read(), values, strict=True))
-    # those of edges are the same writers' again and again: made when they are needed, and not kept
-    steps = [None if site.kind == "edge" else _step(site, v, c, spared) for site, v, c in moved]
+    steps = _steps(moved, spared)
     rows: list[Tensor] = []
     for gradients in pulled(recording, logits, vectors):
         parts: list[Tensor] = []
         for (site, v, c), g, kept in zip(moved, gradients, steps, strict=True):
-            step = _step(site, v, c, spared) if kept is None else kept
+            step = _step(site, v, c, spared) if kept is None else kept  # made when it is needed, and not kept
             parts.append(site.along(g.to(step), step))
         rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
     return torch.stack(rows)
+
+
+def _steps(
+    moved: list[tuple[Site, Float[Tensor, "batch _ _ _"], Float[Tensor, "..."]]],
+    spared: Bool[Tensor, "batch pos"] | None,
+) -> list[Float[Tensor, "batch _ _ _"] | None]:
+    """The step of every site's values. Edges have the same writers' again and again: one step of all writers serves all
+    sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``."""
+    edges = [part for part in moved if part[0].kind == "edge" and part[0].positions is None]
+    if not edges:
+        return [None if site.kind == "edge" else _step(site, v, c, spared) for site, v, c in moved]
+    most, all_v, all_c = max(edges, key=lambda part: part[0].rows)
+    whole = rows_last(rows_first(_step(most, all_v, all_c, spared)).contiguous())
+
+    def shares(site: Site, v: Tensor, c: Tensor) -> bool:
+        if site.kind != "edge" or site.positions is not None or v.data_ptr() != all_v.data_ptr():
+            return False
+        return torch.equal(c, all_c[: len(c)]) if c.ndim == 2 else c.data_ptr() == all_c.data_ptr()
+
+    return [
+        whole[:, :, : site.rows] if shares(site, v, c) else None if site.kind == "edge" else _step(site, v, c, spared)
+        for site, v, c in moved
+    ]
 
 
 def _step(

@@ -164,7 +164,8 @@ class Site:
     ) -> Float[Tensor, "batch units"]:
         """What a step of each value comes to along its unit's gradient: the sum over positions and entries."""
         if self.kind == "edge":
-            return torch.einsum("bprd,bpwd->brw", gradient, step).flatten(1)
+            along, ways = (part.transpose(1, 2).flatten(2) for part in (gradient, step))
+            return torch.bmm(along, ways.transpose(1, 2)).flatten(1)
         return (gradient * step).sum((1, 3))
 
     @property
