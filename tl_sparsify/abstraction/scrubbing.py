@@ -44,6 +44,11 @@ class ScrubbedRow:
         loss: cross-entropy of that answer, nats.
         recovered: the share of the loss between ``everything`` and ``nothing`` that is recovered.
         n: examples.
+
+    Example:
+        >>> found = tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1)
+        >>> found["nothing"].accuracy, found["everything"].n
+        (1.0, 64)
     """
 
     resampled: str
@@ -115,6 +120,9 @@ def scrub(
     example. A donor is the example itself only where no other fits (``moved``). Controls: as many random units of the
     same sites in the place of the first variables', and everything resampled.
 
+    Rejected is thus also an alignment that is right and not complete: where units that no variable is aligned with pass
+    a variable on. :func:`tl_sparsify.verify` asks less.
+
     Forward passes over the examples: one, and for each draw four and two for each first variable.
 
     Raises:
@@ -122,8 +130,9 @@ def scrub(
             for each example.
 
     Example:
-        >>> tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1).accepted
-        True
+        >>> found = tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1)
+        >>> found.accepted, found["nothing"].accuracy  # here more carries left and right on than the alignment says
+        (False, 1.0)
     """
     check_model(model)
     check_count("draws", draws, most=MOST)

@@ -41,6 +41,12 @@ class SubspacePart:
         accuracy: interchange accuracy over the pairs whose answer should change and that the model answers right.
         lower, upper: a confidence sequence for it.
         pairs: how many these are.
+
+    Example:
+        >>> at = tls.directions(model, "blocks.0.mlp.hook_post", torch.eye(256)[:, :2]).at(4)
+        >>> split = tls.split_subspace(model, task.causal_model, tls.Alignment({"left": list(at)}), pairs)
+        >>> split.part("left", "visible").rank
+        2
     """
 
     variable: str

@@ -1,0 +1,97 @@
+"""Causal scrubbing and the contrast of two hypotheses, on networks whose algorithm is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.equality import EQUALITY, TRUE, Network, drawn, pairs_of
+from helpers.models import unchanged
+
+import tl_sparsify as tls
+
+CROSSED = tls.CausalModel(
+    EQUALITY.inputs,
+    {"left": lambda a, c: a == c, "right": lambda b, d: b == d, "same": lambda left, right: left == right},
+    "same",
+)
+
+
+def shipped(task: tls.Task, name: str) -> tuple[tls.CausalModel, tls.Alignment]:
+    causal_model = task.causal_models[name]
+    units = {v: units for v, units in task.alignment.units.items() if v in causal_model.variables}
+    return causal_model, tls.Alignment(units)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("planted_equality", {"equality": True, "crossed": False}),
+        ("planted_sum", {"sums": True, "differences": False, "greatest": False}),
+        ("tracr_frac_prevs", {"frac_prevs": True, "whole": False, "before": False}),
+    ],
+)
+def test_right_models_are_accepted_and_wrong_ones_rejected(name: str, right: dict[str, bool]):
+    task = tls.load_task(name)
+    model, pairs = task.model(), task.pairs(256, 3)
+    for hypothesis, accepted in right.items():
+        found = tls.scrub(model, *shipped(task, hypothesis), pairs, draws=2)
+        assert found.accepted == accepted, (hypothesis, found)
+        assert found["everything"].accuracy < 0.7 and found.moved > 0.95
+        if accepted:
+            assert found["what does not matter"].accuracy == 1 and found["what does not matter"].recovered > 0.99
+            assert found["the same, random units"].accuracy < 0.7
+
+
+def test_variables_at_the_wrong_units_are_rejected():
+    task = tls.load_task("planted_sum")
+    alignment = task.alignment.units
+    swapped = tls.Alignment({**alignment, "left": alignment["right"], "right": alignment["left"]})
+    found = tls.scrub(task.model(), task.causal_model, swapped, task.pairs(256, 3), draws=2)
+    assert not found.accepted and found["what does not matter"].accuracy < 0.7
+
+
+def test_a_hidden_layer_worked_out_by_hand_is_scrubbed():
+    model, pairs = Network(), pairs_of(*drawn(300))
+    with unchanged(model):
+        found = tls.scrub(model, EQUALITY, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs)
+    assert found.accepted and repr(found).startswith("Scrubbing(accepted: accuracy 1.000, 100.0%")
+    assert found.to_frame().resampled.tolist()[0] == "nothing" and found["nothing"].recovered == 1
+    again = tls.scrub(
+        model, EQUALITY, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs, batch_size=7
+    )
+    assert again == found
+    half = tls.scrub(model, EQUALITY, tls.Alignment({"left": TRUE.units["left"]}), pairs)
+    assert half.accepted, "c and d, which reach the answer on a way of their own, stay"
+
+
+def test_what_cannot_be_scrubbed_is_refused():
+    model, pairs = Network(), pairs_of(*drawn(20))
+    with pytest.raises(ValueError, match="alignment names 'middle'"):
+        tls.scrub(model, EQUALITY, tls.Alignment({"middle": TRUE.units["left"]}), pairs)
+    each = [unit.at(torch.zeros(20, dtype=torch.long)) for unit in TRUE.units["left"]]
+    with pytest.raises(ValueError, match="have a position for each example"):
+        tls.scrub(model, EQUALITY, tls.Alignment({"left": each}), pairs)
+    with pytest.raises(ValueError, match="draws"):
+        tls.scrub(model, EQUALITY, TRUE, pairs, draws=0)
+
+
+def test_the_network_follows_the_right_one_of_two_models():
+    pairs = pairs_of(*drawn(300))
+    table = tls.contrast(Network(), EQUALITY, CROSSED, TRUE, pairs).set_index("variable")
+    assert table.follows.tolist() == ["one"] * 4 and (table.one == 1).all() and (table.lower > 0.9).all()
+    other = tls.contrast(Network(), CROSSED, EQUALITY, TRUE, pairs).set_index("variable")
+    assert other.follows.tolist() == ["other"] * 4 and (other.upper < 0.1).all()
+    assert other.differ.equals(table.differ)
+    slow = sum(
+        bool(a != b)
+        for a, b in zip(pairs.expected(EQUALITY, ("left",)), pairs.expected(CROSSED, ("left",)), strict=True)
+    )
+    assert table.differ["left"] == slow > 50
+
+
+def test_a_model_against_itself_differs_nowhere_and_tells_nothing():
+    table = tls.contrast(Network(), EQUALITY, EQUALITY, TRUE, pairs_of(*drawn(60)))
+    assert (table.differ == 0).all() and (table.follows == "cannot tell").all()
+    with pytest.raises(ValueError, match="alignment names 'left'; other has"):
+        other = tls.CausalModel(("a", "b", "c", "d"), {"same": lambda a, b: a == b}, "same")
+        tls.contrast(Network(), EQUALITY, other, TRUE, pairs_of(*drawn(20)))
