@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.equality import EQUALITY, TRUE, Network, drawn, pairs_of
@@ -14,6 +16,10 @@ CROSSED = tls.CausalModel(
     {"left": lambda a, c: a == c, "right": lambda b, d: b == d, "same": lambda left, right: left == right},
     "same",
 )
+
+
+def network() -> Any:
+    return Network()
 
 
 def shipped(task: tls.Task, name: str) -> tuple[tls.CausalModel, tls.Alignment]:
@@ -51,7 +57,7 @@ def test_variables_at_the_wrong_units_are_rejected():
 
 
 def test_a_hidden_layer_worked_out_by_hand_is_scrubbed():
-    model, pairs = Network(), pairs_of(*drawn(300))
+    model, pairs = network(), pairs_of(*drawn(300))
     with unchanged(model):
         found = tls.scrub(model, EQUALITY, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs)
     assert found.accepted and repr(found).startswith("Scrubbing(accepted: accuracy 1.000, 100.0%")
@@ -65,7 +71,7 @@ def test_a_hidden_layer_worked_out_by_hand_is_scrubbed():
 
 
 def test_what_cannot_be_scrubbed_is_refused():
-    model, pairs = Network(), pairs_of(*drawn(20))
+    model, pairs = network(), pairs_of(*drawn(20))
     with pytest.raises(ValueError, match="alignment names 'middle'"):
         tls.scrub(model, EQUALITY, tls.Alignment({"middle": TRUE.units["left"]}), pairs)
     each = [unit.at(torch.zeros(20, dtype=torch.long)) for unit in TRUE.units["left"]]
@@ -77,9 +83,9 @@ def test_what_cannot_be_scrubbed_is_refused():
 
 def test_the_network_follows_the_right_one_of_two_models():
     pairs = pairs_of(*drawn(300))
-    table = tls.contrast(Network(), EQUALITY, CROSSED, TRUE, pairs).set_index("variable")
+    table = tls.contrast(network(), EQUALITY, CROSSED, TRUE, pairs).set_index("variable")
     assert table.follows.tolist() == ["one"] * 4 and (table.one == 1).all() and (table.lower > 0.9).all()
-    other = tls.contrast(Network(), CROSSED, EQUALITY, TRUE, pairs).set_index("variable")
+    other = tls.contrast(network(), CROSSED, EQUALITY, TRUE, pairs).set_index("variable")
     assert other.follows.tolist() == ["other"] * 4 and (other.upper < 0.1).all()
     assert other.differ.equals(table.differ)
     slow = sum(
@@ -90,8 +96,8 @@ def test_the_network_follows_the_right_one_of_two_models():
 
 
 def test_a_model_against_itself_differs_nowhere_and_tells_nothing():
-    table = tls.contrast(Network(), EQUALITY, EQUALITY, TRUE, pairs_of(*drawn(60)))
+    table = tls.contrast(network(), EQUALITY, EQUALITY, TRUE, pairs_of(*drawn(60)))
     assert (table.differ == 0).all() and (table.follows == "cannot tell").all()
     with pytest.raises(ValueError, match="alignment names 'left'; other has"):
         other = tls.CausalModel(("a", "b", "c", "d"), {"same": lambda a, b: a == b}, "same")
-        tls.contrast(Network(), EQUALITY, other, TRUE, pairs_of(*drawn(20)))
+        tls.contrast(network(), EQUALITY, other, TRUE, pairs_of(*drawn(20)))

@@ -38,11 +38,11 @@ class Hidden(HookedRootModule):
 
 def pairs(n: int = 400) -> tls.Pairs:
     made = bits(n, 0)
-    sides = [
+    base, source = (
         tls.Examples(side.tokens[:, :1], side.labels[:, 1:], choices=torch.arange(4))
         for side in (made.base, made.source)
-    ]
-    return tls.Pairs(made.base_inputs, made.source_inputs, *sides, made.answers)
+    )
+    return tls.Pairs(made.base_inputs, made.source_inputs, base, source, made.answers)
 
 
 def split(*directions: Tensor) -> tls.SubspaceSplit:

@@ -111,7 +111,8 @@ def _covering(
     hits: Float[Tensor, "sets n"], weights: Float[Tensor, "n"], pair: tuple[int, int]
 ) -> list[tuple[int, ...]]:
     """A pair of sets, and the same with one more after the other, each the one that adds most to what is right."""
-    found, missed = [pair], (1 - hits[list(pair)].amax(0)) * weights
+    found: list[tuple[int, ...]] = [pair]
+    missed = (1 - hits[list(pair)].amax(0)) * weights
     while len(found[-1]) < _MOST_PARTS:
         added = hits @ missed
         best = int(added.argmax())

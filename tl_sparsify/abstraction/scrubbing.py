@@ -173,7 +173,7 @@ def scrub(
         found.setdefault(EVERYTHING, []).append(found[NONE][0][free_other])
     made = {name: _judged(rows, expected, base) for name, rows in found.items()}
     worst, best = (float(made[name][1].mean()) for name in (EVERYTHING, NONE))
-    rows: list[ScrubbedRow] = []
+    lines: list[ScrubbedRow] = []
     for name in (NONE, SCRUBBED, RANDOM, EVERYTHING):
         if name in made:
             hits, losses = made[name]
@@ -181,8 +181,8 @@ def scrub(
             loss = float(losses.mean())
             share = (worst - loss) / (worst - best) if worst > best else math.nan
             bounds = float(lower[-1]), float(upper[-1])
-            rows.append(ScrubbedRow(name, float(hits.mean()), *bounds, loss, share, n))
-    return Scrubbing(tuple(rows), float(torch.stack(moved).double().mean()))
+            lines.append(ScrubbedRow(name, float(hits.mean()), *bounds, loss, share, n))
+    return Scrubbing(tuple(lines), float(torch.stack(moved).double().mean()))
 
 
 def _judged(
