@@ -7,6 +7,13 @@ from tl_sparsify.abstraction.causal_model import CausalModel as CausalModel
 from tl_sparsify.abstraction.evidence import Alignment as Alignment
 from tl_sparsify.abstraction.evidence import Evidence as Evidence
 from tl_sparsify.abstraction.evidence import Pairs as Pairs
+from tl_sparsify.abstraction.rivals import contrast as contrast
+from tl_sparsify.abstraction.scrubbing import ScrubbedRow as ScrubbedRow
+from tl_sparsify.abstraction.scrubbing import Scrubbing as Scrubbing
+from tl_sparsify.abstraction.scrubbing import scrub as scrub
+from tl_sparsify.abstraction.subspaces import SubspacePart as SubspacePart
+from tl_sparsify.abstraction.subspaces import SubspaceSplit as SubspaceSplit
+from tl_sparsify.abstraction.subspaces import split_subspace as split_subspace
 from tl_sparsify.abstraction.verify import verify as verify
 from tl_sparsify.comparison import baselines as baselines
 from tl_sparsify.comparison.benchmark import compare as compare

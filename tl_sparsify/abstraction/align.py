@@ -4,7 +4,8 @@ Gradients rank: for a pair of base and source the first-order effect of taking u
 source, on the log-odds of the answer that the causal model expects, is ``g[u, t] . (v_source - v_base)``, with the
 gradient ``g`` taken at several points between the two runs. Summed over pairs it is high for units that carry the
 variable and low for those that carry another one, whose interchange is wrong where the answer should stay. What ranks
-high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen.
+high is then tried by exact interchange, and joined and pruned by its accuracy on pairs that the ranking has not seen:
+a variable may sit at several positions at once, and sets that are right on different pairs are tried together.
 
 Units that carry the source's answer, and not the variable, are right on every pair that does not tell the two apart.
 Where fewer than half of the pairs do, these count for one half of a set's accuracy in the search.
@@ -28,7 +29,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
 from tl_sparsify._internal.ranks import agreed, summed
-from tl_sparsify.abstraction.candidates import Group, candidates, every_place, grouped, prefixes
+from tl_sparsify.abstraction.candidates import candidates, every_place, grouped, prefixes, unions
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.das import EPOCHS, LEVELS, das_directions
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
@@ -115,6 +116,8 @@ def align(
 ) -> AlignmentResult:
     """Find the units that carry each variable of ``causal_model``, in the whole model or inside a circuit.
 
+    What carries a variable may be a few units at one position, or at several at once: up to five sets are joined.
+
     Args:
         pairs: half of them rank by gradients, the other half try by interchange.
         held_out: other pairs, on which the result is judged.
@@ -172,12 +175,12 @@ def align(
     chosen: dict[str, list[Unit]] = {}
     searched: dict[str, float] = {}
     for variable, search in searches.items():
-        chosen[variable], searched[variable], spent = search.run(groups[variable], tried[variable], share // 3)
+        chosen[variable], searched[variable], spent = search.run(tried[variable], share // 3)
         forward += spent
         if subspace is not None:
             wishes = ranking.expected(causal_model, (variable,))
             learnt = das_directions(subject, ranking, wishes, subspace, held, seed=seed, batch_size=batch_size)
-            [score] = search.scores([learnt])
+            score = search.score(search.hits([learnt])[0])
             forward, backward = forward + len(LEVELS) + EPOCHS + 4, backward + len(LEVELS) + EPOCHS
             if score > searched[variable] + tolerance:
                 chosen[variable], searched[variable] = learnt, score
@@ -268,15 +271,14 @@ class _Search:
         given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
         return [answer == expected for answer in given]
 
-    def judged(self, searches: Mapping[str, _Search], sets: Sequence[Sequence[Unit]]) -> dict[str, list[float]]:
-        """The accuracy of each set for every variable; one pass for each set, one for the sources."""
+    def judged(
+        self, searches: Mapping[str, _Search], sets: Sequence[Sequence[Unit]]
+    ) -> dict[str, list[Bool[Tensor, "n"]]]:
+        """Whether each pair is right, for every variable; one pass for each set, one for the sources."""
         swaps = [[(units, self.pairs.source)] for units in sets]
         given = answers(self.subject, self.pairs.base, swaps, batch_size=self.batch_size)
         expected = {v: self.pairs.expected(self.causal_model, (v,)) for v in searches}
-        return {v: [searches[v].score(answer == right) for answer in given] for v, right in expected.items()}
-
-    def scores(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
-        return [self.score(hit) for hit in self.hits(sets)]
+        return {v: [answer == right for answer in given] for v, right in expected.items()}
 
     @cached_property
     def told(self) -> Bool[Tensor, "n"]:
@@ -290,40 +292,55 @@ class _Search:
             return float(hit[told].double().mean() + hit[~told].double().mean()) / 2
         return float(hit.double().mean())
 
+    @cached_property
+    def weights(self) -> Float[Tensor, "n"]:
+        """What each pair counts for in :meth:`score`."""
+        told, some = self.told, int(self.told.sum())
+        if 0 < some < len(told) / 2:
+            return torch.where(told, 0.5 / some, 0.5 / (len(told) - some)).double()
+        return torch.full((len(told),), 1 / len(told), dtype=torch.float64)
+
     def judge(self, units: Sequence[Unit]) -> tuple[float, float]:
         """Accuracy over all pairs and over those whose answer should change."""
         [hit] = self.hits([units])
         changed = self.pairs.expected(self.causal_model, (self.variable,)) != right_answers(self.pairs.base)
         return float(hit.double().mean()), float(hit[changed].double().mean())
 
-    def run(self, groups: Sequence[Group], tried: Tried, trials: int) -> tuple[list[Unit], float, int]:
-        """The best set, its accuracy, and the passes made: join the best of those tried with others, and prune."""
+    def run(self, tried: Tried, trials: int) -> tuple[list[Unit], float, int]:
+        """The best set, its accuracy, and the passes made: unions of those tried, twice, then parts of the best."""
+        left, spent = trials, 0
+        for share in (3, 2):
+            wanting = self.score(tried[self.best(tried)]) < 1 - self.tolerance
+            # what is right on no pair that tells it from the answer carries the answer, with anything else as without
+            parts = {
+                units: hit for units, hit in tried.items() if not bool(self.told.any()) or bool(hit[self.told].any())
+            }
+            joined = unions(parts, self.weights, left // share) if wanting and parts else []
+            tried, spent, left = self.more(tried, joined), spent + len(joined) + bool(joined), left - len(joined)
+        smaller = prefixes(self.best(tried), left)  # sizes between the best prefix and the next smaller one
+        tried, spent = self.more(tried, smaller), spent + len(smaller) + bool(smaller)
         best = self.best(tried)
-        others = [group.promising for group in groups if group.promising[0].site != best[0].site]
-        joined = [[*best, *units] for units in others[: trials // 2]] if tried[best] < 1 - self.tolerance else []
-        tried = tried | (dict(zip(map(tuple, joined), self.scores(joined), strict=True)) if joined else {})
-        best = self.best(tried)
-        spent, left = len(joined) + bool(joined), trials - len(joined)
-        # prune: sizes between the best prefix and the next smaller one, and without the least promising
-        smaller = prefixes(best, left)
-        tried = tried | (dict(zip(map(tuple, smaller), self.scores(smaller), strict=True)) if smaller else {})
-        best = self.best(tried)
-        return list(best), tried[best], spent + len(smaller) + bool(smaller)
+        return list(best), self.score(tried[best]), spent
 
-    def best(self, tried: Mapping[tuple[Unit, ...], float]) -> tuple[Unit, ...]:
+    def more(self, tried: Tried, sets: Sequence[Sequence[Unit]]) -> Tried:
+        """With what these sets get right."""
+        return tried | (dict(zip(map(tuple, sets), self.hits(sets), strict=True)) if sets else {})
+
+    def best(self, tried: Tried) -> tuple[Unit, ...]:
         """The smallest set whose accuracy is within the tolerance of the highest."""
-        top = max(tried.values())
-        return min((s for s in tried if tried[s] >= top - self.tolerance), key=lambda s: (len(s), -tried[s]))
+        scores = {units: self.score(hit) for units, hit in tried.items()}
+        top = max(scores.values()) - self.tolerance
+        return min((units for units in tried if scores[units] >= top), key=lambda s: (len(s), -scores[s]))
 
 
-Tried = dict[tuple[Unit, ...], float]
-"""Sets of units, and the accuracy of their interchange for one variable."""
+Tried = dict[tuple[Unit, ...], Bool[Tensor, "n"]]
+"""Sets of units, and the pairs that are right under their interchange for one variable."""
 
 
 def _tried(
     searches: Mapping[str, _Search], candidates: Mapping[str, list[list[Unit]]], budget: int
 ) -> tuple[dict[str, Tried], int]:
-    """The accuracies, for each variable, of the most promising sets, and the passes made.
+    """What the most promising sets get right, for each variable, and the passes made.
 
     One interchange serves all variables, so what is tried for one is judged for each; a variable that a set carries
     wholly asks for no more, which leaves the others more of the budget.
@@ -332,13 +349,14 @@ def _tried(
     queues = {variable: iter(candidates[variable]) for variable in searches}
     left, passes, search = budget, 0, next(iter(searches.values()))
     for stage in range(_STAGES):
-        wanting = [v for v in searches if max(tried[v].values(), default=0.0) < 1 - search.tolerance]
+        tops = {v: max(map(searches[v].score, tried[v].values()), default=0.0) for v in searches}
+        wanting = [v for v in searches if tops[v] < 1 - search.tolerance]
         each = max(1, left // ((_STAGES - stage) * max(1, len(wanting))))
         known = next(iter(tried.values()))
         new = [tuple(units) for v in wanting for units in itertools.islice(queues[v], each)]
         pool = [units for units in dict.fromkeys(new) if units not in known][:left]
         if pool:
-            for variable, scores in search.judged(searches, pool).items():
-                tried[variable] |= dict(zip(pool, scores, strict=True))
+            for variable, hits in search.judged(searches, pool).items():
+                tried[variable] |= dict(zip(pool, hits, strict=True))
             left, passes = left - len(pool), passes + len(pool) + 1
     return tried, passes

@@ -1,16 +1,25 @@
-"""Candidates: the sets of units that a search for a variable tries, and in which order."""
+"""Candidates: the sets of units that a search for a variable tries, and in which order.
+
+A variable that sits at several places at once is carried by no one of them. Each place alone is then right on the pairs
+on which the others happen not to matter, so that places which belong together are right on different pairs: unions are
+tried in the order of how many pairs one of their parts at least gets right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify.abstraction.interchange import TestedModel
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Unit, Units
+
+_MOST_PARTS = 5  # sets in a union
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,57 @@ def candidates(groups: Sequence[Group]) -> list[list[Unit]]:
         found += [(rank + 3 + i, group.promising[:size]) for i, size in enumerate(_sizes(len(group.promising))[1:-1])]
     ordered = [tuple(units) for _, units in sorted(found, key=lambda pair: pair[0])]
     return [list(units) for units in dict.fromkeys(ordered)]
+
+
+def unions(
+    tried: Mapping[tuple[Unit, ...], Bool[Tensor, "n"]], weights: Float[Tensor, "n"], count: int
+) -> list[list[Unit]]:
+    """At most ``count`` unions of sets that were tried, most promising first: two sets, by the weight of the pairs that
+    at least one of them gets right, and those two with others that add most to it. None that was tried; of
+    sets that are right on the same pairs only the smallest takes part.
+
+    Cost: a product of matrices over sets and pairs; no model pass.
+    """
+    alike: dict[tuple[bool, ...], tuple[Unit, ...]] = {}
+    for some in sorted(tried, key=len):
+        alike.setdefault(tuple(tried[some].tolist()), some)
+    sets = list(alike.values())
+    hits = torch.stack([tried[some] for some in sets]).to(weights)
+    both = (hits * weights) @ hits.T
+    alone = both.diagonal()
+    covered = alone[:, None] + alone - both
+    units = [frozenset(some) for some in sets]
+    pairs = [
+        (i, j)
+        for i, j in itertools.combinations(range(len(sets)), 2)
+        if not (units[i] <= units[j] or units[j] < units[i])
+    ]
+    pairs.sort(key=lambda pair: (-float(covered[pair]), len(units[pair[0]] | units[pair[1]])))
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    for rank, pair in enumerate(pairs[:count]):
+        found += [(rank + len(parts) - 2, rank, parts) for parts in _covering(hits, weights, pair)]
+    known, joined = set(map(frozenset, tried)), dict[frozenset[Unit], list[Unit]]()
+    for _, _, parts in sorted(found):
+        union = list(dict.fromkeys(unit for part in parts for unit in sets[part]))
+        if frozenset(union) not in known:
+            joined.setdefault(frozenset(union), union)
+    return list(joined.values())[:count]
+
+
+def _covering(
+    hits: Float[Tensor, "sets n"], weights: Float[Tensor, "n"], pair: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    """A pair of sets, and the same with one more after the other, each the one that adds most to what is right."""
+    found: list[tuple[int, ...]] = [pair]
+    missed = (1 - hits[list(pair)].amax(0)) * weights
+    while len(found[-1]) < _MOST_PARTS:
+        added = hits @ missed
+        best = int(added.argmax())
+        if not added[best] > 0:
+            break
+        found.append((*found[-1], best))
+        missed = missed * (1 - hits[best])
+    return found
 
 
 def prefixes(best: Sequence[Unit], count: int) -> list[list[Unit]]:

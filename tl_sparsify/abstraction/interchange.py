@@ -136,7 +136,7 @@ def _taken(
     values: dict[int, dict[Site, Tensor]] = {}
     for key, (source, sites) in sources.items():
         groups = _named_apart(sites)
-        taken = _values(model, source[index], [group.for_examples(index, base.spans) for group in groups], removed)
+        taken = values_of(model, source[index], [group.for_examples(index, base.spans) for group in groups], removed)
         read = (value for part in taken for value in part.tensors)
         values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
 
@@ -207,7 +207,7 @@ def interchange_gradients(
     for index, batch in shared_batches(model, base, batch_size):
         removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
         with torch.no_grad():
-            [taken] = _values(model, source[index], (units,), removed)
+            [taken] = values_of(model, source[index], (units,), removed)
         steps: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
         for level in levels:
@@ -257,7 +257,7 @@ def randomly_interchanged(
             removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
             swapped: list[Intervention] = []
-            values = _values(subject.model, source[index], groups, removed)
+            values = values_of(subject.model, source[index], groups, removed)
             for group, place, taken in zip(groups, places, values, strict=True):
                 keep = torch.ones(len(index), len(group))
                 keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).to(keep)
@@ -269,7 +269,7 @@ def randomly_interchanged(
         return torch.cat(gathered(parts(), len(base)))
 
 
-def _values(
+def values_of(
     model: Any, source: Examples, groups: Sequence[Units], removed: tuple[Intervention, ...]
 ) -> tuple[Values, ...]:
     """The units' values on a batch of sources, for each group; one forward pass, none for no units."""

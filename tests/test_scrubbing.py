@@ -1,0 +1,155 @@
+"""Causal scrubbing and the contrast of two hypotheses, on networks whose algorithm is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.equality import EQUALITY, TRUE, Network, drawn, pairs_of
+from helpers.models import unchanged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tl_sparsify as tls
+
+CROSSED = tls.CausalModel(
+    EQUALITY.inputs,
+    {"left": lambda a, c: a == c, "right": lambda b, d: b == d, "same": lambda left, right: left == right},
+    "same",
+)
+
+
+def network() -> Any:
+    return Network()
+
+
+def shipped(task: tls.Task, name: str) -> tuple[tls.CausalModel, tls.Alignment]:
+    causal_model = task.causal_models[name]
+    units = {v: units for v, units in task.alignment.units.items() if v in causal_model.variables}
+    return causal_model, tls.Alignment(units)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "planted_equality",
+        "planted_sum",
+        "planted_gate",
+        "planted_majority",
+        "planted_backup",
+        "tracr_frac_prevs",
+        "tracr_hist",
+        "tracr_reverse",
+        "tracr_sort",
+    ],
+)
+def test_right_models_are_accepted_and_wrong_ones_rejected(name: str):
+    task = tls.load_task(name)
+    model, pairs = task.model(), task.pairs(128, 3)
+    tested = 0
+    for hypothesis in task.causal_models:
+        causal_model, alignment = shipped(task, hypothesis)
+        if set(alignment.variables) <= {causal_model.output}:
+            with pytest.raises(ValueError, match="names no variable besides the output"):
+                tls.scrub(model, causal_model, alignment, pairs, draws=1)
+            continue
+        found = tls.scrub(model, causal_model, alignment, pairs, draws=2)
+        assert found.accepted == (hypothesis not in task.wrong), (hypothesis, found)
+        assert found["everything"].accuracy < 0.7 and found.moved > 0.5
+        assert all(row.accuracy < 0.7 for row in found.rows if row.resampled == "the same, random units")
+        if found.accepted:
+            assert found["what does not matter"].accuracy > 0.99 and found["what does not matter"].recovered > 0.99
+        if found["nothing"].accuracy < 0.9:
+            assert math.isnan(found["what does not matter"].recovered), "the causal model's own answers are wrong"
+        tested += 1
+    assert tested >= 2
+
+
+def test_a_model_with_the_same_answers_and_another_way_is_rejected():
+    """Its variables' values are equal for the same inputs only where they stand alone: a donor for each tells."""
+    task = tls.load_task("planted_gate")
+    found = tls.scrub(task.model(), *shipped(task, "sorted"), task.pairs(128, 3), draws=2)
+    assert found["nothing"].accuracy == 1 and found["what does not matter"].accuracy < 0.6 and not found.accepted
+
+
+def test_what_is_not_aligned_is_named():
+    model, pairs = network(), pairs_of(*drawn(60))
+    longer = tls.CausalModel(
+        EQUALITY.inputs,
+        {
+            "left": lambda a, b: a == b,
+            "right": lambda c, d: c == d,
+            "count": lambda left, right: left.astype(int) + right,
+            "same": lambda count: count != 1,
+        },
+        "same",
+    )
+    found = tls.scrub(model, longer, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs, draws=1)
+    assert found.accepted and found.unaligned == ("count",) and "nothing said of count" in repr(found)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.integers(20, 80))
+def test_whatever_is_drawn_the_network_worked_out_by_hand_stands(seed: int, n: int):
+    pairs = pairs_of(*drawn(n))
+    found = tls.scrub(network(), EQUALITY, TRUE, pairs, draws=1, seed=seed)
+    assert found["what does not matter"].accuracy == 1
+    crossed = tls.scrub(network(), CROSSED, TRUE, pairs, draws=1, seed=seed)
+    assert crossed["what does not matter"].accuracy < 1 and not crossed.accepted
+
+
+def test_variables_at_the_wrong_units_are_rejected():
+    task = tls.load_task("planted_sum")
+    alignment = task.alignment.units
+    swapped = tls.Alignment({**alignment, "left": alignment["right"], "right": alignment["left"]})
+    found = tls.scrub(task.model(), task.causal_model, swapped, task.pairs(256, 3), draws=2)
+    assert not found.accepted and found["what does not matter"].accuracy < 0.7
+
+
+def test_a_hidden_layer_worked_out_by_hand_is_scrubbed():
+    model, pairs = network(), pairs_of(*drawn(300))
+    with unchanged(model):
+        found = tls.scrub(model, EQUALITY, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs)
+    assert found.accepted and repr(found).startswith("Scrubbing(accepted: accuracy 1.000, 100.0%")
+    assert found.to_frame().resampled.tolist()[0] == "nothing" and found["nothing"].recovered == 1
+    again = tls.scrub(
+        model, EQUALITY, tls.Alignment({v: TRUE.units[v] for v in ("left", "right")}), pairs, batch_size=7
+    )
+    assert again == found
+    half = tls.scrub(model, EQUALITY, tls.Alignment({"left": TRUE.units["left"]}), pairs)
+    assert half.accepted, "c and d, which reach the answer on a way of their own, stay"
+
+
+def test_what_cannot_be_scrubbed_is_refused():
+    model, pairs = network(), pairs_of(*drawn(20))
+    with pytest.raises(ValueError, match="alignment names 'middle'"):
+        tls.scrub(model, EQUALITY, tls.Alignment({"middle": TRUE.units["left"]}), pairs)
+    each = [unit.at(torch.zeros(20, dtype=torch.long)) for unit in TRUE.units["left"]]
+    with pytest.raises(ValueError, match="have a position for each example"):
+        tls.scrub(model, EQUALITY, tls.Alignment({"left": each}), pairs)
+    with pytest.raises(ValueError, match="draws"):
+        tls.scrub(model, EQUALITY, TRUE, pairs, draws=0)
+
+
+def test_the_network_follows_the_right_one_of_two_models():
+    pairs = pairs_of(*drawn(300))
+    table = tls.contrast(network(), EQUALITY, CROSSED, TRUE, pairs).set_index("variable")
+    assert table.follows.tolist() == ["one"] * 4 and (table.one == 1).all() and (table.lower > 0.9).all()
+    other = tls.contrast(network(), CROSSED, EQUALITY, TRUE, pairs).set_index("variable")
+    assert other.follows.tolist() == ["other"] * 4 and (other.upper < 0.1).all()
+    assert other.differ.equals(table.differ)
+    slow = sum(
+        bool(a != b)
+        for a, b in zip(pairs.expected(EQUALITY, ("left",)), pairs.expected(CROSSED, ("left",)), strict=True)
+    )
+    assert table.differ["left"] == slow > 50
+
+
+def test_a_model_against_itself_differs_nowhere_and_tells_nothing():
+    table = tls.contrast(network(), EQUALITY, EQUALITY, TRUE, pairs_of(*drawn(60)))
+    assert (table.differ == 0).all() and (table.follows == "cannot tell").all()
+    with pytest.raises(ValueError, match="alignment names 'left'; other has"):
+        other = tls.CausalModel(("a", "b", "c", "d"), {"same": lambda a, b: a == b}, "same")
+        tls.contrast(network(), EQUALITY, other, TRUE, pairs_of(*drawn(20)))
