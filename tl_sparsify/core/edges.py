@@ -258,8 +258,3 @@ def _parts(name: str) -> tuple[int, str, int]:
     """Layer, kind and number of a writer or reader: of ``L2G0`` 2, ``G`` and 0."""
     match = re.fullmatch(r"L(\d+)(H|G|MLP|ATTN)(\d*)", name)
     return (int(match[1]), match[2], int(match[3] or 0)) if match else (0, name, 0)
-
-
-def heads_behind(units: Units, reader: str) -> tuple[str, ...]:
-    """The heads, or the MLP or the logits, that read through a reader of edges. No model pass."""
-    return tuple(_Ways.of(Circuit.full(units)).behind(reader))
