@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.equality import EQUALITY, EVERY, TRUE, Network, drawn, pairs_of
 from helpers.models import unchanged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 import tl_sparsify as tls
 
@@ -19,6 +22,22 @@ CROSSED = tls.CausalModel(
     {"left": lambda a, c: a == c, "right": lambda b, d: b == d, "same": lambda left, right: left == right},
     "same",
 )
+
+
+class Tables(HookedRootModule):
+    """Looks ``middle`` up for two inputs, holds it in one neuron, and looks the answer up for it and the third."""
+
+    def __init__(self, table: np.ndarray, last: np.ndarray) -> None:
+        super().__init__()
+        self.table, self.last = torch.tensor(table), torch.tensor(last)
+        self.size = torch.nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
+        self.hook_middle = HookPoint()
+        self.setup()
+        self.eval()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        middle = self.hook_middle(self.table[tokens[:, 0], tokens[:, 1]].double()[:, None])[:, 0].round().long()
+        return self.size * torch.nn.functional.one_hot(self.last[middle, tokens[:, 2]], 3).double()[:, None]
 
 
 def network() -> Any:
@@ -146,6 +165,33 @@ def test_whatever_is_drawn_the_network_worked_out_by_hand_stands(seed: int, n: i
     assert found["what does not matter"].accuracy == 1
     crossed = tls.scrub(network(), CROSSED, TRUE, pairs, draws=1, seed=seed)
     assert crossed["what does not matter"].accuracy < 1 and not crossed.accepted
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 6))
+def test_a_causal_model_stands_against_itself_and_one_that_keeps_all_inputs_is_not_told(seed: int, count: int):
+    """The network is the causal model: a unit holds its variable. What reads all inputs anyway accepts nothing."""
+    rng = np.random.default_rng(seed)
+    table, last = rng.integers(count, size=(6, 6)), rng.integers(3, size=(count, 6))
+    itself = tls.CausalModel(
+        ("a", "b", "c"), {"middle": lambda a, b: table[a, b], "out": lambda middle, c: last[middle, c]}, "out"
+    )
+    rows = rng.integers(6, size=(150, 3))
+    model = Tables(table, last)
+    expected = itself.run(dict(zip("abc", rows.T, strict=True)))["out"]
+    side = tls.Examples(torch.tensor(rows), torch.tensor(expected)[:, None], choices=torch.arange(3))
+    inputs = dict(zip("abc", rows.T, strict=True))
+    pairs = tls.Pairs(inputs, inputs, side, side, {i: i for i in range(3)})
+    alignment = tls.Alignment({"middle": [tls.Unit(tls.Site("neuron", 0, "hook_middle", 1), 0)]})
+    found = tls.scrub(model, itself, alignment, pairs, draws=1, seed=seed)
+    assert found["what does not matter"].accuracy == 1 and found.verdict != "rejected"
+    coarse = tls.CausalModel(
+        itself.inputs,
+        {"middle": lambda a, b: a // 2, "out": lambda middle, a, b, c: last[table[a, b], c] + 0 * middle},
+        "out",
+    )
+    kept = tls.scrub(model, coarse, alignment, pairs, draws=1, seed=seed)
+    assert not kept.accepted and kept.tells["out"] == 0
 
 
 def test_variables_at_the_wrong_units_are_rejected():
