@@ -44,8 +44,8 @@ def pairs(numbers: int, seed: int, n: int = 256) -> tls.Pairs:
         tls.Examples(torch.tensor(r), torch.tensor((r[:, :2].sum(1)) % numbers)[:, None], choices=torch.arange(numbers))
         for r in rows
     )
-    names = [dict(zip(("x", "y", "z"), r.T, strict=True)) for r in rows]
-    return tls.Pairs(*names, base, source, {i: i for i in range(numbers)})
+    one, two = (dict(zip(("x", "y", "z"), r.T, strict=True)) for r in rows)
+    return tls.Pairs(one, two, base, source, {i: i for i in range(numbers)})
 
 
 def added(numbers: int) -> tls.CausalModel:
@@ -65,7 +65,8 @@ def test_the_planted_number_of_directions_is_found_and_the_controls_find_nothing
     assert abs(best.rank - carried) <= 1 and best.accuracy > 0.97 and best.changed > 0.97
     assert best.lower > 0.9 and best.parameters == WIDTH**2 + 1
     planted = model.turn.detach()[:, :carried]
-    basis = torch.stack([unit.site.basis[:, unit.index] for unit in found.alignment.units["first"]], 1)
+    units: list[Any] = list(found.alignment.units["first"])
+    basis = torch.stack([unit.site.basis[:, unit.index] for unit in units], 1)
     assert basis.shape[1] == best.rank
     if best.rank >= carried:  # what was planted lies in what is found: of random directions a sixth to a third would
         assert (basis.T @ planted).square().sum() > 0.8 * carried
@@ -92,11 +93,12 @@ def test_it_is_the_same_for_the_same_seed_and_also_after_refusals():
 def test_what_cannot_be_learnt_is_refused():
     model: Any = Rotated(2, 0)
     train = pairs(4, 1, 32)
-    for wrong, message in (
+    some: tuple[tuple[dict[str, Any], str], ...] = (
         ({"epochs": 0}, "epochs"),
         ({"price": -1.0}, "price is -1"),
         ({"hook": "hook_nowhere"}, "no hook point 'hook_nowhere'"),
-    ):
+    )
+    for wrong, message in some:
         with pytest.raises(ValueError, match=message), unchanged(model):
             tls.boundless_das(model, added(4), "first", train, train, **({"hook": "hook_hidden"} | wrong))
     with pytest.raises(ValueError, match="variable is 'second'; there are"):

@@ -177,7 +177,7 @@ def test_a_causal_model_stands_against_itself_and_one_that_keeps_all_inputs_is_n
         ("a", "b", "c"), {"middle": lambda a, b: table[a, b], "out": lambda middle, c: last[middle, c]}, "out"
     )
     rows = rng.integers(6, size=(150, 3))
-    model = Tables(table, last)
+    model: Any = Tables(table, last)
     expected = itself.run(dict(zip("abc", rows.T, strict=True)))["out"]
     side = tls.Examples(torch.tensor(rows), torch.tensor(expected)[:, None], choices=torch.arange(3))
     inputs = dict(zip("abc", rows.T, strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -256,13 +256,18 @@ class _Rotation(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.turned = orthogonal(nn.Linear(width, width, bias=False))
+        self.width = width
         self.boundary = nn.Parameter(torch.tensor(0.5))  # as a share of the width
+
+    @property
+    def basis(self) -> Float[Tensor, "width width"]:
+        """A direction in each column."""
+        return cast(Tensor, self.turned.weight)
 
     def share(self, softness: float) -> Float[Tensor, "width"]:
         """How far each coordinate is interchanged; ``softness`` in coordinates."""
-        width = len(self.turned.weight)
-        place = torch.arange(width, device=self.boundary.device) + 0.5
-        return ((self.boundary * width - place) / softness).sigmoid()
+        place = torch.arange(self.width, device=self.boundary.device) + 0.5
+        return ((self.boundary * self.width - place) / softness).sigmoid()
 
 
 def _boundless(trial: _Trial, price: float) -> tuple[Float[Tensor, "width rank"], int]:
@@ -284,7 +289,7 @@ def _boundless(trial: _Trial, price: float) -> tuple[Float[Tensor, "width rank"]
         for number, index in enumerate(steps):
             first = max(width / 10, 2 * _LAST)
             share = rotation.share(first * (_LAST / first) ** (number / max(1, len(steps) - 1)))
-            step = _interchange(rotation.turned.weight, share)
+            step = _interchange(rotation.basis, share)
             where = None if places is None else places[index]
             logits = run_with_intervention(
                 trial.model, trial.hook, step, index, taken[index], task_logits, positions=where
@@ -296,7 +301,7 @@ def _boundless(trial: _Trial, price: float) -> tuple[Float[Tensor, "width rank"]
             with torch.no_grad():
                 rotation.boundary.clamp_(1 / width, 1.0)
     rank = max(1, min(width, math.floor(float(rotation.boundary.detach()) * width + 0.5)))
-    return rotation.turned.weight.detach()[:, :rank].cpu(), width * width + 1
+    return rotation.basis.detach()[:, :rank].cpu(), width * width + 1
 
 
 def _interchange(

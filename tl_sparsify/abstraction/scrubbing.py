@@ -233,8 +233,8 @@ def scrub(
             )
     known = {*causal_model.inputs, *alignment.variables, causal_model.output}
     unaligned = tuple(name for name in causal_model.variables if name not in known)
-    shares = ({v: float(torch.cat(some).double().mean()) for v, some in part.items()} for part in noted)
-    return Scrubbing(tuple(lines), *shares, unaligned)
+    moved, tells = ({v: float(torch.cat(some).double().mean()) for v, some in part.items()} for part in noted)
+    return Scrubbing(tuple(lines), moved, tells, unaligned)
 
 
 class _Noted(NamedTuple):
