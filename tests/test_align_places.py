@@ -79,3 +79,18 @@ def test_what_contains_another_set_is_not_joined_with_it():
     a, b = (tls.Unit(site, i) for i in range(2))
     tried = {(a,): torch.tensor([True, False]), (a, b): torch.tensor([False, True])}
     assert unions(tried, torch.ones(2).double(), 5) == []
+
+
+def test_a_variable_that_sits_in_keys_is_found_where_keys_are_looked_at():
+    """Which number is greatest decides where attention looks; what heads bring, and neurons, do not carry it."""
+    task = tls.load_task("greatest_of_list")
+    keys = tls.Units((tls.Site("head", 0, "blocks.0.attn.hook_k", 4),))
+    some: dict[str, object] = {"variables": ["where"]}
+    here, there = (
+        tls.align(task.model(), task.causal_model, task.pairs(256, 1), task.pairs(256, 0), **some, **units)  # type: ignore[arg-type]
+        for units in ({"units": keys}, {})
+    )
+    assert here.held_out["where"] > 0.98 and {u.site.hook for u in here.alignment.units["where"]} == {
+        keys.sites[0].hook
+    }
+    assert there.held_out["where"] < 0.6

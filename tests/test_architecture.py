@@ -19,7 +19,7 @@ ORDER = {
     "shrinkage checkpoint joint compensating exchanges",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
-    "align scrubbing rivals subspaces",
+    "boundless align scrubbing rivals subspaces",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
     "mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
@@ -44,7 +44,8 @@ PLOTTING = {
 }
 INTERNALS = {
     *(f"folding.{name}" for name in ORDER["folding"].split()),
-    "tasks.native", "presentation.circuit_data", "abstraction.controls", "abstraction.das", "comparison.baselines",
+    "tasks.native", "presentation.circuit_data", "abstraction.controls", "abstraction.boundless", "abstraction.das",
+    "comparison.baselines",
 }  # fmt: skip
 LONGEST, MOST, PRIVATE_IN_DIR = 400, 16, 12
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import unchanged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_align import BITS, TURNED, bits, turned
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -78,6 +81,39 @@ def test_an_idle_direction_does_nothing_and_is_no_illusion():
     found = split(COPY)
     assert found.part("first", "whole").accuracy == 0 and not found.dormant("first")
     assert (found.part("first", "visible").rank, found.part("first", "null").share) == (0, 1.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3))
+def test_the_parts_make_up_the_whole_and_no_reader_sees_the_null_part(seed: int, rank: int, outputs: int):
+    """Of any directions, whatever a random reader reads: the answers without the null part are those with nothing."""
+    drawn = torch.Generator().manual_seed(seed)
+    model: Any = Hidden()
+    with torch.no_grad():  # all that the network reads goes through these columns
+        model.read.copy_(
+            model.read @ torch.randn(3, outputs, generator=drawn) @ torch.randn(outputs, 3, generator=drawn)
+        )
+    units = list(tls.directions(model, "hook_hidden", torch.randn(4, rank, generator=drawn)))
+    some = pairs(100)
+    labels = model(some.base.tokens)[:, 0].argmax(1, keepdim=True)
+    assert labels.shape == some.base.labels.shape
+    some = tls.Pairs(
+        some.base_inputs,
+        some.source_inputs,
+        tls.Examples(some.base.tokens, labels, choices=some.base.choices),
+        tls.Examples(
+            some.source.tokens, model(some.source.tokens)[:, 0].argmax(1, keepdim=True), choices=some.base.choices
+        ),
+        some.answers,
+    )
+    found = tls.split_subspace(
+        model, TURNED, tls.Alignment({"first": units}), some, readers={"hook_hidden": model.read.detach()}
+    )
+    whole, visible, null = (found.part("first", name) for name in ("whole", "visible", "null"))
+    assert abs(visible.share + null.share - 1) < 1e-5 and whole.share == pytest.approx(1) and whole.rank == rank
+    assert max(visible.rank, null.rank) <= rank <= visible.rank + null.rank
+    assert visible.rank <= outputs and null.rank >= rank - visible.rank
+    assert null.accuracy == 0 or math.isnan(null.accuracy), "all these answers should change, and none does"
 
 
 def test_the_readers_of_neurons_and_of_the_stream_are_known():

@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "tl_sparsify.abstraction": ("certificates",),
     "tl_sparsify.abstraction.align": ("AlignmentResult", "align"),
+    "tl_sparsify.abstraction.boundless": ("BoundlessResult", "LearntRow", "boundless_das"),
     "tl_sparsify.abstraction.causal_model": ("CausalModel",),
     "tl_sparsify.abstraction.evidence": ("Alignment", "Evidence", "Pairs"),
     "tl_sparsify.abstraction.rivals": ("contrast",),

@@ -3,6 +3,9 @@
 from tl_sparsify.abstraction import certificates as certificates
 from tl_sparsify.abstraction.align import AlignmentResult as AlignmentResult
 from tl_sparsify.abstraction.align import align as align
+from tl_sparsify.abstraction.boundless import BoundlessResult as BoundlessResult
+from tl_sparsify.abstraction.boundless import LearntRow as LearntRow
+from tl_sparsify.abstraction.boundless import boundless_das as boundless_das
 from tl_sparsify.abstraction.causal_model import CausalModel as CausalModel
 from tl_sparsify.abstraction.evidence import Alignment as Alignment
 from tl_sparsify.abstraction.evidence import Evidence as Evidence

@@ -121,7 +121,9 @@ def align(
     Args:
         pairs: half of them rank by gradients, the other half try by interchange.
         held_out: other pairs, on which the result is judged.
-        units: where to look, at each of their positions apart; all heads and neurons where not given.
+        units: where to look, at each of their positions apart; all heads' outputs and neurons where not given. A
+            variable that says where attention looks sits in queries or keys, and is found only there: give their sites,
+            as ``Units((Site("head", 0, "blocks.0.attn.hook_k", 4),))``. One that needs both at once is not found.
         variables: all but the output where not given.
         reduction: look only among its kept units, in the model with the others ablated.
         trials: exact interchanges for each variable; where not given as many as a fifth of what trying every unit takes

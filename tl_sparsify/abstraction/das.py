@@ -6,11 +6,12 @@ other pairs, with the controls of :func:`tl_sparsify.verify`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis.interchange import fit_das
 
@@ -46,15 +47,9 @@ def das_directions(
     Forward and backward passes over the pairs: one for each of :data:`LEVELS`, :data:`EPOCHS` for the learning; two
     forward passes more for the sources.
     """
-    base, n = ranking.base, len(ranking)
+    n = len(ranking)
     hook, position = _promising(subject, ranking, expected, rank, held, batch_size)
-    known = torch.tensor(sorted(set(ranking.answers.values()))) if base.choices is None else base.choices.cpu()
-    targets = (expected[:, None] == known).int().argmax(1)
-
-    def task_logits(numbers: Tensor) -> Tensor:  # of bases, or of sources from n on: their answers and masks go along
-        side = base if int(numbers[0]) < n else ranking.source
-        return answer_logits(subject.model, replace(side[numbers % n], choices=known))
-
+    targets, task_logits = asked(subject.model, ranking, expected)
     places = torch.full((n,), position)
     removed: tuple[Any, ...] = () if subject.removal is None else (ablate(subject.removal),)
     with intervened(subject.model, *removed):
@@ -73,6 +68,21 @@ def das_directions(
             seed=seed,
         )
     return [unit.at(position) for unit in directions(subject.model, hook, result.basis.cpu())]
+
+
+def asked(
+    model: Any, pairs: Pairs, expected: Int[Tensor, "n"]
+) -> tuple[Int[Tensor, "n"], Callable[[Int[Tensor, "some"]], Float[Tensor, "some choices"]]]:
+    """The number of each expected answer among the possible ones, and what TransformerLens calls to run the model: the
+    logits of these for the bases of these numbers, or for sources from ``n`` on (their answers and masks go along)."""
+    base, n = pairs.base, len(pairs)
+    known = torch.tensor(sorted(set(pairs.answers.values()))) if base.choices is None else base.choices.cpu()
+
+    def task_logits(numbers: Int[Tensor, "some"]) -> Float[Tensor, "some choices"]:
+        side = base if int(numbers[0]) < n else pairs.source
+        return answer_logits(model, replace(side[numbers % n], choices=known))
+
+    return (expected[:, None] == known).int().argmax(1), task_logits
 
 
 def _promising(

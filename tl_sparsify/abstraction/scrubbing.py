@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,10 +28,10 @@ from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.between import between
 from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.certificates import confidence_sequence
-from tl_sparsify.abstraction.controls import everything, others, random_units
+from tl_sparsify.abstraction.controls import others, random_units
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, logits, selected_apart, tokens, values_of
-from tl_sparsify.abstraction.verdicts import GOAL
+from tl_sparsify.abstraction.verdicts import GOAL, TOLD_APART, accepted
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened
@@ -45,6 +45,8 @@ class ScrubbedRow:
     Attributes:
         resampled: ``nothing``, ``what does not matter``, ``the same, random units`` or ``everything``.
         accuracy: how often the answer is the causal model's; the mean over draws.
+        told: the same on the examples where the network reads an input whose answer is another one; NaN where all is
+            read as it is, or everything resampled.
         lower, upper: a confidence sequence for it.
         loss: cross-entropy of that answer, nats.
         recovered: the share of the loss between ``everything`` and ``nothing`` that is recovered; NaN where the network
@@ -59,6 +61,7 @@ class ScrubbedRow:
 
     resampled: str
     accuracy: float
+    told: float
     lower: float
     upper: float
     loss: float
@@ -72,28 +75,58 @@ class Scrubbing:
 
     Attributes:
         rows: a line for each resampling.
-        moved: the share of the examples' donors that are another input than the example; the fewer, the less is tested.
+        moved: for each aligned variable that something is computed from, the share of its donors that are another input
+            than the example: where it is small, few examples share the variable's value, and little is tested.
+        tells: for the output, and each aligned variable that is computed from others, the share of the examples for
+            which the network reads an input where its value is another one: nothing to be got right on the rest.
         unaligned: the causal model's variables between inputs and output that no units are aligned with, of which
             nothing is tested.
 
     Example:
-        >>> tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1).moved > 0.9
-        True
+        >>> found = tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1)
+        >>> min(found.moved.values()) > 0.9, found.unaligned
+        (True, ())
     """
 
     rows: tuple[ScrubbedRow, ...]
-    moved: float
+    moved: Mapping[str, float]
+    tells: Mapping[str, float]
     unaligned: tuple[str, ...] = ()
 
     def __getitem__(self, resampled: str) -> ScrubbedRow:
         return next(row for row in self.rows if row.resampled == resampled)
 
     @property
+    def verdict(self) -> Literal["accepted", "rejected", "cannot tell"]:
+        """Rejected: without resampling or with it the accuracy is below :data:`verdicts.GOAL`, or that on the examples
+        that can tell below :data:`verdicts.GOAL_CHANGED`. Accepted: it is not, and :attr:`reservation` is empty."""
+        if not all(accepted(self[name].accuracy, self[name].told) for name in (NONE, SCRUBBED)):
+            return "rejected"
+        return "cannot tell" if self.reservation else "accepted"
+
+    @property
     def accepted(self) -> bool:
-        """Whether the scrubbed accuracy is at least :data:`verdicts.GOAL`, as without resampling, and that of no
-        control is."""
-        reached = {row.resampled: row.accuracy >= GOAL for row in self.rows}
-        return reached[NONE] and reached[SCRUBBED] and not (reached[EVERYTHING] or reached.get(RANDOM, False))
+        """Whether the verdict is accepted."""
+        return self.verdict == "accepted"
+
+    @property
+    def reservation(self) -> str:
+        """Why what was found cannot tell the causal model from others, with the mend; empty where it can."""
+        said: list[str] = []
+        if self.unaligned:
+            names = ", ".join(self.unaligned)
+            said.append(f"no units are aligned with {names}: align them, or judge a causal model without them")
+        for name, share in self.moved.items():
+            if share < TOLD_APART:
+                said.append(f"{share:.1%} of the examples share their value of {name} with another: give more pairs")
+        for name, share in self.tells.items():
+            if share < TOLD_APART:
+                said.append(f"{share:.1%} of the inputs that are read have another {name}: give pairs of other inputs")
+        for name in (RANDOM, EVERYTHING):
+            rows = [row for row in self.rows if row.resampled == name]
+            if any(row.accuracy >= GOAL for row in rows):
+                said.append(f"the control {name!r} is as accurate: give pairs with more different answers")
+        return "; ".join(said)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a resampling; the columns are :class:`ScrubbedRow`'s attributes."""
@@ -101,9 +134,9 @@ class Scrubbing:
 
     def __repr__(self) -> str:
         row = self[SCRUBBED]
-        found = f"accuracy {row.accuracy:.3f}, {row.recovered:.1%} of the loss recovered"
-        untested = f", nothing said of {', '.join(self.unaligned)}" if self.unaligned else ""
-        return f"Scrubbing({'accepted' if self.accepted else 'rejected'}{untested}: {found}; n={row.n})"
+        recovered = "" if math.isnan(row.recovered) else f", {row.recovered:.1%} of the loss recovered"
+        why = f" ({self.reservation})" if self.verdict == "cannot tell" else ""
+        return f"Scrubbing({self.verdict}{why}: accuracy {row.accuracy:.3f}{recovered}; n={row.n})"
 
 
 NONE, SCRUBBED, RANDOM, EVERYTHING = "nothing", "what does not matter", "the same, random units", "everything"
@@ -127,13 +160,15 @@ def scrub(
     variables that no other one separates from it: the units of each are set to what they are for a donor of its own
     with an equal value of that variable; these again are computed from the variables before them, each with donors of
     its own, and so on to the inputs. The network reads a random example with equal values of the inputs that matter on
-    a way without an aligned variable, and all other heads and neurons, up to those that are computed, keep the values
-    of that. A donor is the example itself only where no other fits (``moved``). Controls: as many random units of the
-    same sites in the place of those that the answer is computed from, and everything resampled.
+    a way without an aligned variable; all other units are what they are there, and what comes after the units that are
+    set is computed from them. A donor is the example itself only where no other fits (``moved``). Controls: as many
+    random units of the same sites in the place of those that the answer is computed from, and everything resampled.
 
     Rejected is thus also an alignment that is right and not complete: where units that no variable is aligned with pass
-    a variable on. :func:`tl_sparsify.verify` asks less. What no scrubbing can tell apart: models whose variables have
-    other values, but are equal for the same inputs. :func:`tl_sparsify.contrast` asks that.
+    a variable on by the side. :func:`tl_sparsify.verify` asks less. A causal model of which not all is aligned, or that
+    the examples cannot tell from another, is not accepted: the verdict is then "cannot tell", and ``reservation`` says
+    why. What no scrubbing can tell apart: models whose variables have other values, but are equal for the same inputs.
+    :func:`tl_sparsify.contrast` asks that.
 
     Forward passes over the examples: one, and for each draw two for each variable, as often as another one (or the
     answer) is computed from it, and three for the control.
@@ -144,8 +179,8 @@ def scrub(
 
     Example:
         >>> found = tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1)
-        >>> found.accepted, found["nothing"].accuracy  # here more carries left and right on than the alignment says
-        (False, 1.0)
+        >>> found.verdict, found["nothing"].accuracy
+        ('rejected', 1.0)
     """
     check_model(model)
     check_count("draws", draws, most=MOST)
@@ -163,9 +198,11 @@ def scrub(
     values = causal_model.run(pairs.base_inputs)
     expected = pairs.expected(causal_model, ())
     found: dict[str, list[Tensor]] = {NONE: logits(subject, base, batch_size=batch_size)}
-    moved: list[Tensor] = []
+    noted = _Noted({}, {})
+    apart: list[Tensor] = []
     for draw in range(draws):
-        tree = _tree(model, causal_model, alignment, values, base, (seed, draw), moved)
+        tree = _tree(causal_model, alignment, values, n, (seed, draw), noted)
+        apart.append(expected[tree.run] != expected)
         found.setdefault(SCRUBBED, []).append(_answered(model, tree, base, batch_size))
         control = _at_random(subject, alignment, tree, base, seed, draw)
         if control is not None:
@@ -175,18 +212,36 @@ def scrub(
     made = {name: _judged(rows, expected, base) for name, rows in found.items()}
     worst, best = (float(made[name][1].mean()) for name in (EVERYTHING, NONE))
     meant = float(made[NONE][0].mean()) >= GOAL and worst > best
+    told = torch.stack(apart)
     lines: list[ScrubbedRow] = []
     for name in (NONE, SCRUBBED, RANDOM, EVERYTHING):
         if name in made:
             hits, losses = made[name]
-            lower, upper = confidence_sequence(hits, level=level)
+            lower, upper = confidence_sequence(hits.mean(0), level=level)
             loss = float(losses.mean())
-            share = (worst - loss) / (worst - best) if meant else math.nan
-            bounds = float(lower[-1]), float(upper[-1])
-            lines.append(ScrubbedRow(name, float(hits.mean()), *bounds, loss, share, n))
+            lines.append(
+                ScrubbedRow(
+                    name,
+                    float(hits.mean()),
+                    float(hits[told].mean()) if name in (SCRUBBED, RANDOM) else math.nan,
+                    float(lower[-1]),
+                    float(upper[-1]),
+                    loss,
+                    (worst - loss) / (worst - best) if meant else math.nan,
+                    n,
+                )
+            )
     known = {*causal_model.inputs, *alignment.variables, causal_model.output}
     unaligned = tuple(name for name in causal_model.variables if name not in known)
-    return Scrubbing(tuple(lines), float(torch.stack(moved).double().mean()), unaligned)
+    moved, tells = ({v: float(torch.cat(some).double().mean()) for v, some in part.items()} for part in noted)
+    return Scrubbing(tuple(lines), moved, tells, unaligned)
+
+
+class _Noted(NamedTuple):
+    """What was drawn, by variable: which donors are another input, which inputs that are read have another value."""
+
+    moved: dict[str, list[Tensor]]
+    tells: dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,41 +251,42 @@ class _Node:
     Attributes:
         units: what is read there.
         run: the example that the network reads for each example.
-        still: units that keep the values of that.
         parents: for each variable that this one is computed from a donor for each example, and its own node.
     """
 
     units: tuple[Unit, ...]
     run: Int[Tensor, "n"]
-    still: tuple[Unit, ...] = ()
     parents: tuple[tuple[Int[Tensor, "n"], _Node], ...] = ()
 
 
 def _tree(
-    model: Any,
     causal_model: CausalModel,
     alignment: Alignment,
     values: Mapping[str, np.ndarray],
-    base: Examples,
+    n: int,
     draw: tuple[int, int],
-    moved: list[Tensor],
+    noted: _Noted,
 ) -> _Node:
-    """The answer's node, and below it that of every aligned variable, as often as something is computed from it; notes
-    which donors are another example."""
-    n, numbers = len(base), itertools.count()
+    """The answer's node, and below it that of every aligned variable, as often as something is computed from it."""
+    numbers = itertools.count()
 
     def donors(names: Sequence[str]) -> Int[Tensor, "n"]:
-        order = _random.shifted_partner(n, draw[0], 73, draw[1], next(numbers), group=_groups(values, names, n))
-        moved.append(order != torch.arange(n))
-        return order
+        return _random.shifted_partner(n, draw[0], 73, draw[1], next(numbers), group=_groups(values, names, n))
 
     def node(variable: str | None) -> _Node:
         units = () if variable is None else tuple(alignment.units[variable])
         above, direct = _before(causal_model, alignment.variables, variable)
         if variable is not None and not above:
             return _Node(units, torch.arange(n))
-        parents = tuple((donors((parent,)), node(parent)) for parent in above)
-        return _Node(units, donors(direct), _still(model, causal_model, alignment, variable, above, base), parents)
+        parents: list[tuple[Tensor, _Node]] = []
+        for parent in above:
+            order = donors((parent,))
+            noted.moved.setdefault(parent, []).append(order != torch.arange(n))
+            parents.append((order, node(parent)))
+        run, name = donors(direct), causal_model.output if variable is None else variable
+        value = _groups(values, (name,), n)
+        noted.tells.setdefault(name, []).append(value[run] != value)
+        return _Node(units, run, tuple(parents))
 
     return node(None)
 
@@ -268,7 +324,7 @@ def _set(
 ) -> tuple[Examples, tuple[Intervention, ...]]:
     """The input that the network reads for the examples ``index``, and what is set in it."""
     run = base[node.run[index]]
-    made = _given(model, node.still, run, (), run)
+    made: list[Intervention] = []
     for order, parent in node.parents:
         source, before = _set(model, parent, base, order[index])
         made += _given(model, parent.units, source, before, run)
@@ -291,12 +347,12 @@ def _given(
 
 def _judged(
     draws: Sequence[Float[Tensor, "n choices"]], expected: Int[Tensor, "n"], base: Examples
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """For each example how often the answer is the expected one, and its cross-entropy; means over draws."""
+) -> tuple[Float[Tensor, "draws n"], Float[Tensor, "draws n"]]:
+    """For each draw and example whether the answer is the expected one, and its cross-entropy."""
     column = expected if base.choices is None else (expected[:, None] == base.choices.cpu()).int().argmax(1)
     hits = torch.stack([(tokens(rows, base) == expected).double() for rows in draws])
     losses = torch.stack([-rows.double().log_softmax(1).gather(1, column[:, None])[:, 0] for rows in draws])
-    return hits.mean(0), losses.mean(0)
+    return hits, losses
 
 
 def _before(causal_model: CausalModel, aligned: Sequence[str], variable: str | None) -> tuple[tuple[str, ...], ...]:
@@ -316,51 +372,3 @@ def _groups(values: Mapping[str, np.ndarray], names: Sequence[str], n: int) -> I
     if not columns:
         return torch.zeros(n, dtype=torch.long)
     return torch.from_numpy(np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].reshape(n))
-
-
-def _still(
-    model: Any,
-    causal_model: CausalModel,
-    alignment: Alignment,
-    variable: str | None,
-    above: Sequence[str],
-    base: Examples,
-) -> tuple[Unit, ...]:
-    """The heads and neurons that keep the values of the input that the network reads while a variable, or the answer,
-    is computed from those ``above``: all others up to the variable's own (to the end where the output is aligned; where
-    it is not the answer is computed behind the last aligned ones). Of directions, which heads and neurons write and
-    read, all up to those of the variables ``above``."""
-    every = everything(model, alignment)
-    kinds = {unit.site.kind for unit in every}
-    own = [] if variable is None else list(alignment.units[variable])
-    given = [unit for v in above for unit in alignment.units[v]]
-    plain = all(unit.site.kind in kinds for unit in [*own, *given])
-    whole = plain and variable is None and causal_model.output in alignment.variables
-    if not plain:
-        end = max(map(_stage, given))
-    elif variable is None:
-        end = max(_stage(unit) for v in alignment.variables for unit in alignment.units[v])
-    else:
-        end = max(map(_stage, own))
-    aligned: dict[Unit, list[Any]] = {}
-    for unit in [*own, *given]:
-        aligned.setdefault(unit.at(None), []).append(unit.site)
-    padded = base.attention_mask is not None and not bool(base.attention_mask.all())
-    width, found = base.labels.shape[1], []
-    for unit in every:
-        if not whole and _stage(unit) > end:
-            continue
-        if unit not in aligned:
-            found.append(unit)
-            continue
-        masks = [site.position_mask(1, width) for site in aligned[unit]]
-        if not padded and all(mask is not None for mask in masks):
-            free = (~torch.stack([mask[0] for mask in masks if mask is not None]).any(0)).nonzero().flatten().tolist()
-            found += [unit.at(tuple(free))] if free else []
-    return tuple(found)
-
-
-def _stage(unit: Unit) -> tuple[int, bool]:
-    """Where in the order of computation a unit is: its layer, and whether behind the attention."""
-    early = unit.site.kind in ("head", "attention") or unit.site.hook.endswith(("hook_resid_pre", "hook_resid_mid"))
-    return unit.site.layer, not early
