@@ -43,6 +43,7 @@ _PUBLIC = {
     "tl_sparsify.comparison.curves": ("Curve",),
     "tl_sparsify.comparison.evaluate": ("Evaluation", "evaluate"),
     "tl_sparsify.comparison.methods": ("Method",),
+    "tl_sparsify.comparison.path_patching": ("PathEffects", "patch_paths"),
     "tl_sparsify.comparison.resampling": ("Stability", "stability"),
     "tl_sparsify.core": ("basis", "metrics"),
     "tl_sparsify.core.basis": ("directions", "stream_directions"),

@@ -25,6 +25,8 @@ from tl_sparsify.comparison.curves import Curve as Curve
 from tl_sparsify.comparison.evaluate import Evaluation as Evaluation
 from tl_sparsify.comparison.evaluate import evaluate as evaluate
 from tl_sparsify.comparison.methods import Method as Method
+from tl_sparsify.comparison.path_patching import PathEffects as PathEffects
+from tl_sparsify.comparison.path_patching import patch_paths as patch_paths
 from tl_sparsify.comparison.resampling import Stability as Stability
 from tl_sparsify.comparison.resampling import stability as stability
 from tl_sparsify.core import basis as basis
