@@ -19,7 +19,7 @@ from tl_sparsify.core.forward import answer_logits, check_call, shared_batches
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model
+from tl_sparsify.core.units import Model, Units
 
 Interval = tuple[float, float]
 
@@ -138,12 +138,14 @@ def averaged(
     columns: Callable[[Examples, Int[Tensor, "batch"]], Float[Tensor, "batch columns"]],
     examples: Examples,
     setting: Setting,
+    differentiated: Units | None = None,
 ) -> Measured:
-    """Means and replicates of what ``columns`` gives for each batch. Memory does not grow with the examples."""
+    """Means and replicates of what ``columns`` gives for each batch. Memory does not grow with the examples;
+    ``differentiated`` are units whose gradients ``columns`` takes, which need smaller batches."""
     check_call(model, examples, seed=setting.seed, batch_size=setting.batch_size)
 
     def parts() -> Iterator[tuple[Tensor, Resampled]]:
-        for index, batch in shared_batches(model, examples, setting.batch_size):
+        for index, batch in shared_batches(model, examples, setting.batch_size, differentiated):
             found = columns(batch, index)
             yield found.sum(0), Resampled.of(found, index, setting.bootstrap, setting.seed)
 
