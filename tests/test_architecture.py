@@ -26,12 +26,13 @@ ORDER = {
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds baselines "
     "convergence methods tables cells benchmark",
+    "stressing": "table measuring specificity",
     "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia "
     "page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
-         "comparison": 5, "presentation": 5, "": 6}  # fmt: skip
+         "comparison": 5, "stressing": 6, "presentation": 7, "": 8}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {
