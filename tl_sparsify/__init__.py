@@ -84,6 +84,8 @@ _PUBLIC = {
     "tl_sparsify.search.path": ("CircuitPath",),
     "tl_sparsify.search.selection": ("Shrinkage",),
     "tl_sparsify.search.scores": ("Scores",),
+    "tl_sparsify.stressing.battery": ("stress",),
+    "tl_sparsify.stressing.table": ("Stress", "StressRow"),
     "tl_sparsify.tasks": ("pairing", "task", "text"),
     "tl_sparsify.tasks.input_space": ("InputSpace",),
     "tl_sparsify.tasks.task": ("Task", "list_tasks", "load_task"),

@@ -88,6 +88,9 @@ from tl_sparsify.search.selection import Shrinkage as Shrinkage
 from tl_sparsify.search.settings import Constraints as Constraints
 from tl_sparsify.search.settings import Probing as Probing
 from tl_sparsify.search.settings import Refitting as Refitting
+from tl_sparsify.stressing.battery import stress as stress
+from tl_sparsify.stressing.table import Stress as Stress
+from tl_sparsify.stressing.table import StressRow as StressRow
 from tl_sparsify.tasks import pairing as pairing
 from tl_sparsify.tasks import task as task
 from tl_sparsify.tasks import text as text

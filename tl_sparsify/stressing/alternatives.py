@@ -34,7 +34,7 @@ def alternatives(
     model: Model,
     reduction: Reduction,
     examples: Examples,
-    setting: Setting = Setting(),
+    setting: Setting,
     *,
     train: Examples | None = None,
     shares: Sequence[float] = SHARES,
@@ -43,9 +43,10 @@ def alternatives(
     """How much worse the best circuit is that a new search finds with at most so much of this circuit's units, beside
     random circuits of the same size and overlap.
 
-    The claim, that none does as well, fails where one was found whose risk is within the tolerance of this circuit's (or
-    below it) while random circuits are worse than what was found. It holds where the best one found is worse *and* random circuits
-    are no better than it: a search that loses to them is none. That nothing was found is evidence as good as the search.
+    The claim, that none does as well, fails where one was found whose risk is within the tolerance of this circuit's
+    (or below it) while random circuits are worse than what was found. It holds where the best one found is worse *and*
+    random circuits are no better than it: a search that loses to them is none. That nothing was found is evidence as
+    good as the search.
 
     Args:
         train: what is searched on; every other example where not given.
@@ -91,7 +92,7 @@ def alternatives(
             StressRow(
                 row="alternatives",
                 case=f"at most {100 * share:g} % shared",
-                claim=f"no circuit of {size} units that shares so few comes within {setting.tolerance:g} {setting.unit}",
+                claim=f"no other circuit of {size} units comes within {setting.tolerance:g} {setting.unit}",
                 value=rise,
                 low=low,
                 high=high,
@@ -112,8 +113,8 @@ def alternatives(
 def search_again(
     model: Model, reduction: Reduction, train: Examples, shared: int, setting: Setting, rounds: int
 ) -> Reduction:
-    """The circuit of the same size that a search finds where all but ``shared`` of this circuit's units are gone from the
-    start and do not come back: those that are dearest to it by the expansion may stay.
+    """The circuit of the same size that a search finds where all but ``shared`` of this circuit's units are gone from
+    the start and do not come back: those that are dearest to it by the expansion may stay.
 
     Removed units have the reduction's values; where these were refitted, the means over ``train``, and are refitted.
     """

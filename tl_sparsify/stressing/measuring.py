@@ -185,6 +185,20 @@ def alike(circuit: Circuit, seed: int, draw: int) -> Circuit:
     return Circuit(circuit.units, mask)
 
 
+def without(circuit: Circuit, gone: Sequence[int]) -> Circuit:
+    """The circuit less some units, given by number."""
+    mask = circuit.mask.clone()
+    mask[list(gone)] = False
+    return Circuit(circuit.units, mask)
+
+
+def added(circuit: Circuit, back: Sequence[int]) -> Circuit:
+    """The circuit and some more units, given by number."""
+    mask = circuit.mask.clone()
+    mask[list(back)] = True
+    return Circuit(circuit.units, mask)
+
+
 def sharing(circuit: Circuit, shared: int, seed: int, draw: int) -> Circuit:
     """A random circuit of the same size that shares exactly so many of its units."""
     draws = _random.uniform(seed, 103, draw, torch.arange(len(circuit.units)))

@@ -7,7 +7,6 @@ units were added on purpose goes through the same: there they must be found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify.comparison.cost import counted
-from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 from tl_sparsify.search.linearisation import linearise
-from tl_sparsify.stressing.measuring import Setting, halves, measured, removing
+from tl_sparsify.stressing.measuring import Setting, added, halves, measured, removing, without
 from tl_sparsify.stressing.table import Stand, StressRow
 
 _POOL = 512  # units among which pairs are looked for
@@ -32,7 +30,7 @@ def minimality(
     model: Model,
     reduction: Reduction,
     examples: Examples,
-    setting: Setting = Setting(),
+    setting: Setting,
     *,
     train: Examples | None = None,
     shortlist: int = 24,
@@ -41,8 +39,8 @@ def minimality(
     units added on purpose.
 
     The claim, that nothing can leave, holds where the least rise is above the tolerance and the added units were found
-    (the least rise of the padded circuit is within it). It fails where the least rise is within the tolerance: that unit
-    is at hand. A pair that only contains a unit which can leave alone says nothing new; the line says so.
+    (the least rise of the padded circuit is within it). It fails where the least rise is within the tolerance: what can
+    leave is at hand.
 
     Args:
         train: what is chosen on; every other example where not given.
@@ -65,20 +63,20 @@ def minimality(
             padded = with_idle(model, reduction, chosen, size, setting)
             mine = cheapest(model, reduction, chosen, size, shortlist, setting)
             theirs = cheapest(model, padded, chosen, size, shortlist, setting)
-            base, found = reduction.circuit, _without(reduction, mine)
-            circuits = [base, found, padded.circuit, _without(padded, theirs)]
+            base, found = reduction.circuit, without(reduction.circuit, mine)
+            circuits = [base, found, padded.circuit, without(padded.circuit, theirs)]
             columns = measured(model, [removing(reduction, one, reported) for one in circuits], reported, setting)
         rise, (low, high) = columns.rise(1, 0)
         control, around = columns.rise(3, 2)
         names = " and ".join(reduction.units.names[i] for i in mine)
-        added = " and ".join((padded.circuit - base).names)
+        plus = " and ".join((padded.circuit - base).names)
         caught = around[1] <= setting.tolerance
         if high <= setting.tolerance:
             stand, why = Stand.FAILS, f"{names} can leave"
         elif not caught:
-            stand, why = Stand.UNKNOWN, f"to take {added}, added on purpose, away again costs more"
+            stand, why = Stand.UNKNOWN, f"to take {plus}, added on purpose, away again costs more"
         elif low > setting.tolerance:
-            stand, why = Stand.HOLDS, f"the cheapest is {names}; found was {added}, added on purpose"
+            stand, why = Stand.HOLDS, f"the cheapest is {names}; found was {plus}, added on purpose"
         else:
             stand, why = Stand.UNKNOWN, f"the cheapest is {names}, about the tolerance"
         rows.append(
@@ -103,30 +101,16 @@ def minimality(
     return tuple(rows)
 
 
-
-
-def _without(reduction: Reduction, gone: Sequence[int]) -> Circuit:
-    mask = reduction.circuit.mask.clone()
-    mask[list(gone)] = False
-    return Circuit(reduction.units, mask)
-
-
 def with_idle(model: Model, reduction: Reduction, examples: Examples, count: int, setting: Setting) -> Reduction:
     """The reduction with so many units more: of as many random removed ones as ``setting.draws``, those that change the
     risk least. One forward pass for each."""
     gone = (~reduction.circuit.mask).nonzero().flatten()
     drawn = gone[_random.uniform(setting.seed, 113, gone).argsort(stable=True)[: max(count, setting.draws)]]
-    plus = [_with(reduction.circuit, [unit]) for unit in drawn.tolist()]
+    plus = [added(reduction.circuit, [unit]) for unit in drawn.tolist()]
     removals = [removing(reduction, circuit, examples) for circuit in (reduction.circuit, *plus)]
     found = measured(model, removals, examples, replace(setting, bootstrap=0)).mean
     least = (found[1:] - found[0]).abs().argsort(stable=True)[:count]
-    return reduction.with_circuit(_with(reduction.circuit, drawn[least].tolist()))
-
-
-def _with(circuit: Circuit, back: Sequence[int]) -> Circuit:
-    mask = circuit.mask.clone()
-    mask[list(back)] = True
-    return Circuit(circuit.units, mask)
+    return reduction.with_circuit(added(reduction.circuit, drawn[least].tolist()))
 
 
 def cheapest(
@@ -135,7 +119,7 @@ def cheapest(
     """The kept unit, or the pair, whose removal adds least to the measured risk on these examples, of the ``shortlist``
     that the expansion finds cheapest."""
     candidates = ranked(model, reduction, examples, size, setting)[:shortlist].tolist()
-    circuits = [reduction.circuit, *(_without(reduction, units) for units in candidates)]
+    circuits = [reduction.circuit, *(without(reduction.circuit, units) for units in candidates)]
     removals = [removing(reduction, circuit, examples) for circuit in circuits]
     found = measured(model, removals, examples, replace(setting, bootstrap=0)).mean
     return tuple(candidates[int(found[1:].argmin())])

@@ -51,6 +51,11 @@ class StressRow:
         n: examples that the line reports on.
         forward, backward: examples run, divided by ``n``: passes.
         p_value, control_p_value: of the tests; NaN where there is none.
+
+    Example:
+        >>> line = tls.stress(model, reduction, test, rows=("minimality",), draws=5, bootstrap=100)["minimality"][0]
+        >>> line.case, line.unit, line.n
+        ('one unit', 'nats', 32)
     """
 
     row: str
@@ -82,6 +87,12 @@ class Stress:
         details: what a test found beside its lines: circuits, masks, groups of examples.
         tolerance: nats; what counts as no difference.
         level: of the intervals.
+
+    Example:
+        >>> table = tls.stress(model, reduction, test, rows=("minimality",), draws=5, bootstrap=100)
+        >>> table.save("stress.md")
+        >>> table.frame()["case"].tolist()
+        ['one unit', 'a pair']
     """
 
     rows: tuple[StressRow, ...]

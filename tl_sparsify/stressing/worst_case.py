@@ -45,7 +45,7 @@ def worst_case(
     model: Model,
     reduction: Reduction,
     examples: Examples,
-    setting: Setting = Setting(),
+    setting: Setting,
     *,
     train: Examples | None = None,
     starts: int = 8,
@@ -55,10 +55,10 @@ def worst_case(
     random masks.
 
     The claim holds where the worst case is at most the measured risk and the tolerance, or :data:`FACTOR` times the
-    risk, *and* two controls behave: ascent did at least as well as the random masks (where it did not, it is no search),
-    and random circuits of as many units of each kind in each layer have a higher risk than this one at its worst (where
-    they have not, the circuit is so bad that nothing makes it worse). It fails where a mask was found that does more;
-    that mask needs no control.
+    risk, *and* two controls behave: ascent did at least as well as the random masks (where it did not, it is no
+    search), and random circuits of as many units of each kind in each layer have a higher risk than this one at its
+    worst (where they have not, the circuit is so bad that nothing makes it worse). It fails where a mask was found that
+    does more; that mask needs no control.
 
     Args:
         train: what the shared mask is chosen on; every other example where not given.

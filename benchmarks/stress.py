@@ -1,0 +1,118 @@
+"""Stress tests of circuits whose truth is known, or of a circuit in a file.
+
+On each planted task the circuit of all true units, and circuits that are wrong in a known way: too small, with an idle
+unit added, or random. Each goes through ``tls.stress``; the claims that should hold of the true ones, and fail of the
+others, can be read from the table. Writes ``benchmarks/results/stress.csv`` and ``stress.md``.
+
+    python benchmarks/stress.py
+    python benchmarks/stress.py --task ioi --model smollm2 --circuit my.reduction --name ioi
+
+The second form tests a saved reduction, on the test split of the task made for that model, with alternatives and masks
+chosen on its training split, and writes ``stress_NAME.csv`` and ``stress_NAME.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from shared import write
+
+import tl_sparsify as tls
+from tl_sparsify.comparison.tables import table_of
+from tl_sparsify.stressing.measuring import alike
+
+EXAMPLES = 256
+BACKUP = {
+    "the head that copies": ["L0H1"],
+    "its silent backup": ["L1H2"],
+    "both": ["L0H1", "L1H2"],
+    "an idle head": ["L0H0"],
+}
+EQUALITY = ["L0H1", "L0H2", "L1H0", "L1H3", "L1N3", "L1N18", "L1N26"]
+SUM = ["L0H0", "L0H2", "L1N1", "L1N5", "L1N9", "L1N13", "L1N17", "L1N21", "L1N25", "L1N29"]
+CIRCUITS: dict[str, dict[str, list[str]]] = {
+    "planted_backup": BACKUP,
+    "planted_equality": {
+        "the true units": EQUALITY,
+        "and an idle head": [*EQUALITY, "L0H0"],
+        "a true head missing": [name for name in EQUALITY if name != "L0H2"],
+        "random": [],
+    },
+    "planted_sum": {
+        "the true units": SUM,
+        "four of them missing": [name for name in SUM if name not in ("L0H0", "L1N5", "L1N21", "L1N25")],
+    },
+}
+
+
+def planted(task_name: str) -> pd.DataFrame:
+    """The tables of one task's circuits."""
+    task = tls.load_task(task_name)
+    model = task.model()
+    train, _, test = task.examples(0)
+    units = tls.heads(model) + tls.neurons(model)
+    values = tls.constants.mean(model, train, units)
+    found: list[pd.DataFrame] = []
+    for name, kept in CIRCUITS[task_name].items():
+        circuit = tls.Circuit.of(units, kept)
+        if not kept:
+            circuit = alike(tls.Circuit.of(units, EQUALITY), 1, 0)
+        found.append(stressed(model, tls.constants.reduced(model, circuit, values), train, test, task_name, name))
+    return pd.concat(found)
+
+
+def stressed(model: Any, reduction: tls.Reduction, train: Any, test: Any, task: str, name: str) -> pd.DataFrame:
+    """The table of one circuit."""
+    table = tls.stress(model, reduction, test[:EXAMPLES], train=train[:EXAMPLES])
+    print(f"{task}, {name}\n{table.markdown()}", flush=True)
+    risk = tls.risk(model, reduction, test[:EXAMPLES]).mean
+    return table.frame().assign(task=task, circuit=name, risk=risk, kept=len(reduction.circuit))
+
+
+def cell(line: Any) -> str:
+    """What was found, beside the control, and the verdict."""
+    if line.p_value == line.p_value:
+        return f"p = {line.p_value:.2g} (control {line.control_p_value:.2g}): {line.stand}"
+    return f"{line.value:.2g} (control {line.control:.2g}): {line.stand}"
+
+
+def page(frame: pd.DataFrame) -> str:
+    """One row a test and case, one column a circuit; a table for each task."""
+    parts: list[str] = []
+    for task, part in frame.groupby("task", sort=False):
+        names = list(dict.fromkeys(part.circuit))
+        risks = [float(part[part.circuit == name].risk.iloc[0]) for name in names]
+        kept = [int(part[part.circuit == name].kept.iloc[0]) for name in names]
+        heads = [f"{name} ({n}; {risk:.2g} nats)" for name, n, risk in zip(names, kept, risks, strict=True)]
+        rows: list[list[str]] = []
+        for (row, case), lines in part.groupby(["row", "case"], sort=False):
+            by_name = {line.circuit: cell(line) for line in lines.itertuples()}
+            rows.append([str(row), str(case), *(by_name.get(name, "-") for name in names)])
+        parts.append(f"`{task}`\n\n{table_of(['test', 'case', *heads], rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--task", nargs="*", default=list(CIRCUITS), help="planted ones where no --circuit is given")
+    options.add_argument("--model", default=None, help="what the task's model is to be, where it can be another one")
+    options.add_argument("--circuit", type=Path, default=None, help="a saved reduction")
+    options.add_argument("--name", default="circuit", help="of the files that a saved reduction's table goes into")
+    arguments = options.parse_args()
+    if arguments.circuit is None:
+        frame = pd.concat([planted(name) for name in arguments.task])
+        write("stress", frame, {"stress": page})
+        return
+    [name] = arguments.task
+    task = tls.load_task(name) if arguments.model is None else tls.load_task(name, model=arguments.model)
+    train, _, test = task.examples(0)
+    reduction = tls.Reduction.load(arguments.circuit)
+    frame = stressed(task.model(), reduction, train, test, name, arguments.circuit.stem)
+    write(f"stress_{arguments.name}", frame, {f"stress_{arguments.name}": page})
+
+
+if __name__ == "__main__":
+    main()
