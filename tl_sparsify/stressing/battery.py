@@ -18,6 +18,7 @@ from tl_sparsify.stressing.alternatives import alternatives
 from tl_sparsify.stressing.hypotheses import hypotheses
 from tl_sparsify.stressing.measuring import Setting
 from tl_sparsify.stressing.minimality import minimality
+from tl_sparsify.stressing.specificity import specificity
 from tl_sparsify.stressing.table import Stress, StressRow
 from tl_sparsify.stressing.worst_case import worst_case
 
@@ -39,6 +40,12 @@ class _Given:
     templates: Sequence[Any] | None
 
 
+def _specificity(g: _Given) -> tuple[StressRow, ...] | str:
+    if not g.others:
+        return 'give others={"name": examples}, of other tasks over the same vocabulary'
+    return _OWN if g.reduction.mixing else specificity(g.model, g.reduction, g.examples, g.others, g.setting)
+
+
 _Test = Callable[[_Given], "tuple[StressRow, ...] | str"]
 _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
     "worst case": lambda g: worst_case(g.model, g.reduction, g.examples, g.setting, train=g.train),
@@ -48,7 +55,7 @@ _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
     ),
     "hypotheses": lambda g: _OWN if g.reduction.mixing else hypotheses(g.model, g.reduction, g.examples, g.setting),
     "mechanisms": lambda g: _MISSING,
-    "specificity": lambda g: _MISSING,
+    "specificity": _specificity,
     "templates": lambda g: _MISSING,
 }
 ROWS = tuple(_TESTS)
@@ -82,7 +89,7 @@ def stress(
         reduction: the circuit and its constants. Where these were refitted, alternatives are refitted as well.
         examples: what is reported on; none of them should have been used to find the circuit.
         rows: the tests: ``worst case``, ``alternatives`` (arXiv 2605.12671), ``minimality``, ``hypotheses`` (arXiv
-            2410.13032).
+            2410.13032), ``specificity`` (arXiv 2605.08348).
         train: what masks, units and alternatives are chosen on. Where not given, every other one of ``examples`` is,
             and the rest is reported on.
         others: examples of other tasks by name.
