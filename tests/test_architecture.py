@@ -26,7 +26,7 @@ ORDER = {
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution masks rounds baselines convergence "
     "methods tables cells benchmark",
-    "stressing": "table measuring worst_case minimality alternatives hypotheses battery",
+    "stressing": "table measuring worst_case minimality alternatives hypotheses specificity battery",
     "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia "
     "page",
     "": "__init__ plan run cli __main__",

@@ -18,11 +18,13 @@ from tl_sparsify.stressing.alternatives import alternatives
 from tl_sparsify.stressing.hypotheses import hypotheses
 from tl_sparsify.stressing.measuring import Setting
 from tl_sparsify.stressing.minimality import minimality
+from tl_sparsify.stressing.specificity import specificity
 from tl_sparsify.stressing.table import Stress, StressRow
 from tl_sparsify.stressing.worst_case import worst_case
 
 _OWN = "its affine replacements are fitted for this circuit alone: give a reduction with constants"
 _NOTHING = "the circuit keeps no unit, or every one"
+_OTHERS = "no examples of other tasks: give others={name: examples}"
 _MISSING = "not part of this version"
 
 
@@ -48,7 +50,13 @@ _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
     ),
     "hypotheses": lambda g: _OWN if g.reduction.mixing else hypotheses(g.model, g.reduction, g.examples, g.setting),
     "mechanisms": lambda g: _MISSING,
-    "specificity": lambda g: _MISSING,
+    "specificity": lambda g: (
+        _OTHERS
+        if not g.others
+        else _OWN
+        if g.reduction.mixing
+        else specificity(g.model, g.reduction, g.examples, g.others, g.setting)
+    ),
     "templates": lambda g: _MISSING,
 }
 ROWS = tuple(_TESTS)
@@ -82,7 +90,7 @@ def stress(
         reduction: the circuit and its constants. Where these were refitted, alternatives are refitted as well.
         examples: what is reported on; none of them should have been used to find the circuit.
         rows: the tests: ``worst case``, ``alternatives`` (arXiv 2605.12671), ``minimality``, ``hypotheses`` (arXiv
-            2410.13032).
+            2410.13032), ``specificity`` (arXiv 2605.08348).
         train: what masks, units and alternatives are chosen on. Where not given, every other one of ``examples`` is,
             and the rest is reported on.
         others: examples of other tasks by name.
@@ -93,8 +101,7 @@ def stress(
         level: of the intervals.
         metric: half its squared error instead of the KL divergence.
 
-    Cost on 20 draws: in all a few hundred forward and about two hundred backward passes; the table says what each line
-    took. Memory does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
+    Cost: of a few hundred forward and about two hundred backward passes in all; the table says what each line took. Memory does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, an unknown test, a tolerance that is not
