@@ -101,7 +101,8 @@ def stress(
         level: of the intervals.
         metric: half its squared error instead of the KL divergence.
 
-    Cost: of a few hundred forward and about two hundred backward passes in all; the table says what each line took. Memory does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
+    Cost: a few hundred forward and about two hundred backward passes in all; the table says what each line took. Memory
+    does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, an unknown test, a tolerance that is not
