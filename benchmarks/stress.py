@@ -79,7 +79,7 @@ def cell(line: Any) -> str:
     return f"{line.value:.2g} (control {line.control:.2g}): {line.stand}"
 
 
-def page(frame: pd.DataFrame) -> str:
+def markdown(frame: pd.DataFrame) -> str:
     """One row a test and case, one column a circuit; a table for each task."""
     parts: list[str] = []
     for task, part in frame.groupby("task", sort=False):
@@ -88,11 +88,13 @@ def page(frame: pd.DataFrame) -> str:
         kept = [int(part[part.circuit == name].kept.iloc[0]) for name in names]
         heads = [f"{name} ({n}; {risk:.2g} nats)" for name, n, risk in zip(names, kept, risks, strict=True)]
         rows: list[list[str]] = []
-        for (row, case), lines in part.groupby(["row", "case"], sort=False):
-            by_name = {line.circuit: cell(line) for line in lines.itertuples()}
+        tests = list(dict.fromkeys(part.row))
+        found = {key: lines for key, lines in part.groupby(["row", "case"], sort=False)}
+        for row, case in sorted(found, key=lambda key: tests.index(key[0])):
+            by_name = {line.circuit: cell(line) for line in found[row, case].itertuples()}
             rows.append([str(row), str(case), *(by_name.get(name, "-") for name in names)])
         parts.append(f"`{task}`\n\n{table_of(['test', 'case', *heads], rows)}")
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -104,14 +106,14 @@ def main() -> None:
     arguments = options.parse_args()
     if arguments.circuit is None:
         frame = pd.concat([planted(name) for name in arguments.task])
-        write("stress", frame, {"stress": page})
+        write("stress", frame, {"stress": markdown})
         return
     [name] = arguments.task
     task = tls.load_task(name) if arguments.model is None else tls.load_task(name, model=arguments.model)
     train, _, test = task.examples(0)
     reduction = tls.Reduction.load(arguments.circuit)
     frame = stressed(task.model(), reduction, train, test, name, arguments.circuit.stem)
-    write(f"stress_{arguments.name}", frame, {f"stress_{arguments.name}": page})
+    write(f"stress_{arguments.name}", frame, {f"stress_{arguments.name}": markdown})
 
 
 if __name__ == "__main__":

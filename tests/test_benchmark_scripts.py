@@ -36,7 +36,7 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
     ("name", "function", "page"),
     [
         *((name, "markdown", name) for name in ("algorithms", "folding_speed", "neighbours", "overlap", "perceptron")),
-        *((name, "markdown", name) for name in ("score_speed", "truth", "variants")),
+        *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("prediction", "path_table", "prediction"),
         ("prediction", "units_table", "prediction_units"),

@@ -92,7 +92,7 @@ def alternatives(
             StressRow(
                 row="alternatives",
                 case=f"at most {100 * share:g} % shared",
-                claim=f"no other circuit of {size} units comes within {setting.tolerance:g} {setting.unit}",
+                claim=f"no other circuit of this size comes within {setting.tolerance:g} {setting.unit}",
                 value=rise,
                 low=low,
                 high=high,

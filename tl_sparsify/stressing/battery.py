@@ -24,6 +24,7 @@ from tl_sparsify.stressing.worst_case import worst_case
 
 _OWN = "its affine replacements are fitted for this circuit alone: give a reduction with constants"
 _NOTHING = "the circuit keeps no unit, or every one"
+_OTHERS = "no examples of other tasks: give others={name: examples}"
 _MISSING = "not part of this version"
 
 
@@ -40,12 +41,6 @@ class _Given:
     templates: Sequence[Any] | None
 
 
-def _specificity(g: _Given) -> tuple[StressRow, ...] | str:
-    if not g.others:
-        return 'give others={"name": examples}, of other tasks over the same vocabulary'
-    return _OWN if g.reduction.mixing else specificity(g.model, g.reduction, g.examples, g.others, g.setting)
-
-
 _Test = Callable[[_Given], "tuple[StressRow, ...] | str"]
 _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
     "worst case": lambda g: worst_case(g.model, g.reduction, g.examples, g.setting, train=g.train),
@@ -55,7 +50,13 @@ _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
     ),
     "hypotheses": lambda g: _OWN if g.reduction.mixing else hypotheses(g.model, g.reduction, g.examples, g.setting),
     "mechanisms": lambda g: _MISSING,
-    "specificity": _specificity,
+    "specificity": lambda g: (
+        _OTHERS
+        if not g.others
+        else _OWN
+        if g.reduction.mixing
+        else specificity(g.model, g.reduction, g.examples, g.others, g.setting)
+    ),
     "templates": lambda g: _MISSING,
 }
 ROWS = tuple(_TESTS)
@@ -100,8 +101,8 @@ def stress(
         level: of the intervals.
         metric: half its squared error instead of the KL divergence.
 
-    Cost on 20 draws: in all a few hundred forward and about two hundred backward passes; the table says what each line
-    took. Memory does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
+    Cost: a few hundred forward and about two hundred backward passes in all; the table says what each line took. Memory
+    does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, an unknown test, a tolerance that is not

@@ -23,7 +23,7 @@ def specificity(
     reduction: Reduction,
     examples: Examples,
     others: Mapping[str, Examples],
-    setting: Setting = Setting(),
+    setting: Setting,
 ) -> tuple[StressRow, ...]:
     """The risk on other tasks with the circuit removed, beside that with random circuits removed that have as many
     units of each kind in each layer.
