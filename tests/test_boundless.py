@@ -44,8 +44,8 @@ def pairs(numbers: int, seed: int, n: int = 256) -> tls.Pairs:
         tls.Examples(torch.tensor(r), torch.tensor((r[:, :2].sum(1)) % numbers)[:, None], choices=torch.arange(numbers))
         for r in rows
     )
-    one, two = (dict(zip(("x", "y", "z"), r.T, strict=True)) for r in rows)
-    return tls.Pairs(one, two, base, source, {i: i for i in range(numbers)})
+    names: list[dict[str, Any]] = [dict(zip(("x", "y", "z"), r.T, strict=True)) for r in rows]
+    return tls.Pairs(names[0], names[1], base, source, {i: i for i in range(numbers)})
 
 
 def added(numbers: int) -> tls.CausalModel:
@@ -99,8 +99,9 @@ def test_what_cannot_be_learnt_is_refused():
         ({"hook": "hook_nowhere"}, "no hook point 'hook_nowhere'"),
     )
     for wrong, message in some:
+        given: dict[str, Any] = {"hook": "hook_hidden"} | wrong
         with pytest.raises(ValueError, match=message), unchanged(model):
-            tls.boundless_das(model, added(4), "first", train, train, **({"hook": "hook_hidden"} | wrong))
+            tls.boundless_das(model, added(4), "first", train, train, **given)
     with pytest.raises(ValueError, match="variable is 'second'; there are"):
         tls.boundless_das(model, added(4), "second", train, train, hook="hook_hidden")
     with pytest.raises(ValueError, match="changes the answer of no pair"):
