@@ -36,9 +36,9 @@ def test_what_stays_at_each_threshold_is_what_the_published_loop_keeps():
     values = tls.constants.zero(model, examples, units)
     settings: dict[str, Any] = {"values": values, "progress": False}
     with unchanged(model):
-        alone = [tls.baselines.acdc(model, examples, units, thresholds=[t], **settings) for t in (1e-4, 1e-2)]
-        both = tls.baselines.acdc(model, examples, units, thresholds=[1e-2, 1e-4], **settings)
-    for threshold, scores in zip((1e-4, 1e-2), alone, strict=True):
+        alone = [tls.baselines.acdc(model, examples, units, thresholds=[t], **settings) for t in (0.02, 0.1)]
+        both = tls.baselines.acdc(model, examples, units, thresholds=[0.1, 0.02], **settings)
+    for threshold, scores in zip((0.02, 0.1), alone, strict=True):
         found = {name for name, score in zip(units.names, scores.scores.tolist(), strict=True) if score > 0}
         assert found == slowly(model, examples, units, values, threshold) and 0 < len(found) < len(units)
         assert 1 < scores.forward_passes < 1 + len(units)
