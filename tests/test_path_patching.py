@@ -94,6 +94,7 @@ def test_edges_and_chains_are_what_a_sum_for_each_reader_gives():
 def test_edges_between_heads_are_those_of_transformerlens(name: str, part: Any):
     model, examples = architectures.bridge(name), paired()
     with torch.no_grad():
+        assert examples.counterfactual_tokens is not None
         _, clean = model.run_with_cache(examples.tokens)
         start, corrupted = model.run_with_cache(examples.counterfactual_tokens)
 

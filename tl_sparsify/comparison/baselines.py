@@ -18,6 +18,7 @@ method                    what it is                                            
 ``eap_ig``                the same, along the way between the two inputs                     1 + ``steps``, ``steps``
 ``hard_concrete``         trained: stochastic gates and a penalty on open ones               160 + 80 by default
 ``top_k_gate``            trained: gates that sum to a random size                           160 + 80 by default
+``acdc``                  edges removed one at a time at each threshold                      ``thresholds n + 2``
 ``in_rounds``             any of them, again and again in the model with units removed       ``rounds`` times
 ========================  =================================================================  ======================
 
@@ -43,6 +44,7 @@ from transformer_lens.patching import generic_activation_patch
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify.comparison.acdc import acdc
 from tl_sparsify.comparison.edge_attribution import (
     Direction,
     Edges,
@@ -78,6 +80,7 @@ from tl_sparsify.search.scores import Scores
 
 __all__ = [
     "Edges",
+    "acdc",
     "activation_norm",
     "activation_patching",
     "attribution_patching",
