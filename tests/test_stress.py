@@ -212,9 +212,10 @@ def test_what_is_no_test_is_refused_and_the_model_stays_what_it_was():
     model, _, test, _ = planted("planted_equality")
     mine = reduction("planted_equality", EQUALITY)
     before = model(test.tokens)
-    for name, value, said in (("rows", ("worst",), "worst case"), ("tolerance", 0.0, "is 0"), ("draws", 0, "draws")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"rows": ("worst",)}, "worst case"), ({"tolerance": 0.0}, "is 0")]
+    for changed, said in [*wrong, ({"draws": 0}, "draws")]:
         with pytest.raises(ValueError, match=said):
-            tls.stress(model, mine, test, **{name: value})
+            tls.stress(model, mine, test, **changed)
     with pytest.raises(ValueError, match="examples holds 3"):
         tls.stress(model, mine, test[:3], rows=("minimality",))
 
