@@ -72,11 +72,11 @@ def stressed(model: Any, reduction: tls.Reduction, train: Any, test: Any, task: 
     return table.frame().assign(task=task, circuit=name, risk=risk, kept=len(reduction.circuit))
 
 
-def cell(line: Any) -> str:
+def cell(line: dict[Any, Any]) -> str:
     """What was found, beside the control, and the verdict."""
-    if line.p_value == line.p_value:
-        return f"p = {line.p_value:.2g} (control {line.control_p_value:.2g}): {line.stand}"
-    return f"{line.value:.2g} (control {line.control:.2g}): {line.stand}"
+    if line["p_value"] == line["p_value"]:
+        return f"p = {line['p_value']:.2g} (control {line['control_p_value']:.2g}): {line['stand']}"
+    return f"{line['value']:.2g} (control {line['control']:.2g}): {line['stand']}"
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -89,9 +89,11 @@ def markdown(frame: pd.DataFrame) -> str:
         heads = [f"{name} ({n}; {risk:.2g} nats)" for name, n, risk in zip(names, kept, risks, strict=True)]
         rows: list[list[str]] = []
         tests = list(dict.fromkeys(part.row))
-        found = {key: lines for key, lines in part.groupby(["row", "case"], sort=False)}
-        for row, case in sorted(found, key=lambda key: tests.index(key[0])):
-            by_name = {line.circuit: cell(line) for line in found[row, case].itertuples()}
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for line in part.to_dict("records"):
+            cells.setdefault((line["row"], line["case"]), {})[line["circuit"]] = cell(line)
+        for row, case in sorted(cells, key=lambda key: tests.index(key[0])):
+            by_name = cells[row, case]
             rows.append([str(row), str(case), *(by_name.get(name, "-") for name in names)])
         parts.append(f"`{task}`\n\n{table_of(['test', 'case', *heads], rows)}")
     return "\n".join(parts)
