@@ -164,9 +164,11 @@ def main() -> None:
             found = cell(chosen, task, ablation, method, seed)
             write_text(file, found.to_csv(index=False))
             print(f"{task}, {ablation}, {method}, seed {seed}: {', '.join(map(nats, found.risk))}", flush=True)
-    files = sorted(folder.glob("*.csv"))
-    if files:
-        write_text(RESULTS / "edges" / f"{setting}.md", page(pd.concat(map(pd.read_csv, files))))
+    found = {folder.name: sorted(folder.glob("*.csv")) for folder in sorted((RESULTS / "edges").iterdir())}
+    pages = {name: page(pd.concat(map(pd.read_csv, files))) for name, files in found.items() if files}
+    parts = [f"### {name}\n\n{part}" if len(pages) > 1 else part for name, part in pages.items()]
+    if parts:
+        write_text(RESULTS / "edges.md", "\n".join(parts))
 
 
 if __name__ == "__main__":
