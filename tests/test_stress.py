@@ -202,9 +202,13 @@ def test_the_table_names_what_is_left_out_and_does_not_depend_on_batches():
     table = tls.stress(model, whole, test, rows=("worst case", "alternatives", "hypotheses"))
     assert not table.rows and set(table.left_out) == {"worst case", "alternatives", "hypotheses"}
     mine = reduction("planted_equality", EQUALITY)
-    shared: dict[str, Any] = {"rows": ("minimality", "worst case"), "train": train[:16], "draws": 2, "bootstrap": 20}
+    shared: dict[str, Any] = {"rows": ("minimality",), "train": train[:16], "draws": 2, "bootstrap": 20}
     one, two = (tls.stress(model, mine, test[:16], **shared, batch_size=size) for size in (None, 7))
-    for first, second in zip(one.rows, two.rows, strict=True):
+    few: dict[str, Any] = {"train": train[:16], "starts": 2, "steps": 2}
+    worst = [
+        worst_case(model, mine, test[:16], Setting(draws=2, bootstrap=20, batch_size=size), **few) for size in (None, 7)
+    ]
+    for first, second in zip((*one.rows, *worst[0]), (*two.rows, *worst[1]), strict=True):
         assert (first.stand, first.because.split(";")[0]) == (second.stand, second.because.split(";")[0])
         assert first.value == pytest.approx(second.value, rel=1e-4, abs=1e-9)
     assert len(one["minimality"]) == 2
