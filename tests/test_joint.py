@@ -36,6 +36,7 @@ from tl_sparsify.core.metrics import kl, log_odds
 from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.selection import NO_SHRINKAGE
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
 
 CHOICES = (1, 4, 7, 8)
@@ -80,7 +81,7 @@ def test_one_unit_a_round_is_brute_force_with_explicit_jacobians():
 
 def test_a_round_predicts_the_joint_risk_of_what_it_removes():
     model, train, held_out = bridge(), examples(10, choices=CHOICES), examples(6, 1, choices=CHOICES)
-    path = found(held_out=held_out, refitting=Refitting(0))
+    path = found(held_out=held_out, refitting=Refitting(0), exchanges=0)
     z = answer_logits(model, held_out).detach()
     current = Reduction(Circuit.full(path.units), constants.mean(model, train, path.units))
     for step in path.rounds:
@@ -110,8 +111,15 @@ def test_the_best_of_all_circuits_is_found():
 
 
 def test_one_expansion_orders_all_units_wherever_its_round_ends():
-    orders = [found(sizes=[size]).order.tolist() for size in (0.7, 0.4, 0.01)]
+    orders = [found(sizes=[size], shrinkage=NO_SHRINKAGE).order.tolist() for size in (0.7, 0.4, 0.01)]
     assert orders[0] == orders[1] == orders[2]
+
+
+def test_where_samples_are_many_all_of_the_expansion_is_believed():
+    data = examples(400, choices=CHOICES)
+    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "exchanges": 0, "progress": False}
+    free, fixed = (sparsify(bridge(), data, units_of(bridge()), shrinkage=s, **settings) for s in (None, NO_SHRINKAGE))
+    assert free.order.tolist() == fixed.order.tolist()
 
 
 # Paths
@@ -196,7 +204,7 @@ def test_the_measured_risk_is_that_of_the_rounds_circuit(predict: bool, temperat
 @pytest.mark.parametrize("size", [10, 3])
 def test_a_search_takes_the_passes_that_it_says(size: int):
     model, data = bridge(), examples(10, choices=CHOICES)
-    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "batch_size": size, "progress": False}
+    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "batch_size": size, "progress": False, "exchanges": 0}
     with counted(model) as passes:
         sparsify(model, data, units_of(model), **settings)
     # means, a forward pass a round, the original, the last measured risk; three exact probes and the slope

@@ -42,6 +42,7 @@ _PUBLIC = {
     "tl_sparsify.comparison.convergence": ("refit_until_converged",),
     "tl_sparsify.comparison.curves": ("Curve",),
     "tl_sparsify.comparison.evaluate": ("Evaluation", "evaluate"),
+    "tl_sparsify.comparison.masks": ("sharpen",),
     "tl_sparsify.comparison.methods": ("Method",),
     "tl_sparsify.comparison.path_patching": ("PathEffects", "patch_paths"),
     "tl_sparsify.comparison.resampling": ("Stability", "stability"),

@@ -24,6 +24,7 @@ from tl_sparsify.comparison.convergence import refit_until_converged as refit_un
 from tl_sparsify.comparison.curves import Curve as Curve
 from tl_sparsify.comparison.evaluate import Evaluation as Evaluation
 from tl_sparsify.comparison.evaluate import evaluate as evaluate
+from tl_sparsify.comparison.masks import sharpen as sharpen
 from tl_sparsify.comparison.methods import Method as Method
 from tl_sparsify.comparison.path_patching import PathEffects as PathEffects
 from tl_sparsify.comparison.path_patching import patch_paths as patch_paths

@@ -1,8 +1,8 @@
 """Search: from scores to a nested path of circuits.
 
 ``sparsify`` removes units in rounds. Each round linearises the model *with the units removed so far ablated*, picks
-the next units jointly by predicted risk (the deviation already made stays in the sum), removes them, and goes on. Where
-units outnumber samples, the expansion is shrunk (:mod:`shrinkage`), a round that did much worse than it
+the next units jointly by predicted risk (the deviation already made stays in the sum), removes them, and goes on. The
+expansion is shrunk by as much as predicts unseen samples best (:mod:`shrinkage`), a round that did much worse than it
 predicted is taken back by half, and rounds of exchanges put right what removals got wrong: a few units come back and as
 many leave. Selecting happens on the training split, choosing a size on validation, reporting on test.
 """
@@ -86,13 +86,12 @@ def sparsify(
         carry_deviation: a round also counts what the removals so far have changed, so that a unit which cancels
             that is removed first; without, it takes the ablated model for the original, which was better where
             constants are refitted at the end only (``benchmarks/variants.py``): the deviation is not what will be left.
-        shrinkage: how much of the expansion is believed; where not given all of it in rounds with more samples than
-            units to choose from, and else what predicts best on examples that the choice has not seen
-            (:func:`shrinkage.chosen`: two halves of ``train``).
+        shrinkage: how much of the expansion is believed; where not given, in each round what predicts best on examples
+            that the choice has not seen (:func:`shrinkage.chosen`: two halves of ``train``), starting from all of it
+            where samples outnumber units.
         exchanges: rounds that may be made again at a size, at most: with half of what the last one removed taken back,
-            where that did much worse than predicted; or, where units outnumber samples, as an exchange of a few kept
-            units for as many removed ones, where that promises enough on examples that the choice has not seen. Half
-            of ``rounds`` where not given.
+            where that did much worse than predicted; or as an exchange of a few kept units for as many removed ones,
+            where that promises enough on examples that the choice has not seen. Half of ``rounds`` where not given.
         predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         start: go on from this reduction (of another path, say) instead of the whole model.
@@ -204,7 +203,7 @@ def sparsify(
         pending = list(state.pending) if step == state.step and state.pending else [target]
         while pending:
             excess = float(weight[current.circuit.mask].sum()) - pending[-1]
-            settling = excess <= 0 and last and trading and spare > 0 and bool(found) and believed != NO_SHRINKAGE
+            settling = excess <= 0 and last and trading and spare > 0 and bool(found)
             if excess <= 0 and not settling:
                 pending.pop()
                 continue
@@ -223,9 +222,8 @@ def sparsify(
                 picks, spare, promised = picks[:half], spare - 1, float("inf")
                 continue
             kept, gone = current.circuit.mask & free, first.mask & ~current.circuit.mask & free
-            shrunk = shrinkage is None and sketch.samples < int(kept.sum())
             exchanged = False
-            if shrunk and trading and reached and (settling or spare > reserved) and bool(gone.any()):
+            if trading and reached and (settling or spare > reserved) and bool(gone.any()):
                 trade, promise = traded(expansion.halves, kept, gone, near=trade)
                 exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
             picks = restored = torch.zeros(0, dtype=torch.long)
@@ -236,12 +234,10 @@ def sparsify(
             elif settling:
                 break
             else:
-                if shrunk:
-                    near = START if believed == NO_SHRINKAGE else believed
+                if shrinkage is None:
+                    near = NO_SHRINKAGE if number == 1 and sketch.samples >= int(kept.sum()) else believed
                     slopes = number % 2 == 0
                     believed, promised = chosen(expansion.halves, kept, excess, near=near, slopes=slopes, costs=costs)
-                else:
-                    believed, promised = NO_SHRINKAGE if shrinkage is None else shrinkage, float("inf")
                 picks = greedy(sketch, kept, excess, shrinkage=believed, costs=costs)
             left[restored] = torch.inf
             left[picks] = clock + torch.arange(len(picks), dtype=torch.float64)

@@ -1,0 +1,114 @@
+"""Sharpening: a mask that starts from a path's order, and the better of the two paths."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import EXCLUSIVE_OR, bridge, examples, exclusive_or, exclusive_or_inputs, fresh, unchanged, units_of
+from torch import Tensor
+
+from tl_sparsify import constants, sharpen
+from tl_sparsify.comparison.cost import counted
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.search.joint import sparsify
+from tl_sparsify.search.path import CircuitPath, Round
+from tl_sparsify.search.settings import Constraints, Refitting
+
+NOTHING = Estimate(float("nan"), float("nan"), 0, "nats")
+
+
+def path_of(model: Model, data: Examples, units: Units, order: Tensor, sizes: tuple[int, ...]) -> CircuitPath:
+    """The path of an order with mean constants, at these sizes."""
+    values = constants.mean(model, data, units)
+    rounds: list[Round] = []
+    for size in sizes:
+        mask = torch.zeros(len(units), dtype=torch.bool)
+        mask[order[len(units) - size :]] = True
+        rounds.append(Round(Reduction(Circuit(units, mask), values), NOTHING, NOTHING, 0.0))
+    return CircuitPath(units, order, tuple(rounds))
+
+
+def mean_log(path: CircuitPath) -> float:
+    return sum(math.log(max(step.measured.mean, 1e-6)) for step in path.rounds)
+
+
+def test_a_wrong_order_is_put_right():
+    model, data = exclusive_or(), exclusive_or_inputs(64)
+    wrong = path_of(model, data, model.units, torch.tensor([0, 1, 4, 5, 6, 7, 3, 2]), (4, 2))
+    better = sharpen(model, wrong, data, steps=80, progress=False)
+    assert set(better.rounds[-1].reduction.circuit.names) == set(EXCLUSIVE_OR)
+    assert better.rounds[-1].measured.mean < 1e-6 < risk(model, wrong.rounds[-1].reduction, data).mean
+
+
+def test_training_begins_at_the_order():
+    model, data = bridge(), examples(12)
+    units = units_of(model)
+    for seed in range(3):
+        order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
+        path = path_of(model, data, units, order, (9, 5, 3))
+        assert sharpen(model, path, data, steps=2, learning_rate=1e-6, progress=False).order.tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("learning_rate", [0.05, 5.0])
+def test_the_path_is_no_worse_where_it_is_measured_and_keeps_its_sizes(learning_rate: float):
+    model, data, held_out = bridge(), examples(12), examples(20, seed=4)
+    units = units_of(model)
+    path = sparsify(
+        model, data, units, rounds=4, smallest=0.2, held_out=held_out, refitting=Refitting(0), progress=False
+    )
+    settings: dict[str, Any] = {"steps": 6, "learning_rate": learning_rate, "progress": False}
+    better = sharpen(model, path, data, held_out=held_out, **settings)
+    before = [risk(model, step.reduction, held_out) for step in path.rounds]
+    assert mean_log(better) <= sum(math.log(max(one.mean, 1e-6)) for one in before) + 1e-12
+    larger = Circuit.full(units)
+    for old, new in zip(path.rounds, better.rounds, strict=True):
+        assert len(new.reduction.circuit) == len(old.reduction.circuit)
+        assert new.reduction.circuit <= larger and better.at(new.reduction.circuit.fraction) == new.reduction
+        assert new.measured == risk(model, new.reduction, held_out)
+        larger = new.reduction.circuit
+
+
+def test_counterfactual_values_and_kept_units_go_through():
+    model, data = bridge(), examples(10)
+    units = units_of(model)
+    kept = Circuit.of(units, units.names[:2])
+    values = constants.counterfactual(model, data, units)
+    path = sparsify(
+        model, data, units, sizes=(0.5, 0.3), values=values, constraints=Constraints(always_keep=kept), progress=False
+    )
+    better = sharpen(model, path, data, steps=4, learning_rate=1.0, always_keep=kept, progress=False)
+    assert all(kept <= step.reduction.circuit and step.reduction.values.paired for step in better.rounds)
+
+
+def test_passes_are_what_the_docstring_says_and_the_model_is_left():
+    model, data = fresh(), examples(20)
+    path = path_of(model, data, units_of(model), torch.arange(len(units_of(model))), (9, 5, 3))
+    with counted(model) as passes, unchanged(model):
+        sharpen(model, path, data, per_step=10, progress=False)
+    assert passes == {"forward": (40 + 1 + 2 * 3) * 20, "backward": 20 * 20}
+
+
+def test_what_cannot_be_sharpened_is_refused_by_name():
+    model, data = bridge(), examples(10)
+    units = units_of(model)
+    path = path_of(model, data, units, torch.arange(len(units)), (5,))
+    costly = CircuitPath(units, path.order, path.rounds, torch.ones(len(units)))
+    fitted = constants.refit(model, path.rounds[0].reduction, data, data, steps=1, progress=False)
+    refitted = CircuitPath(units, path.order, (Round(fitted, NOTHING, NOTHING, 0.0),))
+    for given, settings, message in [
+        (path, {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+        (path, {"steps": 0}, "steps is 0; at least one is needed"),
+        (path, {"always_keep": Circuit.full(units.at(1))}, "always_keep is a circuit over"),
+        (costly, {}, "path is ordered by costs"),
+        (refitted, {}, r"path has refit values, fitted in its rounds: search with Refitting\(0\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sharpen(model, given, data, progress=False, **settings)
