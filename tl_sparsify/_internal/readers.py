@@ -9,6 +9,11 @@ The hook points are ``blocks.{l}.attn.q.edges`` (and ``k``, ``v``), ``blocks.{l}
 values of a head together), ``blocks.{l}.attn.edges`` (the layer as one reader), ``blocks.{l}.mlp.edges`` and
 ``unembed.edges``. Their activation is ``[batch, pos, readers, d_model]``, and their hook also knows what has been
 written so far.
+
+Where a norm stands behind attention (Gemma 2 and 3, OLMo 2), what heads write is summed and passes it before it joins
+the stream: ``post(y)``. A reader then has copies of each earlier layer's sum ``y`` as well, and takes in
+``x[r] + post(y[r]) - post(y)``: it hears the norm of what it keeps. The activation is ``[batch, pos, terms * readers,
+d_model]``, the stream for all readers and then each layer's sum for all of them (:func:`terms`).
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +32,9 @@ from torch import Tensor, nn
 
 _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.q|attn\.k|attn\.v|attn\.heads|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
+_HEAD = re.compile(r"L(\d+)H\d+")
+_POST_NORMED = ("Gemma2For", "Gemma3For", "Olmo2For", "Olmo3For")
+"""Architectures with norms behind attention and MLPs whose stream is the sum of what comes out of these."""
 
 
 def reads(hook: str) -> bool:
@@ -42,6 +50,40 @@ def rows_first(x: Float[Tensor, "batch pos rows d_model"]) -> Float[Tensor, "row
 def rows_last(x: Float[Tensor, "rows batch pos d_model"]) -> Float[Tensor, "batch pos rows d_model"]:
     """As hook points have it, a view."""
     return x.permute(1, 2, 0, 3)
+
+
+@cache
+def terms(writers: tuple[str, ...]) -> tuple[list[int], ...]:
+    """Where each writer writes, if norms stand behind attention: first the numbers of those that write into the stream,
+    then for each layer those of its heads."""
+    layers = [int(match[1]) if (match := _HEAD.fullmatch(name)) else -1 for name in writers]
+    return tuple([i for i, layer in enumerate(layers) if layer == one] for one in sorted({-1, *layers}))
+
+
+def term_count(model: Any, writers: tuple[str, ...]) -> int:
+    """How many copies of ``d_model`` numbers a reader of these writers has."""
+    return len(terms(writers)) if any(_post_norm(block) is not None for block in model.blocks) else 1
+
+
+def along_edges(
+    gradient: Float[Tensor, "batch pos _ d_model"],
+    step: Float[Tensor, "batch pos writers d_model"],
+    writers: tuple[str, ...],
+    readers: int,
+) -> Float[Tensor, "batch edges"]:
+    """What each writer's step comes to along each reader's gradient: the sum over positions and entries."""
+
+    def along(term: int, columns: slice | list[int]) -> Float[Tensor, "batch readers some"]:
+        here = gradient[:, :, term * readers : (term + 1) * readers]
+        slopes, ways = (part.transpose(1, 2).flatten(2) for part in (here, step[:, :, columns]))
+        return torch.bmm(slopes, ways.transpose(1, 2))
+
+    if gradient.shape[2] == readers:
+        return along(0, slice(None)).flatten(1)
+    found = step.new_empty(len(step), readers, step.shape[2])
+    for term, columns in enumerate(terms(writers)):
+        found[:, :, columns] = along(term, columns)
+    return found.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -64,10 +106,13 @@ class Written:
 
 @dataclass
 class _Pass:
-    """What one forward pass has left so far: what was written, by hook point, and for each reader its own copies of the
-    stream (where somebody gave it some), these behind the norm, and which of them are projected."""
+    """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
+    by layer; and for each reader its own copies of the stream (where somebody gave it some) and of these, the former
+    behind the reader's norm, and which of them are projected."""
 
     written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
+    sums: dict[int, Float[Tensor, "batch pos one d_model"]] = field(default_factory=dict)
+    kept: dict[str, tuple[Float[Tensor, "batch pos _ d_model"], ...]] = field(default_factory=dict)
     taken: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
@@ -86,12 +131,14 @@ def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
             be given an input of its own.
     """
     for layer, block in enumerate(model.blocks):
-        for norm in ("ln1_post", "ln2_post"):
-            if isinstance(getattr(block, norm, None), nn.Module):
-                raise ValueError(
-                    f"block {layer} has a norm behind its attention or MLP ({norm}): what a head writes is no part of "
-                    "the stream by itself, and edges from it are not defined here; use heads() and mlps()"
-                )
+        architecture = str(getattr(model.cfg, "architecture", None))
+        behind = [norm for norm in ("ln1_post", "ln2_post") if isinstance(getattr(block, norm, None), nn.Module)]
+        if behind and not architecture.startswith(_POST_NORMED):
+            raise ValueError(
+                f"block {layer} has a norm behind its attention or MLP ({behind[0]}), and whether the stream of "
+                f"{architecture} is the sum of what comes out of these is not known (it is for "
+                "Gemma 2 and 3, OLMo 2 and 3): use heads() and mlps()"
+            )
         points = model.hook_dict
         if f"blocks.{layer}.attn.hook_z" not in points and f"blocks.{layer}.hook_attn_out" in points:
             raise ValueError(f"block {layer} has attention without heads (no hook_z): use attentions() and mlps()")
@@ -102,6 +149,12 @@ def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
                 "their own: use heads() and mlps()"
             )
         yield layer, block
+
+
+def _post_norm(block: Any) -> Any:
+    """What a layer's attention passes before it joins the stream, without hooks; ``None`` where that is nothing."""
+    norm = getattr(block, "ln1_post", None)
+    return (getattr(norm, "original_component", None) or norm) if isinstance(norm, nn.Module) else None
 
 
 def _of_its_own(block: Any) -> bool:
@@ -127,6 +180,8 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
                     made.append((f"blocks.{layer}.attn.{part}.hook_out", project))
         if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
             made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
+            if _post_norm(block) is not None:
+                made.append((f"blocks.{layer}.ln1_post.hook_in", partial(_note_sum, model, layer)))
         if f"blocks.{layer}.hook_mlp_out" in model.hook_dict:
             name = f"blocks.{layer}.mlp.edges"
             if name in acts:
@@ -165,6 +220,10 @@ def _note_heads(model: Any, layer: int, attn: Any, z: Float[Tensor, "batch pos h
     _PASSES[model].written[f"heads.{layer}"] = _by_head(z, attn.W_O.detach())
 
 
+def _note_sum(model: Any, layer: int, out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+    _PASSES[model].sums[layer] = out[:, :, None]
+
+
 def _by_head(
     x: Float[Tensor, "batch pos heads some"], weight: Float[Tensor, "heads some others"]
 ) -> Float[Tensor, "batch pos heads others"]:
@@ -184,10 +243,22 @@ def _acted(
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
     hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks)
+    layers = [layer for layer in state.sums if there(f"heads.{layer}")]
+    had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
+    copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream
+    changed = False
     for act in acts:
-        new = act(stream, hook=hook)
+        new = act(copies, hook=hook)
         if new is not None:
-            stream = state.taken[name] = new
+            copies, changed = new, True
+    if not changed:
+        return stream
+    stream, *kept = copies.split(stream.shape[2], 2)
+    state.kept[name] = tuple(kept)
+    for layer, old, new in zip(layers, had, kept, strict=True):
+        norm = _post_norm(model.blocks[layer])
+        stream = stream + rows_last(norm(rows_first(new)) - norm(rows_first(old)))
+    state.taken[name] = stream
     return stream
 
 

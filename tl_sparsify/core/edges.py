@@ -5,6 +5,7 @@ The residual stream is a sum, so that each reader's input can lose what one writ
     x[r] -> x[r] - sum_u (1 - keep[u, r]) (w_u - c_u),
 
 which is the one primitive ``value + keep * (v - value)`` for every edge, whose value ``v`` is what its writer writes.
+Where a norm stands behind attention the heads of a layer are taken from that layer's sum, before its norm.
 The readers' norms and projections are worked out from there, so that an ablation of any number of edges is one forward
 pass, and all that takes units takes edges. Keeping every edge of some heads is keeping the heads; a removed edge alone
 is path patching from writer to reader with everything else frozen at what it then computes.
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.readers import Written, blocks_that_read, rows_first, rows_last
+from tl_sparsify._internal.readers import Written, blocks_that_read, rows_first, rows_last, terms
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of
@@ -43,9 +44,13 @@ def edges(model: Any, readers: Readers = "qkv") -> Units:
 
     Edges do not fold: which part of the stream a weight sees is no property of the weight.
 
+    Where norms stand behind attention and MLPs (Gemma 2 and 3, OLMo 2 and 3) a head writes into its layer's sum, and a
+    reader hears the norm of what it keeps of that: its copies take memory for every earlier layer. An MLP writes what
+    comes out of its norm.
+
     Raises:
-        ValueError: another ``readers``; a model whose stream is not a sum of what heads and MLPs write (norms behind
-            them), or whose attention and MLP read through one norm.
+        ValueError: another ``readers``; a model of which it is not known that its stream is the sum of what heads and
+            MLPs write (norms behind them, in another architecture), or whose attention and MLP read through one norm.
 
     Example:
         >>> found = tls.edges(model)
@@ -90,10 +95,11 @@ def apply_to_edges(
     value: Float[Tensor, "..."],
     mixing: None,
     spared: Callable[[], Bool[Tensor, "batch pos"] | None],
-    stream: Float[Tensor, "batch pos readers d_model"],
+    stream: Float[Tensor, "batch pos copies d_model"],
     hook: Written,
-) -> Float[Tensor, "batch pos readers d_model"]:
-    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it."""
+) -> Float[Tensor, "batch pos copies d_model"]:
+    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it, and so each layer's sum where
+    the reader has copies of these."""
     check_places(site, stream)
     gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
     if gone.ndim == 3 and len(gone) != len(stream):
@@ -104,7 +110,9 @@ def apply_to_edges(
         return stream
     written = rows_first(hook.stack.to(stream))
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
-    change = _shared(gone, value) - _shared(gone, written)
+    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
+    parts = [_shared(gone[..., some], value[some]) - _shared(gone[..., some], written[some]) for some in groups]
+    change = parts[0] if len(parts) == 1 else torch.cat(parts)
     where = site.position_mask(stream.shape[0], stream.shape[1])
     if where is not None:
         change = change * where.to(change)[..., None]
