@@ -7,8 +7,9 @@ projection are worked out from that copy, so that readers of one layer may be gi
 
 The hook points are ``blocks.{l}.attn.q.edges`` (and ``k``, ``v``), ``blocks.{l}.attn.heads.edges`` (queries, keys and
 values of a head together), ``blocks.{l}.attn.edges`` (the layer as one reader), ``blocks.{l}.mlp.edges`` and
-``unembed.edges``. Their activation is ``[batch, pos, readers, d_model]``, and their hook also knows what has been
-written so far.
+``unembed.edges``. Where heads share keys and values, ``k``, ``v`` and ``heads`` have a reader for each group, and
+``key``, ``value`` and ``each`` one for each head. Their activation is ``[batch, pos, readers, d_model]``, and their
+hook also knows what has been written so far.
 
 Where a norm stands behind attention (Gemma 2 and 3, OLMo 2), what heads write is summed and passes it before it joins
 the stream: ``post(y)``. A reader then has copies of each earlier layer's sum ``y`` as well, and takes in
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -30,8 +31,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.q|attn\.k|attn\.v|attn\.heads|attn|mlp)|(unembed))\.edges")
+_POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
+_SINGLE = {"attn.key": "k", "attn.value": "v", "attn.each": "qkv"}  # of each head, where heads share keys and values
+_READS |= _SINGLE
 _HEAD = re.compile(r"L(\d+)H\d+")
 _POST_NORMED = ("Gemma2For", "Gemma3For", "Olmo2For", "Olmo3For")
 """Architectures with norms behind attention and MLPs whose stream is the sum of what comes out of these."""
@@ -151,6 +154,23 @@ def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
         yield layer, block
 
 
+def check_apart(layer: int, attn: Any) -> None:
+    """Refuse attention whose heads cannot be given keys and values of their own.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    inner = getattr(attn, "original_component", attn)
+    normed = getattr(attn, "_qk_norm_phase", None) == "pre_reshape"  # one norm over the keys of all heads
+    gated = getattr(attn.config, "gated_q_proj", False) or "gate" in getattr(attn, "submodules", {})
+    known = type(attn).__name__ == "PositionEmbeddingsAttentionBridge"
+    if not known or normed or gated or getattr(inner, "sinks", None) is not None:
+        raise ValueError(
+            f"grouped is False, and the heads of block {layer} ({type(inner).__name__}) cannot be given keys and "
+            "values of their own: leave grouped=True, where those that share them share a reader"
+        )
+
+
 def _post_norm(block: Any) -> Any:
     """What a layer's attention passes before it joins the stream, without hooks; ``None`` where that is nothing."""
     norm = getattr(block, "ln1_post", None)
@@ -178,6 +198,9 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
                 for part in _READS.get(name.removeprefix(f"blocks.{layer}.").removesuffix(".edges"), ""):
                     project = partial(_project, model, block.attn, part, name)
                     made.append((f"blocks.{layer}.attn.{part}.hook_out", project))
+            if _single(layer, attention):
+                many = partial(_repeated, model, layer, len(block.attn.W_Q))
+                made += [(f"blocks.{layer}.attn.{point}", many) for point in ("k.hook_out", "v.hook_out", "hook_rot_q")]
         if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
             made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
             if _post_norm(block) is not None:
@@ -193,6 +216,41 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
         point = last if getattr(model, "ln_final", None) is None else "ln_final.hook_in"
         made.append((point, partial(_take_whole, model, "unembed.edges", acts["unembed.edges"])))
     return made
+
+
+def first_hooks(model: Any, names: list[str]) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks that must come before all others: attention's output as others know it, where each head had keys and values
+    of its own. TransformerLens repeats these once more for each head of a group, and so are queries: all are equal."""
+    layers = [layer for layer in range(len(model.blocks)) if _single(layer, names)]
+    return [
+        (f"blocks.{layer}.attn.hook_z", partial(_once, model, layer, len(model.blocks[layer].attn.W_Q)))
+        for layer in layers
+    ]
+
+
+def _single(layer: int, names: Iterable[str]) -> bool:
+    return any(f"blocks.{layer}.{reader}.edges" in names for reader in _SINGLE)
+
+
+def _repeated(
+    model: Any, layer: int, heads: int, own: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos ..."] | None:
+    """Keys and values as often as there are heads, and queries as often as TransformerLens then has keys."""
+    width = model.blocks[layer].attn.W_K.shape[2]
+    many = heads // len(model.blocks[layer].attn.W_K)
+    apart = own if own.ndim == 4 else own.unflatten(2, (-1, width))
+    queries = hook.name.endswith("hook_rot_q")
+    if not _single(layer, _PASSES[model].taken) or apart.shape[2] != (heads if queries else heads // many):
+        return None
+    return apart.repeat_interleave(many, 2) if queries else apart.repeat_interleave(many, 2).flatten(2)
+
+
+def _once(
+    model: Any, layer: int, heads: int, z: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos heads width"] | None:
+    if z.ndim == 4 or not _single(layer, _PASSES[model].taken):
+        return None
+    return z.unflatten(2, (heads, -1, model.blocks[layer].attn.W_V.shape[2]))[:, :, :, 0]
 
 
 def before(name: str, parallel: bool) -> Callable[[str], bool]:
@@ -287,6 +345,13 @@ def _take_attention(
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
             state.normed[name] = taken if inner is None else rows_last(inner(rows_first(taken)))
+    layer = int(next(iter(acts)).split(".")[1])
+    if _single(layer, state.taken) and any(
+        f"blocks.{layer}.attn.{p}.edges" in state.taken for p in ("k", "v", "heads")
+    ):
+        raise ValueError(
+            f"edges into the shared keys and values of block {layer} are removed, and edges into single ones"
+        )
     return whole
 
 
@@ -294,12 +359,12 @@ def _readers(model: Any, name: str) -> int:
     """How many readers a hook point of attention has."""
     _, layer, _, part, _ = name.split(".")
     attn = model.blocks[int(layer)].attn
-    return len(attn.W_Q if part == "q" else attn.W_K)
+    return len(attn.W_Q if part == "q" or f"attn.{part}" in _SINGLE else attn.W_K)
 
 
 def _project(
-    model: Any, attn: Any, part: str, name: str, own: Float[Tensor, "batch pos heads width"], hook: Any
-) -> Float[Tensor, "batch pos heads width"] | None:
+    model: Any, attn: Any, part: str, name: str, own: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos ..."] | None:
     """Queries, keys or values of copies of the stream, where these are no longer what they were."""
     state = _PASSES[model]
     normed = state.normed.get(name)
@@ -307,7 +372,12 @@ def _project(
         return None
     state.projected.add((name, part))
     weight, bias = getattr(attn, f"W_{part.upper()}").detach(), getattr(attn, f"b_{part.upper()}", None)
-    if normed.shape[2] != len(weight):  # several heads share a reader
+    shared, more = len(weight) < normed.shape[2], normed.shape[2] // len(weight)
+    if shared:  # several readers, one for each head, have keys or values in common
+        weight = weight.repeat_interleave(more, 0)
+        bias = None if bias is None else bias.repeat_interleave(more, 0)
+    elif not more:  # several heads share a reader
         normed = normed.repeat_interleave(len(weight) // normed.shape[2], 2)
     made = _by_head(normed, weight)
-    return (made if bias is None else made + bias.detach().to(made)).to(own)
+    made = (made if bias is None else made + bias.detach().to(made)).to(own)
+    return made.flatten(2) if shared else made
