@@ -24,8 +24,8 @@ ORDER = {
     "mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds acdc "
-    "baselines convergence methods tables cells benchmark",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds "
+    "edge_scores baselines convergence methods tables cells benchmark",
     "stressing": "table measuring worst_case minimality alternatives specificity hypotheses battery",
     "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia "
     "page",
