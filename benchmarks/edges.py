@@ -29,7 +29,10 @@ SIZES = (0.2, 0.1, 0.05, 0.02, 0.01)
 TASKS = ("ioi", "docstring", "greater_than", "induction", "multi_task")
 ABLATIONS = ("mean", "counterfactual")
 OURS = "joint risk"
-ONE_SHOT = ("risk, one shot", "EAP", "EAP, signed", "EAP-IG", "EAP-IG, signed")
+ONE_SHOT = (
+    *("risk, one shot", "EAP", "EAP, signed", "EAP-IG", "EAP-IG, signed"),
+    *("EAP-IG, activations", "EAP-IG, activations, signed", "information flow"),
+)
 Method = Callable[..., Any]
 
 
@@ -59,6 +62,9 @@ def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
         given = {"steps": -(-backward * len(train) // many), "per_step": many, **quiet}
         return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
 
+    def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+        return tls.baselines.information_flow(model, train, units, seed=seed)
+
     gradient, integrated = tls.score.gradient, tls.score.integrated
     return {
         OURS: joint,
@@ -67,6 +73,9 @@ def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
         "EAP, signed": ordered(gradient, False),
         "EAP-IG": ordered(integrated, True, steps=steps),
         "EAP-IG, signed": ordered(integrated, False, steps=steps),
+        "EAP-IG, activations": ordered(tls.baselines.eap_ig_activations, True, steps=steps),
+        "EAP-IG, activations, signed": ordered(tls.baselines.eap_ig_activations, False, steps=steps),
+        "information flow": flow,
         "EAP, rounds": again(gradient, 1),
         "EAP-IG, rounds": again(integrated, steps, steps=steps),
         "top-k mask": mask,

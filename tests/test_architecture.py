@@ -24,11 +24,11 @@ ORDER = {
     "mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds acdc "
-    "baselines convergence methods tables cells benchmark",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds "
+    "edge_scores baselines convergence methods tables cells benchmark",
     "stressing": "table measuring worst_case minimality alternatives specificity hypotheses battery",
-    "presentation": "sealed results sentences edge_map diagrams curves plot printed report circuit_data neuronpedia "
-    "page",
+    "presentation": "sealed results sentences edge_map edge_graph diagrams curves plot printed report "
+    "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
@@ -36,6 +36,7 @@ LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2,
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {
+    "presentation.edge_graph",
     "presentation.edge_map",
     "presentation.diagrams",
     "presentation.curves",

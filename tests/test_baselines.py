@@ -38,7 +38,13 @@ from tl_sparsify.search.scores import Scores
 
 UNITS = Units((Site("neuron", 0, "hook_neurons", 60), Site("head", 1, "hook_heads", 40)))
 EXAMPLES = Examples(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long))
-OTHER = {"in_rounds", "edge_attribution", "acdc"}  # what takes a scorer, and what scores edges
+OTHER = {
+    "in_rounds",
+    "edge_attribution",
+    "acdc",
+    "eap_ig_activations",
+    "information_flow",
+}  # what takes a scorer, and what scores edges
 METHODS = [getattr(baselines, name) for name in baselines.__all__ if name.islower() and name not in OTHER]
 
 

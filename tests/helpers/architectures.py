@@ -34,13 +34,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("Gemma2ForCausalLM", SLIDING),
     "Gemma 3": ("Gemma3ForCausalLM", SLIDING),
 }
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "OLMo 2": ("Olmo2ForCausalLM", {k: v for k, v in GROUPED.items() if k != "head_dim"})
+}
+"""Not known to everything: norms behind attention and MLPs alone."""
 UNEVEN = ["some", "one", "none", "some"]  # by site: here 3 sites of heads, then 3 of neurons, in turn
 FIRST_EMPTY = ["none", "some", "some", "one"]
 
 
 def fresh(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """A bridge with random weights, large enough that attention is far from uniform."""
-    architecture, settings = CONFIGS[name]
+    architecture, settings = (CONFIGS | MORE)[name]
     model_class = getattr(transformers, architecture)
     config = model_class.config_class(**settings | options)
     config._attn_implementation = "eager"

@@ -7,17 +7,23 @@ projection are worked out from that copy, so that readers of one layer may be gi
 
 The hook points are ``blocks.{l}.attn.q.edges`` (and ``k``, ``v``), ``blocks.{l}.attn.heads.edges`` (queries, keys and
 values of a head together), ``blocks.{l}.attn.edges`` (the layer as one reader), ``blocks.{l}.mlp.edges`` and
-``unembed.edges``. Their activation is ``[batch, pos, readers, d_model]``, and their hook also knows what has been
-written so far.
+``unembed.edges``. Where heads share keys and values, ``k``, ``v`` and ``heads`` have a reader for each group, and
+``key``, ``value`` and ``each`` one for each head. Their activation is ``[batch, pos, readers, d_model]``, and their
+hook also knows what has been written so far.
+
+Where a norm stands behind attention (Gemma 2 and 3, OLMo 2), what heads write is summed and passes it before it joins
+the stream: ``post(y)``. A reader then has copies of each earlier layer's sum ``y`` as well, and takes in
+``x[r] + post(y[r]) - post(y)``: it hears the norm of what it keeps. The activation is ``[batch, pos, terms * readers,
+d_model]``, the stream for all readers and then each layer's sum for all of them (:func:`terms`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,8 +31,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.q|attn\.k|attn\.v|attn\.heads|attn|mlp)|(unembed))\.edges")
+_POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
+_SINGLE = {"attn.key": "k", "attn.value": "v", "attn.each": "qkv"}  # of each head, where heads share keys and values
+_READS |= _SINGLE
+_HEAD = re.compile(r"L(\d+)H\d+")
+_POST_NORMED = ("Gemma2For", "Gemma3For", "Olmo2For", "Olmo3For")
+"""Architectures with norms behind attention and MLPs whose stream is the sum of what comes out of these."""
 
 
 def reads(hook: str) -> bool:
@@ -42,6 +53,40 @@ def rows_first(x: Float[Tensor, "batch pos rows d_model"]) -> Float[Tensor, "row
 def rows_last(x: Float[Tensor, "rows batch pos d_model"]) -> Float[Tensor, "batch pos rows d_model"]:
     """As hook points have it, a view."""
     return x.permute(1, 2, 0, 3)
+
+
+@cache
+def terms(writers: tuple[str, ...]) -> tuple[list[int], ...]:
+    """Where each writer writes, if norms stand behind attention: first the numbers of those that write into the stream,
+    then for each layer those of its heads."""
+    layers = [int(match[1]) if (match := _HEAD.fullmatch(name)) else -1 for name in writers]
+    return tuple([i for i, layer in enumerate(layers) if layer == one] for one in sorted({-1, *layers}))
+
+
+def term_count(model: Any, writers: tuple[str, ...]) -> int:
+    """How many copies of ``d_model`` numbers a reader of these writers has."""
+    return len(terms(writers)) if any(_post_norm(block) is not None for block in model.blocks) else 1
+
+
+def along_edges(
+    gradient: Float[Tensor, "batch pos _ d_model"],
+    step: Float[Tensor, "batch pos writers d_model"],
+    writers: tuple[str, ...],
+    readers: int,
+) -> Float[Tensor, "batch edges"]:
+    """What each writer's step comes to along each reader's gradient: the sum over positions and entries."""
+
+    def along(term: int, columns: slice | list[int]) -> Float[Tensor, "batch readers some"]:
+        here = gradient[:, :, term * readers : (term + 1) * readers]
+        slopes, ways = (part.transpose(1, 2).flatten(2) for part in (here, step[:, :, columns]))
+        return torch.bmm(slopes, ways.transpose(1, 2))
+
+    if gradient.shape[2] == readers:
+        return along(0, slice(None)).flatten(1)
+    found = step.new_empty(len(step), readers, step.shape[2])
+    for term, columns in enumerate(terms(writers)):
+        found[:, :, columns] = along(term, columns)
+    return found.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -64,10 +109,13 @@ class Written:
 
 @dataclass
 class _Pass:
-    """What one forward pass has left so far: what was written, by hook point, and for each reader its own copies of the
-    stream (where somebody gave it some), these behind the norm, and which of them are projected."""
+    """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
+    by layer; and for each reader its own copies of the stream (where somebody gave it some) and of these, the former
+    behind the reader's norm, and which of them are projected."""
 
     written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
+    sums: dict[int, Float[Tensor, "batch pos one d_model"]] = field(default_factory=dict)
+    kept: dict[str, tuple[Float[Tensor, "batch pos _ d_model"], ...]] = field(default_factory=dict)
     taken: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
@@ -86,12 +134,14 @@ def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
             be given an input of its own.
     """
     for layer, block in enumerate(model.blocks):
-        for norm in ("ln1_post", "ln2_post"):
-            if isinstance(getattr(block, norm, None), nn.Module):
-                raise ValueError(
-                    f"block {layer} has a norm behind its attention or MLP ({norm}): what a head writes is no part of "
-                    "the stream by itself, and edges from it are not defined here; use heads() and mlps()"
-                )
+        architecture = str(getattr(model.cfg, "architecture", None))
+        behind = [norm for norm in ("ln1_post", "ln2_post") if isinstance(getattr(block, norm, None), nn.Module)]
+        if behind and not architecture.startswith(_POST_NORMED):
+            raise ValueError(
+                f"block {layer} has a norm behind its attention or MLP ({behind[0]}), and whether the stream of "
+                f"{architecture} is the sum of what comes out of these is not known (it is for "
+                "Gemma 2 and 3, OLMo 2 and 3): use heads() and mlps()"
+            )
         points = model.hook_dict
         if f"blocks.{layer}.attn.hook_z" not in points and f"blocks.{layer}.hook_attn_out" in points:
             raise ValueError(f"block {layer} has attention without heads (no hook_z): use attentions() and mlps()")
@@ -102,6 +152,29 @@ def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
                 "their own: use heads() and mlps()"
             )
         yield layer, block
+
+
+def check_apart(layer: int, attn: Any) -> None:
+    """Refuse attention whose heads cannot be given keys and values of their own.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    inner = getattr(attn, "original_component", attn)
+    normed = getattr(attn, "_qk_norm_phase", None) == "pre_reshape"  # one norm over the keys of all heads
+    gated = getattr(attn.config, "gated_q_proj", False) or "gate" in getattr(attn, "submodules", {})
+    known = type(attn).__name__ == "PositionEmbeddingsAttentionBridge"
+    if not known or normed or gated or getattr(inner, "sinks", None) is not None:
+        raise ValueError(
+            f"grouped is False, and the heads of block {layer} ({type(inner).__name__}) cannot be given keys and "
+            "values of their own: leave grouped=True, where those that share them share a reader"
+        )
+
+
+def _post_norm(block: Any) -> Any:
+    """What a layer's attention passes before it joins the stream, without hooks; ``None`` where that is nothing."""
+    norm = getattr(block, "ln1_post", None)
+    return (getattr(norm, "original_component", None) or norm) if isinstance(norm, nn.Module) else None
 
 
 def _of_its_own(block: Any) -> bool:
@@ -125,8 +198,13 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
                 for part in _READS.get(name.removeprefix(f"blocks.{layer}.").removesuffix(".edges"), ""):
                     project = partial(_project, model, block.attn, part, name)
                     made.append((f"blocks.{layer}.attn.{part}.hook_out", project))
+            if _single(layer, attention):
+                many = partial(_repeated, model, layer, len(block.attn.W_Q))
+                made += [(f"blocks.{layer}.attn.{point}", many) for point in ("k.hook_out", "v.hook_out", "hook_rot_q")]
         if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
             made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
+            if _post_norm(block) is not None:
+                made.append((f"blocks.{layer}.ln1_post.hook_in", partial(_note_sum, model, layer)))
         if f"blocks.{layer}.hook_mlp_out" in model.hook_dict:
             name = f"blocks.{layer}.mlp.edges"
             if name in acts:
@@ -138,6 +216,41 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
         point = last if getattr(model, "ln_final", None) is None else "ln_final.hook_in"
         made.append((point, partial(_take_whole, model, "unembed.edges", acts["unembed.edges"])))
     return made
+
+
+def first_hooks(model: Any, names: list[str]) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks that must come before all others: attention's output as others know it, where each head had keys and values
+    of its own. TransformerLens repeats these once more for each head of a group, and so are queries: all are equal."""
+    layers = [layer for layer in range(len(model.blocks)) if _single(layer, names)]
+    return [
+        (f"blocks.{layer}.attn.hook_z", partial(_once, model, layer, len(model.blocks[layer].attn.W_Q)))
+        for layer in layers
+    ]
+
+
+def _single(layer: int, names: Iterable[str]) -> bool:
+    return any(f"blocks.{layer}.{reader}.edges" in names for reader in _SINGLE)
+
+
+def _repeated(
+    model: Any, layer: int, heads: int, own: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos ..."] | None:
+    """Keys and values as often as there are heads, and queries as often as TransformerLens then has keys."""
+    width = model.blocks[layer].attn.W_K.shape[2]
+    many = heads // len(model.blocks[layer].attn.W_K)
+    apart = own if own.ndim == 4 else own.unflatten(2, (-1, width))
+    queries = hook.name.endswith("hook_rot_q")
+    if not _single(layer, _PASSES[model].taken) or apart.shape[2] != (heads if queries else heads // many):
+        return None
+    return apart.repeat_interleave(many, 2) if queries else apart.repeat_interleave(many, 2).flatten(2)
+
+
+def _once(
+    model: Any, layer: int, heads: int, z: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos heads width"] | None:
+    if z.ndim == 4 or not _single(layer, _PASSES[model].taken):
+        return None
+    return z.unflatten(2, (heads, -1, model.blocks[layer].attn.W_V.shape[2]))[:, :, :, 0]
 
 
 def before(name: str, parallel: bool) -> Callable[[str], bool]:
@@ -165,6 +278,10 @@ def _note_heads(model: Any, layer: int, attn: Any, z: Float[Tensor, "batch pos h
     _PASSES[model].written[f"heads.{layer}"] = _by_head(z, attn.W_O.detach())
 
 
+def _note_sum(model: Any, layer: int, out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+    _PASSES[model].sums[layer] = out[:, :, None]
+
+
 def _by_head(
     x: Float[Tensor, "batch pos heads some"], weight: Float[Tensor, "heads some others"]
 ) -> Float[Tensor, "batch pos heads others"]:
@@ -184,10 +301,22 @@ def _acted(
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
     hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks)
+    layers = [layer for layer in state.sums if there(f"heads.{layer}")]
+    had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
+    copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream
+    changed = False
     for act in acts:
-        new = act(stream, hook=hook)
+        new = act(copies, hook=hook)
         if new is not None:
-            stream = state.taken[name] = new
+            copies, changed = new, True
+    if not changed:
+        return stream
+    stream, *kept = copies.split(stream.shape[2], 2)
+    state.kept[name] = tuple(kept)
+    for layer, old, new in zip(layers, had, kept, strict=True):
+        norm = _post_norm(model.blocks[layer])
+        stream = stream + rows_last(norm(rows_first(new)) - norm(rows_first(old)))
+    state.taken[name] = stream
     return stream
 
 
@@ -216,6 +345,13 @@ def _take_attention(
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
             state.normed[name] = taken if inner is None else rows_last(inner(rows_first(taken)))
+    layer = int(next(iter(acts)).split(".")[1])
+    if _single(layer, state.taken) and any(
+        f"blocks.{layer}.attn.{p}.edges" in state.taken for p in ("k", "v", "heads")
+    ):
+        raise ValueError(
+            f"edges into the shared keys and values of block {layer} are removed, and edges into single ones"
+        )
     return whole
 
 
@@ -223,12 +359,12 @@ def _readers(model: Any, name: str) -> int:
     """How many readers a hook point of attention has."""
     _, layer, _, part, _ = name.split(".")
     attn = model.blocks[int(layer)].attn
-    return len(attn.W_Q if part == "q" else attn.W_K)
+    return len(attn.W_Q if part == "q" or f"attn.{part}" in _SINGLE else attn.W_K)
 
 
 def _project(
-    model: Any, attn: Any, part: str, name: str, own: Float[Tensor, "batch pos heads width"], hook: Any
-) -> Float[Tensor, "batch pos heads width"] | None:
+    model: Any, attn: Any, part: str, name: str, own: Float[Tensor, "batch pos ..."], hook: Any
+) -> Float[Tensor, "batch pos ..."] | None:
     """Queries, keys or values of copies of the stream, where these are no longer what they were."""
     state = _PASSES[model]
     normed = state.normed.get(name)
@@ -236,7 +372,12 @@ def _project(
         return None
     state.projected.add((name, part))
     weight, bias = getattr(attn, f"W_{part.upper()}").detach(), getattr(attn, f"b_{part.upper()}", None)
-    if normed.shape[2] != len(weight):  # several heads share a reader
+    shared, more = len(weight) < normed.shape[2], normed.shape[2] // len(weight)
+    if shared:  # several readers, one for each head, have keys or values in common
+        weight = weight.repeat_interleave(more, 0)
+        bias = None if bias is None else bias.repeat_interleave(more, 0)
+    elif not more:  # several heads share a reader
         normed = normed.repeat_interleave(len(weight) // normed.shape[2], 2)
     made = _by_head(normed, weight)
-    return (made if bias is None else made + bias.detach().to(made)).to(own)
+    made = (made if bias is None else made + bias.detach().to(made)).to(own)
+    return made.flatten(2) if shared else made

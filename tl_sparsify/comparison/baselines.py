@@ -19,6 +19,8 @@ method                    what it is                                            
 ``hard_concrete``         trained: stochastic gates and a penalty on open ones               160 + 80 by default
 ``top_k_gate``            trained: gates that sum to a random size                           160 + 80 by default
 ``acdc``                  edges removed one at a time at each threshold                      ``thresholds n + 2``
+``eap_ig_activations``    edges: the same, along the way between what writers write         ``2 + layers (steps - 1)``
+``information_flow``      edges: how near a writer's vector is to what the reader takes in   1
 ``in_rounds``             any of them, again and again in the model with units removed       ``rounds`` times
 ========================  =================================================================  ======================
 
@@ -44,7 +46,6 @@ from transformer_lens.patching import generic_activation_patch
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify.comparison.acdc import acdc
 from tl_sparsify.comparison.edge_attribution import (
     Direction,
     Edges,
@@ -55,6 +56,7 @@ from tl_sparsify.comparison.edge_attribution import (
     edge_attribution,
     runs,
 )
+from tl_sparsify.comparison.edge_scores import acdc, eap_ig_activations, information_flow
 from tl_sparsify.comparison.masks import hard_concrete, top_k_gate
 from tl_sparsify.comparison.rounds import in_rounds
 from tl_sparsify.core.circuit import Values
@@ -86,11 +88,13 @@ __all__ = [
     "attribution_patching",
     "eap",
     "eap_ig",
+    "eap_ig_activations",
     "edge_attribution",
     "exact_mean",
     "exact_zero",
     "hard_concrete",
     "in_rounds",
+    "information_flow",
     "random",
     "scaled_variance",
     "top_k_gate",

@@ -5,6 +5,7 @@ The residual stream is a sum, so that each reader's input can lose what one writ
     x[r] -> x[r] - sum_u (1 - keep[u, r]) (w_u - c_u),
 
 which is the one primitive ``value + keep * (v - value)`` for every edge, whose value ``v`` is what its writer writes.
+Where a norm stands behind attention the heads of a layer are taken from that layer's sum, before its norm.
 The readers' norms and projections are worked out from there, so that an ablation of any number of edges is one forward
 pass, and all that takes units takes edges. Keeping every edge of some heads is keeping the heads; a removed edge alone
 is path patching from writer to reader with everything else frozen at what it then computes.
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.readers import Written, blocks_that_read, rows_first, rows_last
+from tl_sparsify._internal.readers import Written, blocks_that_read, check_apart, rows_first, rows_last, terms
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of
@@ -32,7 +33,7 @@ _READERS: tuple[Readers, ...] = ("qkv", "head", "layer")
 
 
 @checked
-def edges(model: Any, readers: Readers = "qkv") -> Units:
+def edges(model: Any, readers: Readers = "qkv", *, grouped: bool = True) -> Units:
     """Every edge from the embedding, a head or an MLP to a later reader: ``L0H1->L2H3.q``, ``embed->L0H0.k``,
     ``L3MLP->logits``; value what the writer writes, a ``d_model`` vector per position. No model pass.
 
@@ -40,12 +41,19 @@ def edges(model: Any, readers: Readers = "qkv") -> Units:
         readers: ``qkv``: the query, key and value of each head, each MLP, the logits. Where heads share keys and values
             (grouped queries) a group has one reader of each, ``L2G0.k``. ``head``: what a head (or, there, a group)
             reads for all three. ``layer``: what an attention layer reads, ``L2ATTN``.
+        grouped: whether heads that share keys and values share a reader. ``False``: each head has its own, ``L2H1.k``,
+            as the Mechanistic Interpretability Benchmark counts edges; what it reads goes through the shared weights.
 
     Edges do not fold: which part of the stream a weight sees is no property of the weight.
 
+    Where norms stand behind attention and MLPs (Gemma 2 and 3, OLMo 2 and 3) a head writes into its layer's sum, and a
+    reader hears the norm of what it keeps of that: its copies take memory for every earlier layer. An MLP writes what
+    comes out of its norm.
+
     Raises:
-        ValueError: another ``readers``; a model whose stream is not a sum of what heads and MLPs write (norms behind
-            them), or whose attention and MLP read through one norm.
+        ValueError: another ``readers``; ``grouped=False`` where heads cannot be given keys and values of their own; a
+            model of which it is not known that its stream is the sum of what heads and
+            MLPs write (norms behind them, in another architecture), or whose attention and MLP read through one norm.
 
     Example:
         >>> found = tls.edges(model)
@@ -68,12 +76,18 @@ def edges(model: Any, readers: Readers = "qkv") -> Units:
         if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
             heads, groups = len(block.attn.W_O), len(block.attn.W_K)
             single = tuple(f"L{layer}H{head}" for head in range(heads))
-            shared = single if groups == heads else tuple(f"L{layer}G{group}" for group in range(groups))
+            apart = groups != heads and not grouped
+            if apart and readers != "layer":
+                check_apart(layer, block.attn)
+            each = groups == heads or apart
+            shared = single if each else tuple(f"L{layer}G{group}" for group in range(groups))
             if readers == "qkv":
-                for part, names in (("q", single), ("k", shared), ("v", shared)):
-                    add(layer, f"blocks.{layer}.attn.{part}", tuple(f"{name}.{part}" for name in names), before)
+                points = {"q": "q", "k": "key", "v": "value"} if apart else {"q": "q", "k": "k", "v": "v"}
+                for part, point in points.items():
+                    names = tuple(f"{name}.{part}" for name in (single if part == "q" else shared))
+                    add(layer, f"blocks.{layer}.attn.{point}", names, before)
             elif readers == "head":
-                add(layer, f"blocks.{layer}.attn.heads", shared, before)
+                add(layer, f"blocks.{layer}.attn.{'each' if apart else 'heads'}", shared, before)
             else:
                 add(layer, f"blocks.{layer}.attn", (f"L{layer}ATTN",), before)
             writers += single
@@ -90,10 +104,11 @@ def apply_to_edges(
     value: Float[Tensor, "..."],
     mixing: None,
     spared: Callable[[], Bool[Tensor, "batch pos"] | None],
-    stream: Float[Tensor, "batch pos readers d_model"],
+    stream: Float[Tensor, "batch pos copies d_model"],
     hook: Written,
-) -> Float[Tensor, "batch pos readers d_model"]:
-    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it."""
+) -> Float[Tensor, "batch pos copies d_model"]:
+    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it, and so each layer's sum where
+    the reader has copies of these."""
     check_places(site, stream)
     gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
     if gone.ndim == 3 and len(gone) != len(stream):
@@ -104,7 +119,9 @@ def apply_to_edges(
         return stream
     written = rows_first(hook.stack.to(stream))
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
-    change = _shared(gone, value) - _shared(gone, written)
+    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
+    parts = [_shared(gone[..., some], value[some]) - _shared(gone[..., some], written[some]) for some in groups]
+    change = parts[0] if len(parts) == 1 else torch.cat(parts)
     where = site.position_mask(stream.shape[0], stream.shape[1])
     if where is not None:
         change = change * where.to(change)[..., None]
@@ -233,7 +250,8 @@ class _Ways:
         """Whether all that it reads goes through these edges, at every position."""
         there = {site.hook.removesuffix(".edges").rpartition(".")[2] for site, _ in self.into(owner)}
         everywhere = all(site.positions is None for site, _ in self.into(owner))
-        return everywhere and bool(there & {"attn", "heads", "mlp", "unembed"} or {"q", "k", "v"} <= there)
+        parts = bool("q" in there and there & {"k", "key"} and there & {"v", "value"})
+        return everywhere and (parts or bool(there & {"attn", "heads", "each", "mlp", "unembed"}))
 
     def fed(self, owner: str) -> bool:
         """Whether it reads anything but constants."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked, checked_fields
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
-from tl_sparsify._internal.readers import Written, reader_hooks, reads, rows_first, rows_last
+from tl_sparsify._internal.readers import Written, first_hooks, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
@@ -131,8 +131,22 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
     plain = [part for part in mine_only if part not in experts and part not in reading]
     if reading:  # last, so that what is written is noted as the others left it
         plain += [(_canonical(model, name), here(hook)) for name, hook in reader_hooks(model, reading)]
-    with lock, model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
+    first = [(_canonical(model, name), here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
+    with lock, _before_others(model, first), model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
         yield
+
+
+@contextmanager
+def _before_others(model: Model, hooks: list[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """The model with these hooks, which come before those that are there."""
+    points = [model.hook_dict[name] for name, _ in hooks]
+    handles = [point.add_hook(hook, prepend=True) for point, (_, hook) in zip(points, hooks, strict=True)]
+    try:
+        yield
+    finally:
+        for point, handle in zip(points, handles, strict=True):
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
 
 
 def _canonical(model: Model, hook: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from tl_sparsify._internal.readers import term_count
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.units import Units
@@ -120,7 +121,9 @@ def edge_bytes(model: Any, examples: Examples, units: Units) -> int:
     """About how many bytes more one example takes where edges are among the units: for each reader copies of the
     stream, and what every writer writes. No model pass."""
     edges = [site for site in units.sites if site.kind == "edge"]
-    copies = _READ * sum(len(site.readers) for site in edges) + max((site.rows for site in edges), default=0)
+    copies = _READ * sum(len(site.readers) * term_count(model, site.writers) for site in edges) + max(
+        (site.rows for site in edges), default=0
+    )
     width = int(getattr(getattr(model, "cfg", None), "d_model", 0) or 0)
     size = max((p.element_size() for p in model.parameters()), default=4)
     return copies * examples.labels.shape[1] * width * size

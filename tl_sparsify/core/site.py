@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.readers import along_edges, terms
+
 Positions = None | int | slice | str | Sequence[int] | Tensor
 """Where a unit is meant: everywhere (``None``), at one or several positions, at one position per example, or at a span
 that the examples have by this name."""
@@ -164,8 +166,7 @@ class Site:
     ) -> Float[Tensor, "batch units"]:
         """What a step of each value comes to along its unit's gradient: the sum over positions and entries."""
         if self.kind == "edge":
-            along, ways = (part.transpose(1, 2).flatten(2) for part in (gradient, step))
-            return torch.bmm(along, ways.transpose(1, 2)).flatten(1)
+            return along_edges(gradient, step, self.writers, len(self.readers))
         return (gradient * step).sum((1, 3))
 
     @property
@@ -197,8 +198,9 @@ class Site:
             return activation.unsqueeze(-1) if activation.ndim == 3 else activation[:, None, :, None]
         if self.kind in WHOLE and activation.ndim == 3 and self.size == 1:
             return activation.unsqueeze(2)
-        if self.kind == "edge" and activation.ndim == 4 and activation.shape[2] in (self.rows, len(self.readers)):
-            return activation
+        if self.kind == "edge" and activation.ndim == 4:  # what writers write, or what readers have copies of
+            if activation.shape[2] in (self.rows, len(self.readers), len(self.readers) * len(terms(self.writers))):
+                return activation
         raise self._mismatch(activation)
 
     def pull(self, gradient: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:

@@ -25,6 +25,7 @@ from tl_sparsify.abstraction.evidence import NOTHING, RANDOM_UNITS, Evidence
 from tl_sparsify.abstraction.verdicts import Role
 from tl_sparsify.presentation.curves import frontier, risk_curve
 from tl_sparsify.presentation.diagrams import causal_graph, circuit, head_map, neuron_density, unit_map
+from tl_sparsify.presentation.edge_graph import edge_graph
 from tl_sparsify.presentation.edge_map import edge_map
 from tl_sparsify.search.scores import Scores
 
@@ -32,6 +33,7 @@ __all__ = [
     "against",
     "causal_graph",
     "circuit",
+    "edge_graph",
     "edge_map",
     "evidence",
     "frontier",
