@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.checksum import checksum
-from tl_sparsify._internal.files import read_tensors, reading, write_tensors
+from tl_sparsify._internal.files import read_tensors, reading, versions, write_tensors
 from tl_sparsify._internal.ranks import on_main
-from tl_sparsify._internal.versions import versions
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
