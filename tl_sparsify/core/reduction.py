@@ -153,7 +153,8 @@ class Reduction:
             tensors |= {f"reference.{i}": tensor for i, tensor in enumerate(self.reference.tensors)}
         tensors |= {f"basis.{i}": site.basis for i, site in enumerate(self.units.sites) if site.basis is not None}
         for i, site in enumerate(self.units.sites):
-            tensors |= {f"encoder.{i}.{name}": part for name, part in _encoder_tensors(site).items()}
+            parts = _encoder_parts(site).items()
+            tensors |= {f"encoder.{i}.{name}": part for name, part in parts if isinstance(part, Tensor)}
         for i, part in enumerate(self.mixing or ()):
             if part is not None:
                 parts = {"rows": part.rows, "columns": part.columns, "weights": part.weights}
@@ -216,7 +217,7 @@ class Reduction:
 def _site_to_json(site: Site) -> dict[str, Any]:
     if isinstance(site.positions, Tensor | slice):
         raise ValueError(f"positions of {site.hook} vary by example or are a slice: such units cannot be saved")
-    return {
+    said = {
         "kind": site.kind,
         "layer": site.layer,
         "hook": site.hook,
@@ -225,11 +226,14 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "also": list(site.also),
         "writers": list(site.writers),
         "readers": list(site.readers),
-    } | ({} if site.encoder is None else {"source": site.source, "numbers": list(site.numbers), "k": site.encoder.k})
+    }
+    if site.encoder is not None:
+        said |= {"source": site.source, "numbers": list(site.numbers), "k": _encoder_parts(site).get("k")}
+    return said
 
 
-def _encoder_tensors(site: Site) -> dict[str, Tensor]:
-    """The tensors of a site's encoder.
+def _encoder_parts(site: Site) -> dict[str, Any]:
+    """What a site's encoder is made of.
 
     Raises:
         ValueError: an encoder of the user's own, of which nothing is known but that it encodes.
@@ -241,7 +245,7 @@ def _encoder_tensors(site: Site) -> dict[str, Tensor]:
             f"features of {site.hook} are those of a {type(site.encoder).__name__}, which cannot be saved: make them "
             "of a tls.Dictionary with its tensors"
         )
-    return {name: part for name, part in site.encoder.parts().items() if isinstance(part, Tensor)}
+    return site.encoder.parts()
 
 
 def _encoder_of(number: int, site: dict[str, Any], tensors: Mapping[str, Tensor]) -> Encoder | None:
