@@ -13,15 +13,18 @@ names it has not seen, on sentences in which tense says nothing. Features are ra
 known (and whose names' gender is not used) by how much the tense moves the probe through them; the first so many are
 removed. Beside it: as many random features that fire, as many axes of the stream by the same ranking.
 
-Writes ``benchmarks/results/features.csv``, ``features_removal.csv`` and the page ``docs/features.md``.
+Writes ``benchmarks/results/features.csv``, ``features_removal.csv`` and, of ``features_page.md``, the page
+``docs/features.md``.
 
     python benchmarks/features.py [--seeds 3] [--page]
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,7 @@ from tl_sparsify.core.forward import valid_positions
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 EXAMPLES = 256
 KEPT, GONE = "features, error kept", "features, error removed"
+GOAL = 0.05  # nats
 DROPS = (2, 5, 10, 20, 40, 80)
 SENTENCES, DRAWS, KNOWN = 512, 5, 35  # names of each gender that the probe learns with; the other 15 judge it
 PAGE = ROOT / "docs" / "features.md"
@@ -163,7 +167,7 @@ def removals(model: Any, dictionary: tls.Dictionary, seed: int) -> Iterator[Remo
 
     def row(what: str, removed: int, refitted: bool, fitted: LogisticRegression, x: Tensor) -> Removal:
         said = fitted.predict(((x - middle) / scale).numpy())
-        right, tense = float((said == judging.women).mean()), float((said == judging.past).mean())
+        right, tense = (float(np.mean(said == about)) for about in (judging.women, judging.past))
         return Removal(what, seed, removed, refitted, right, tense)
 
     first = probe(x, learnt.women)
@@ -231,102 +235,53 @@ def _removal_table(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _fewest(frame: pd.DataFrame, name: str) -> str:
+    """The smallest number kept whose mean risk is below the goal."""
+    at = frame[frame.units == name].groupby("kept").risk.mean()
+    return str(next((kept for kept in COUNTS if at.get(kept, GOAL) < GOAL), f"more than {COUNTS[-1]}"))
+
+
 def page(circuit: pd.DataFrame, removal: pd.DataFrame) -> str:
     """The page of both tables."""
     plain = removal[removal.what == "nothing"]
     fair = removal[removal.what.str.startswith("nothing,")]
-    at = circuit.groupby(["units", "kept"]).risk.mean()
-    needed = {name: _needed(at[name]) for name in circuit.units.unique()}
+    fewest = {name: _fewest(circuit, name) for name in circuit.units.unique()}
+    whole = circuit[(circuit.units == GONE) & (circuit.kept == circuit.of)].risk.mean()
     gone = removal.groupby(["what", "removed", "refitted"]).accuracy.mean()
     metrics = json.loads((DICTIONARY / "metrics.json").read_text())
-    return TEXT.format(
-        **{name: metrics[name] for name in ("unexplained", "firing", "seconds")},
-        needed=needed,
-        goal=GOAL,
-        features=KEPT,
-        whole=nats(at[GONE][circuit[circuit.units == GONE].of.max()]),
-        kept=_kept_table(circuit),
-        removed=_removal_table(removal),
-        seeds=circuit.seed.nunique(),
-        examples=EXAMPLES,
-        sentences=SENTENCES,
-        draws=DRAWS,
-        before=f"{plain.accuracy.mean():.3f}",
-        tense=f"{plain.says_tense.mean():.3f}",
-        fair=f"{fair.accuracy.mean():.3f}",
+    few, best, most = DROPS[0], 40, DROPS[-1]
+    return (
+        (Path(__file__).parent / "features_page.md")
+        .read_text()
+        .format(
+            **{name: metrics[name] for name in ("unexplained", "firing", "seconds")},
+            goal=GOAL,
+            need_features=fewest[KEPT],
+            need_axes=fewest["axes of the stream"],
+            need_directions=fewest["principal directions of the stream"],
+            need_neurons=fewest["neurons, heads kept"],
+            whole=nats(whole),
+            few=few,
+            best=best,
+            most=most,
+            few_same=f"{gone['features', few, False]:.3f}",
+            few_axes=f"{gone['axes of the stream', few, False]:.3f}",
+            best_again=f"{gone['features', best, True]:.3f}",
+            best_random=f"{gone['random features', best, True]:.3f}",
+            best_axes=f"{gone['axes of the stream', best, True]:.3f}",
+            most_axes=f"{gone['axes of the stream', most, True]:.3f}",
+            most_again=f"{gone['features', most, True]:.3f}",
+            kept=_kept_table(circuit),
+            removed=_removal_table(removal),
+            seeds=circuit.seed.nunique(),
+            examples=EXAMPLES,
+            sentences=SENTENCES,
+            draws=DRAWS,
+            before=f"{plain.accuracy.mean():.3f}",
+            tense=f"{plain.says_tense.mean():.3f}",
+            fair=f"{fair.accuracy.mean():.3f}",
+        )
     )
-
-
-TEXT = """# Features of dictionaries
-
-A sparse autoencoder writes an activation as a sum of few features out of many and an error. `tls.features` makes the features
-units, so that whatever takes heads and neurons takes them: scores, searches, `risk`, `evaluate`, ablation, interchange, files.
-
-```python
-import tl_sparsify as tls
-
-model = tls.text.load_language_model(tls.task.own_language_model())
-dictionary = tls.dictionaries.load(tls.task.own_language_model().parent / "dictionary")  # or any folder of SAELens's
-train, _, test = (split[:32] for split in tls.load_task("subject_verb_agreement").examples(0))
-
-units = tls.features(model, dictionary, examples=train)  # those that fire there
-scores = tls.score.risk(model, train, units)
-reduction = tls.constants.reduced(model, scores.top(0.1), tls.constants.mean(model, train, units))
-print(tls.risk(model, reduction, test), reduction.circuit.names[:3])  # L2F362, ...
-assert units.names[0].startswith("L2F") and tls.risk(model, reduction, test).mean < 0.5
-
-without = tls.dictionaries.remove(model, units, reduction.circuit.names[:3])  # by name, set to 0
-with tls.intervened(model, tls.ablate(without)):
-    logits = model(test.tokens)
-```
-
-With `a = encode(x)` an intervention adds `sum_f (1 - keep_f) (c_f - a_f) W_dec[f]` to the activation `x`. The error
-`x - decode(a)` stays what it was, so that keeping every feature changes nothing, bit for bit. With `error=True` it is one unit
-more, `L2ERR`, which can be removed too. Features are encoded in the activation as it arrives, before any of them is changed.
-
-`tls.dictionaries.load` reads SAELens's layout (`sae_weights.safetensors` and `cfg.json`) without that package: ReLU, JumpReLU
-and top-k autoencoders, and transcoders, which encode at one hook point and decode at another. Gated ones, skip connections and
-activations that are normalised at run time are refused by name. Any object with `encode(x)` and an affine `decode(features)`
-will do as well, but cannot be saved with a reduction. Only features that fire on `examples` are held. They are no part of the
-weights: `fold` refuses them.
-
-The dictionary that comes with the package is a top-k autoencoder (1,536 features, 16 at a time) of the small language model's
-stream after layer 2 of 0 to 3; on new text it leaves {unexplained:.1%} of the variance over, and {firing:,} features fire.
-`tasks/language_model/train_dictionary.py` trains it, in seven minutes on one core.
-
-## A circuit of features
-
-Subject-verb agreement; {examples} training and as many test examples; mean over {seeds} seeds. Risk in nats, when so many units
-are kept and the others are at their means:
-
-{kept}
-
-The last column is another question: neurons of all layers, with every head kept. The others cut the same activation. In short:
-
-- {features_verdict}
-- {directions_verdict}
-- {error_verdict}
-
-{means_verdict}
-
-## Taking out what is spurious
-
-After SHIFT (Marks et al., [arXiv 2403.19647](https://arxiv.org/abs/2403.19647)). A linear probe on the stream's mean over
-positions learns whether a sentence is about women or men, from {sentences} sentences in which women are always in the past
-tense. With new names, and tense that says nothing, it is right {before} of the time, and agrees with the tense {tense} of it; a
-probe that learnt from sentences in which tense says nothing is right {fair}. Features are ranked by how much tense moves the
-probe through them, on sentences of which the tense is known and the gender is not used. That stands in for a reader who looks
-at what features fire on. The first so many are removed, by name. Accuracy, mean over {seeds} seeds:
-
-{removed}
-
-*Same probe*: as learnt before anything was removed. *Learnt again*: from the same sentences, without these features. Random
-features are drawn from those that fire, {draws} times. Axes are those of the stream, ranked the same way and set to their means.
-
-{removal_verdict}
-
-`python benchmarks/features.py` writes this page.
-"""
 
 
 def main() -> None:
