@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
-    "_internal": "after_import experts checks random arguments beside ranks files progress versions directory storage "
+    "_internal": "after_import experts checks random arguments beside ranks files progress encoders directory storage "
     "checksum processes first_tokens readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage checkpoint joint compensating exchanges",
+    "dictionaries": "dictionary activity units files removal",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
     "boundless align scrubbing rivals subspaces",
@@ -31,8 +32,8 @@ ORDER = {
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
-         "comparison": 5, "stressing": 6, "presentation": 7, "": 8}  # fmt: skip
+LEVEL = {"_internal": 0, "core": 1, "search": 2, "dictionaries": 2, "folding": 2, "abstraction": 2, "formats": 3,
+         "tasks": 4, "comparison": 5, "stressing": 6, "presentation": 7, "": 8}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

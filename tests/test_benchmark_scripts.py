@@ -53,6 +53,11 @@ def test_so_are_the_pages_of_the_orders(constants: str, script: Any):
     assert found == (BENCHMARKS / "results" / f"orders_{constants}.md").read_text()
 
 
+def test_so_is_the_page_of_features(script: Any):
+    found = script("features").page(table("features"), table("features_removal"))
+    assert found == (BENCHMARKS.parent / "docs" / "features.md").read_text()
+
+
 def test_so_is_the_page_of_every_task(script: Any):
     verdicts = script("algorithms").verdicts(table("algorithms"))
     found = script("every_task").markdown(table("tasks", keep_default_na=False), verdicts)

@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 # Where each public name is defined; __init__.pyi says the same to type checkers. Imported on first use: TransformerLens
 # takes seconds to import, and the command line's --help does not need it.
 _PUBLIC = {
+    "tl_sparsify": ("dictionaries",),
     "tl_sparsify.abstraction": ("certificates",),
     "tl_sparsify.abstraction.align": ("AlignmentResult", "align"),
     "tl_sparsify.abstraction.boundless": ("BoundlessResult", "LearntRow", "boundless_das"),
@@ -68,6 +69,8 @@ _PUBLIC = {
         "neurons",
         "residuals",
     ),
+    "tl_sparsify.dictionaries.dictionary": ("Dictionary",),
+    "tl_sparsify.dictionaries.units": ("features",),
     "tl_sparsify.folding.bridge": ("load_folded", "save_folded"),
     "tl_sparsify.folding.export": ("export_hf",),
     "tl_sparsify.folding.fold": ("fold",),
@@ -100,7 +103,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'tl_sparsify' has no attribute {name!r}")
     module = import_module(_MODULE_OF[name])
-    value = getattr(module, name) if hasattr(module, name) else import_module(f"{_MODULE_OF[name]}.{name}")
+    value = vars(module)[name] if name in vars(module) else import_module(f"{_MODULE_OF[name]}.{name}")
     globals()[name] = value
     return value
 

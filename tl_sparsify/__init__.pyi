@@ -1,5 +1,6 @@
 """What ``import tl_sparsify`` offers, for type checkers and editors: ``__init__.py`` imports it on first use."""
 
+from tl_sparsify import dictionaries as dictionaries
 from tl_sparsify.abstraction import certificates as certificates
 from tl_sparsify.abstraction.align import AlignmentResult as AlignmentResult
 from tl_sparsify.abstraction.align import align as align
@@ -62,6 +63,8 @@ from tl_sparsify.core.units import heads as heads
 from tl_sparsify.core.units import mlps as mlps
 from tl_sparsify.core.units import neurons as neurons
 from tl_sparsify.core.units import residuals as residuals
+from tl_sparsify.dictionaries.dictionary import Dictionary as Dictionary
+from tl_sparsify.dictionaries.units import features as features
 from tl_sparsify.folding.bridge import load_folded as load_folded
 from tl_sparsify.folding.bridge import save_folded as save_folded
 from tl_sparsify.folding.export import export_hf as export_hf

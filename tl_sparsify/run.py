@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import versions, write_text
 from tl_sparsify._internal.progress import duration, step
-from tl_sparsify._internal.versions import versions
 from tl_sparsify.abstraction.align import align
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.verify import verify

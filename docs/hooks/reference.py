@@ -18,6 +18,7 @@ MARKER = "<!-- public names -->"
 ABOUT = {
     "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
     "search": "Scores, replacements and searches.",
+    "dictionaries": "Features of sparse autoencoders and transcoders as units.",
     "folding": "A circuit as a smaller model.",
     "abstraction": "Causal models, and whether a network implements them.",
     "tasks": "What is asked of a model, and how to make your own.",
@@ -37,7 +38,8 @@ def public() -> dict[str, str]:
 
 def path_of(dotted: str) -> Path:
     """The file that a module is, or would be."""
-    return ROOT / f"{dotted.replace('.', '/')}.py"
+    path = ROOT / dotted.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def members(module: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tl_sparsify as tls
 from helpers import equality, verification
+from helpers.dictionaries import dictionary
 from helpers.models import bridge, examples, reduction_of, units_of
 from tl_sparsify.comparison.cost import counted
 
@@ -55,7 +56,10 @@ def scores(seen: Callable[..., Any]) -> dict[str, Any]:
     means = tls.constants.mean(model, TRAIN, units)
     reduction = reduction_of(model)
     score = tls.score
+    features = tls.features(model, dictionary(), error=True)
     return {
+        "firing": seen(tls.dictionaries.firing, model, dictionary("topk", k=1), TRAIN),
+        "risk of features": seen(score.risk, model, TRAIN, features),
         "risk": seen(score.risk, model, TRAIN, units),
         "risk of given values": seen(score.risk, model, TRAIN, units, values=means, batch_size=7),
         "risk under interventions": seen(score.risk, model, TRAIN, units, interventions=SWAPPED),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 MOST = 10**6
 """More steps, rounds or draws than this are taken for a mistake: they would take years."""
@@ -70,3 +72,42 @@ def check_is_model(model: Any) -> None:
     elif isinstance(model, torch.nn.Module):
         get = "a bridge around it, TransformerBridge.boot_transformers(name, hf_model=model)"
     raise ValueError(f"model is {what}, which has no hook points: give a TransformerLens model, {get}")
+
+
+def checked_positions(positions: Any, hook: str) -> Any:
+    """The positions as they are kept: a tuple of integers, a slice of them, a tensor with places for each example, or
+    a span's name.
+
+    Raises:
+        ValueError: none at all, or what is no integer.
+    """
+    if positions is None:
+        return None
+    wrong = ValueError(
+        f"positions of {hook} are {positions!r}: give an integer, several, a slice of integers, or an integer tensor "
+        "[n] or [n, places] with the places of each example, or the name of a span"
+    )
+    if isinstance(positions, Tensor):
+        if positions.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or positions.ndim not in (1, 2):
+            raise wrong
+        if not positions.numel():
+            raise wrong
+        return positions
+    if isinstance(positions, slice):
+        parts = (positions.start, positions.stop, positions.step)
+        if any(part is not None and not _whole(part) for part in parts):
+            raise wrong
+        return positions
+    if isinstance(positions, str) and positions:
+        return positions
+    several: Any = (positions,) if _whole(positions) else positions
+    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
+        raise wrong
+    several = tuple(several)
+    if not several or not all(_whole(part) for part in several):
+        raise wrong
+    return tuple(operator.index(part) for part in several)
+
+
+def _whole(part: Any) -> bool:
+    return hasattr(part, "__index__") and not isinstance(part, bool) and not isinstance(part, Tensor)

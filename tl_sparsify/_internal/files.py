@@ -7,7 +7,9 @@ read or written.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from tl_sparsify._internal.beside import beside, sweep
 from tl_sparsify._internal.ranks import has_own_files, on_main
 
+_PACKAGES = ("tl-sparsify", "transformer-lens", "torch", "numpy", "pandas", "matplotlib")
 _KEY = "tl_sparsify"  # one metadata key only: the order of several is not deterministic in safetensors
 
 
@@ -120,3 +123,15 @@ def _described(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict
     if version != 1:
         raise ValueError(f"{path} has format version {version}; this tl_sparsify reads version 1: update it")
     return header, checksum
+
+
+def versions() -> dict[str, str]:
+    """What results were made with, for the files that say so: the versions of Python and of the packages that results
+    depend on, and the kind of machine."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
+            found[name] = "not installed"
+    return found

@@ -221,7 +221,8 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
 def first_hooks(model: Any, names: list[str]) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks that must come before all others: attention's output as others know it, where each head had keys and values
     of its own. TransformerLens repeats these once more for each head of a group, and so are queries: all are equal."""
-    layers = [layer for layer in range(len(model.blocks)) if _single(layer, names)]
+    found = (re.fullmatch(rf"blocks\.(\d+)\.(?:{'|'.join(_SINGLE)})\.edges", name) for name in names)
+    layers = sorted({int(match[1]) for match in found if match})
     return [
         (f"blocks.{layer}.attn.hook_z", partial(_once, model, layer, len(model.blocks[layer].attn.W_Q)))
         for layer in layers

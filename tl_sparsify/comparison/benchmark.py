@@ -27,10 +27,9 @@ import torch
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.beside import sweep
 from tl_sparsify._internal.checks import check_count
-from tl_sparsify._internal.files import reading, write_bytes, write_text
+from tl_sparsify._internal.files import reading, versions, write_bytes, write_text
 from tl_sparsify._internal.processes import end_with_parent
 from tl_sparsify._internal.progress import progress as bar
-from tl_sparsify._internal.versions import versions
 from tl_sparsify.comparison import cells
 from tl_sparsify.comparison.convergence import refit_until_converged
 from tl_sparsify.comparison.cost import Cost, cost_of

@@ -152,7 +152,7 @@ class Stability:
                 "unit": units.names,
                 "kind": units.kinds,
                 "layer": units.layers.numpy(),
-                "index": [i for site in units.sites for i in range(site.size)],
+                "index": [site.number(i) for site in units.sites for i in range(site.size)],
                 "frequency": self.frequency.numpy(),
             }
         )

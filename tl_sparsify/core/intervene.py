@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -166,8 +166,9 @@ def _apply(
     spared: Callable[[], Bool[Tensor, "batch pos"] | None],
     activation: Float[Tensor, "..."],
     hook: Any,
+    arrived: Mapping[str, Float[Tensor, "..."]],
 ) -> Float[Tensor, "..."]:
-    v = site.read(activation)
+    v = site.read(*_to_read(site, arrived, activation))
     check_places(site, activation)
     if keep.ndim == 2 and len(keep) != len(activation):
         raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
@@ -189,6 +190,22 @@ def _apply(
     if first is not None:
         new = torch.where(first.to(v.device)[..., None, None], v, new)
     return site.write(activation, v, new)
+
+
+def _to_read(
+    site: Site, arrived: Mapping[str, Float[Tensor, "..."]], activation: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."] | None]:
+    """Where a site's values are read: features' in activations as they were before this intervention changed any."""
+    if site.encoder is None:
+        return activation, None
+    source = site.source or site.hook
+    if source not in arrived:
+        raise ValueError(f"{site.hook} came before {source}, which its features encode: is the source a later layer's?")
+    return arrived[site.hook], arrived[source]
+
+
+def _arrive(name: str, arrived: dict[str, Tensor], activation: Float[Tensor, "..."], hook: Any) -> None:
+    arrived[name] = activation
 
 
 @checked
@@ -224,11 +241,14 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
             intervention.mixing or (None,) * len(intervention.units.sites),
             strict=True,
         )
-        for site, keep, value, mixing in parts:
-            if keep.requires_grad or bool((keep != 1).any()):
-                act = apply_to_edges if site.kind == "edge" else _apply
-                for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
-                    hooks.append((_canonical(model, hook), partial(act, site, keep, entry, mixing, spared)))
+        changed = [part for part in parts if part[1].requires_grad or bool((part[1] != 1).any())]
+        arrived: dict[str, Float[Tensor, "..."]] = {}
+        encoded = [name for site, *_ in changed if site.encoder for name in (site.hook, site.source or site.hook)]
+        hooks += [(_canonical(model, name), partial(_arrive, name, arrived)) for name in dict.fromkeys(encoded)]
+        for site, keep, value, mixing in changed:
+            act = apply_to_edges if site.kind == "edge" else partial(_apply, arrived=arrived)
+            for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
+                hooks.append((_canonical(model, hook), partial(act, site, keep, entry, mixing, spared)))
     watching = watching_first_tokens(model, rules, seen) if rules else nullcontext()
     with _hooked(model, hooks), watching:
         yield
@@ -265,7 +285,8 @@ class Recording:
     @property
     def hooks(self) -> tuple[str, ...]:
         """The hook points, each once, in order of the units."""
-        return tuple(dict.fromkeys(hook for site in self.units.sites for hook in site.hook_names))
+        names = ((*site.hook_names, *filter(None, (site.source,))) for site in self.units.sites)
+        return tuple(dict.fromkeys(hook for some in names for hook in some))
 
     def read(self) -> tuple[Float[Tensor, "batch pos some width"], ...]:
         """The units' values, per site.
@@ -282,7 +303,7 @@ class Recording:
         # what readers are told is a beginning of this
         stacked = rows_last(torch.cat([rows_first(part) for part in most])) if most else None
         return tuple(
-            _joined([site.read(self.activations[h]) for h in site.hook_names])
+            _joined([site.read(self.activations[h], self.activations[site.source or h]) for h in site.hook_names])
             if site.kind != "edge" or stacked is None
             else site.read(stacked[:, :, : site.rows])
             for site in self.units.sites

@@ -34,6 +34,7 @@ _KEPT = (
 )
 _PATTERNS = 4  # numbers for each entry of an attention pattern
 _READ = 4  # of the stream, for each reader of edges: itself, behind the norm, and their gradients
+_FEATURES = 8  # for each feature of a dictionary: itself, before its activation function, probes and their gradients
 _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and their gradients
 
 
@@ -129,9 +130,18 @@ def edge_bytes(model: Any, examples: Examples, units: Units) -> int:
     return copies * examples.labels.shape[1] * width * size
 
 
+def feature_bytes(model: Any, examples: Examples, units: Units) -> int:
+    """About how many bytes more one example takes where features of a dictionary are among the units, for all that are
+    encoded at every position. No model pass."""
+    encoded = [getattr(site.encoder, "weight", site.basis) for site in units.sites if site.encoder is not None]
+    rivals = sum(weight.shape[1] for weight in encoded if weight is not None)
+    size = max((p.element_size() for p in model.parameters()), default=4)
+    return _FEATURES * rivals * examples.labels.shape[1] * max(size, 4)
+
+
 def rows_for(model: Any, examples: Examples, *, narrow: bool, units: Units | None = None) -> int:
     """How many examples at a time: as many as :func:`budget` holds, at least one and at most :data:`TOKENS` tokens."""
     one = example_bytes(model, examples, narrow=narrow)
-    one += 0 if units is None else edge_bytes(model, examples, units)
+    one += 0 if units is None else edge_bytes(model, examples, units) + feature_bytes(model, examples, units)
     fits = budget(model) // max(1, one)
     return max(1, min(TOKENS // examples.labels.shape[1], fits))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked_fields
 from tl_sparsify._internal.checksum import checksum
+from tl_sparsify._internal.encoders import Encoder
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
 from tl_sparsify.core.circuit import (
     FIRST_TOKENS,
@@ -151,6 +152,9 @@ class Reduction:
             header["reference_kind"] = self.reference.kind
             tensors |= {f"reference.{i}": tensor for i, tensor in enumerate(self.reference.tensors)}
         tensors |= {f"basis.{i}": site.basis for i, site in enumerate(self.units.sites) if site.basis is not None}
+        for i, site in enumerate(self.units.sites):
+            parts = _encoder_parts(site).items()
+            tensors |= {f"encoder.{i}.{name}": part for name, part in parts if isinstance(part, Tensor)}
         for i, part in enumerate(self.mixing or ()):
             if part is not None:
                 parts = {"rows": part.rows, "columns": part.columns, "weights": part.weights}
@@ -176,7 +180,8 @@ class Reduction:
         if tensors["mask"].shape != (total,):  # before there is memory for so many
             raise ValueError(f"its sites have {total:,} units, its mask {tensors['mask'].numel():,}")
         bases = [tensors.get(f"basis.{i}") for i in range(len(header["sites"]))]
-        sites = [_site_from_json(site, basis) for site, basis in zip(header["sites"], bases, strict=True)]
+        places = zip(header["sites"], bases, strict=True)
+        sites = [_site_from_json(site, basis, _encoder_of(i, site, tensors)) for i, (site, basis) in enumerate(places)]
         units = Units(tuple(sites))
         n = range(len(sites))
         reference = None
@@ -212,7 +217,7 @@ class Reduction:
 def _site_to_json(site: Site) -> dict[str, Any]:
     if isinstance(site.positions, Tensor | slice):
         raise ValueError(f"positions of {site.hook} vary by example or are a slice: such units cannot be saved")
-    return {
+    said = {
         "kind": site.kind,
         "layer": site.layer,
         "hook": site.hook,
@@ -222,9 +227,35 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "writers": list(site.writers),
         "readers": list(site.readers),
     }
+    if site.encoder is not None:
+        said |= {"source": site.source, "numbers": list(site.numbers), "k": _encoder_parts(site).get("k")}
+    return said
 
 
-def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | None) -> Site:
+def _encoder_parts(site: Site) -> dict[str, Any]:
+    """What a site's encoder is made of.
+
+    Raises:
+        ValueError: an encoder of the user's own, of which nothing is known but that it encodes.
+    """
+    if site.encoder is None:
+        return {}
+    if not isinstance(site.encoder, Encoder):
+        raise ValueError(
+            f"features of {site.hook} are those of a {type(site.encoder).__name__}, which cannot be saved: make them "
+            "of a tls.Dictionary with its tensors"
+        )
+    return site.encoder.parts()
+
+
+def _encoder_of(number: int, site: dict[str, Any], tensors: Mapping[str, Tensor]) -> Encoder | None:
+    """The encoder of the site with this number in a file."""
+    start = f"encoder.{number}."
+    parts: dict[str, Any] = {name.removeprefix(start): part for name, part in tensors.items() if name.startswith(start)}
+    return Encoder(**parts, k=site["k"]) if parts else None
+
+
+def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | None, encoder: Encoder | None) -> Site:
     kinds = {"kind": str, "hook": str, "layer": int, "size": int}
     for name, kind in kinds.items():
         if type(site[name]) is not kind:
@@ -233,8 +264,9 @@ def _site_from_json(site: dict[str, Any], basis: Float[Tensor, "width size"] | N
     listed = isinstance(where, list) and all(type(position) in (int, str) for position in where)
     if where is not None and not listed and type(where) not in (int, str):
         raise ValueError(f"positions of a site are {where!r}")
-    several = {name: tuple(site.get(name, ())) for name in ("also", "writers", "readers")}
-    whole: dict[str, Any] = {**site, "basis": basis, **several}
+    several = {name: tuple(site.get(name, ())) for name in ("also", "writers", "readers", "numbers")}
+    whole: dict[str, Any] = {**site, "basis": basis, **several, "encoder": encoder}
+    whole.pop("k", None)
     return Site(**whole)
 
 

@@ -4,13 +4,13 @@ Heads are slices of the activation, neurons its entries, a whole layer is one un
 to its layer. Directions are coordinates: with the columns of ``basis`` as directions ``B``, a unit's value is its entry
 of ``v = pinv(B) x`` and a change is written as ``x + B (v' - v)``. For orthonormal columns these are the projections;
 columns may overlap, and then the values are least-squares coordinates: how much of ``x`` each direction accounts for,
-given the others.
+given the others. Features are the columns of a dictionary's decoder, with values that its encoder makes of ``x`` (or of
+another activation, ``source``); what they leave over is the value of one ``error`` unit.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import checked_positions
+from tl_sparsify._internal.encoders import check_encoder, left_over, placed
 from tl_sparsify._internal.readers import along_edges, terms
 
 Positions = None | int | slice | str | Sequence[int] | Tensor
@@ -36,10 +38,12 @@ LETTER = {
     "residual": "RESID",
     "direction": "D",
     "stream": "S",
+    "feature": "F",
+    "error": "ERR",
     "edge": "->",
 }
 WHOLE = ("mlp", "attention", "residual")
-BASED = ("direction", "stream")
+BASED = ("direction", "stream", "feature")
 _PLACES = {"hook_resid_pre": "PRE", "hook_resid_mid": "MID", "hook_resid_post": "POST"}
 
 
@@ -48,17 +52,22 @@ class Site:
     """One hook point cut into ``size`` units of one ``kind``, at all or at the named ``positions``.
 
     Attributes:
-        kind: ``head``, ``neuron``, ``expert``, ``mlp``, ``attention``, ``residual``, ``direction``, ``stream`` or
-            ``edge``.
+        kind: ``head``, ``neuron``, ``expert``, ``mlp``, ``attention``, ``residual``, ``direction``, ``stream``,
+            ``feature``, ``error`` or ``edge``.
         layer: for names and maps; any numbering of the user's own.
         hook: the hook point's name.
         size: the number of units.
         positions: where the units are meant; ``None``: everywhere.
-        basis: ``[width, size]``, the directions as columns (kinds ``direction`` and ``stream`` only).
+        basis: ``[width, size]``, the directions as columns (kinds ``direction``, ``stream`` and ``feature``); of an
+            ``error`` unit those of the features that it is what is left of.
         also: further hook points at which the same units are read and written (kind ``stream``: every write to the
             residual stream); a unit's value then has one entry for each hook point.
         writers, readers: names of what an edge goes from and to (kind ``edge`` only): a unit for each reader and
             writer, all writers of the first reader first. The value of an edge is what its writer writes.
+        encoder: what gives the features' values, ``encode(activation)``, and what their sum lacks, ``offset`` (kinds
+            ``feature`` and ``error``; :func:`tl_sparsify.features` makes it).
+        source: the hook point that is encoded, where it is another than ``hook`` (a transcoder's).
+        numbers: the features' numbers in their dictionary; 0, 1, ... where not given.
 
     Example:
         >>> tls.Site(kind="neuron", layer=0, hook="hook_hidden", size=64).name(3)
@@ -74,23 +83,27 @@ class Site:
     also: tuple[str, ...] = ()
     writers: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
+    encoder: Any = None
+    source: str | None = None
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in LETTER:
             raise ValueError(f"kind is {self.kind!r}; the known kinds are {', '.join(LETTER)}")
         if self.size < 1:
             raise ValueError(f"size of {self.hook} is {self.size}; a site has at least one unit")
-        object.__setattr__(self, "positions", _checked(self.positions, self.hook))
-        if (self.basis is not None) != (self.kind in BASED):
-            raise ValueError(f"{self.kind} units of {self.hook} {'need a' if self.kind in BASED else 'have no'} basis")
-        if self.basis is not None and self.basis.shape[-1] != self.size:
+        object.__setattr__(self, "positions", checked_positions(self.positions, self.hook))
+        based = self.kind in BASED or self.kind == "error"
+        if (self.basis is not None) != based:
+            raise ValueError(f"{self.kind} units of {self.hook} {'need a' if based else 'have no'} basis")
+        if self.basis is not None and self.kind != "error" and self.basis.shape[-1] != self.size:
             raise ValueError(
                 f"basis of {self.hook} has shape {tuple(self.basis.shape)}; it must be [width, {self.size}], "
                 "a column for each direction"
             )
         if self.also and self.kind != "stream":
             raise ValueError(f"{self.kind} units of {self.hook} have one hook point; only stream directions have more")
-
+        check_encoder(self)
         if (self.kind == "edge") != bool(self.writers) or (self.kind == "edge") != bool(self.readers):
             raise ValueError(f"{self.kind} units of {self.hook}: edges have writers and readers, others have none")
         if self.kind == "edge" and self.size != len(self.writers) * len(self.readers):
@@ -102,6 +115,7 @@ class Site:
             isinstance(other, Site)
             and self._key == other._key
             and (self.basis is other.basis or bool(torch.equal(self._columns, other._columns)))
+            and (self.encoder is other.encoder or self.encoder == other.encoder)
         )
 
     def __hash__(self) -> int:
@@ -113,11 +127,12 @@ class Site:
         where = (*where.flatten().tolist(), "each") if isinstance(where, Tensor) else where
         where = (where.start, where.stop, where.step, "slice") if isinstance(where, slice) else where
         shape = None if self.basis is None else tuple(self.basis.shape)
-        return (self.kind, self.layer, self.hook, self.size, where, shape, self.also, self.writers, self.readers)
+        ends = (self.also, self.writers, self.readers, self.source, self.numbers)
+        return (self.kind, self.layer, self.hook, self.size, where, shape, *ends)
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Every hook point of the site."""
+        """Every hook point at which the site's units are written."""
         return (self.hook, *self.also)
 
     @property
@@ -146,11 +161,15 @@ class Site:
         return f"L{self.layer}{place or LETTER[self.kind]}"
 
     def name(self, index: int) -> str:
-        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``, ``L2POST0``, ``S0``, ``L0H1->L2H3.q``."""
+        """The name of unit ``index``: ``L1H3``, ``L0N12@4``, ``L2MLP``, ``L2POST0``, ``L1F34``, ``L0H1->L2H3.q``."""
         if self.kind == "edge":
             reader, writer = divmod(index, len(self.writers))
             return f"{self.writers[writer]}->{self.readers[reader]}{self.suffix}"
-        return f"{self.prefix}{'' if self.kind in WHOLE else index}{self.suffix}"
+        return f"{self.prefix}{'' if self.kind in (*WHOLE, 'error') else self.number(index)}{self.suffix}"
+
+    def number(self, index: int) -> int:
+        """The number of unit ``index`` in its name: a feature's is that in its dictionary."""
+        return self.numbers[index] if self.numbers else index
 
     @property
     def rows(self) -> int:
@@ -184,12 +203,17 @@ class Site:
             return self._columns
         return torch.linalg.pinv(columns).T.to(self._columns)
 
-    def read(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:
-        """The units' values in the hook point's activation (a view where possible).
+    def read(
+        self, activation: Float[Tensor, "..."], source: Float[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "batch pos units width"]:
+        """The units' values in the hook point's activation (a view where possible); features' in ``source``, the
+        activation to encode, where it is another.
 
         Raises:
             ValueError: the activation's shape does not hold ``size`` units.
         """
+        if self.encoder is not None:
+            return self._encoded(activation, activation if source is None else source)
         if self.kind in BASED:
             return self._coordinates(activation, self._dual)
         if self.kind in ("head", "expert") and activation.ndim == 4 and activation.shape[2] == self.size:
@@ -205,6 +229,8 @@ class Site:
 
     def pull(self, gradient: Float[Tensor, "..."]) -> Float[Tensor, "batch pos units width"]:
         """The gradient with respect to the units' values, from the gradient with respect to the activation."""
+        if self.kind == "error":
+            return placed(gradient)[:, :, None]
         return self._coordinates(gradient, self._columns) if self.kind in BASED else self.read(gradient)
 
     def write(
@@ -217,6 +243,8 @@ class Site:
         if self.kind in BASED:
             moved = ((new - old)[..., 0] @ self._columns.to(new).T).to(activation)
             return activation + (moved if activation.ndim == 3 else moved[:, 0])
+        if self.kind == "error":
+            return activation + (new - old).reshape(activation.shape).to(activation)
         return new.reshape(activation.shape)
 
     def entries(self, value: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
@@ -230,6 +258,23 @@ class Site:
         if value.shape[-1] != len(self.hook_names):
             raise ValueError(f"values of {self.prefix} units have width {value.shape[-1]}, not {len(self.hook_names)}")
         return value.split(1, dim=-1)
+
+    def _encoded(
+        self, activation: Float[Tensor, "..."], source: Float[Tensor, "..."]
+    ) -> Float[Tensor, "batch pos units width"]:
+        """Features' values, or what they leave over of the activation."""
+        if (
+            activation.ndim not in (2, 3)
+            or source.ndim != activation.ndim
+            or activation.shape[-1] != len(self._columns)
+        ):
+            raise self._mismatch(activation)
+        features = self.encoder.encode(placed(source))
+        return (
+            features[..., None]
+            if self.kind == "feature"
+            else left_over(placed(activation), features, self._columns, self.encoder)
+        )
 
     def _coordinates(
         self, activation: Float[Tensor, "..."], reader: Float[Tensor, "width size"]
@@ -331,45 +376,6 @@ class Site:
         start, stop = spans[where][index].unbind(1)
         steps = torch.arange(int((stop - start).max()), device="cpu")
         return replace(self, positions=torch.minimum(start[:, None] + steps, stop[:, None] - 1))
-
-
-def _checked(positions: Any, hook: str) -> Positions:
-    """The positions as they are kept: a tuple of integers, a slice of them, a tensor with places for each example, or
-    a span's name.
-
-    Raises:
-        ValueError: none at all, or what is no integer.
-    """
-    if positions is None:
-        return None
-    wrong = ValueError(
-        f"positions of {hook} are {positions!r}: give an integer, several, a slice of integers, or an integer tensor "
-        "[n] or [n, places] with the places of each example, or the name of a span"
-    )
-    if isinstance(positions, Tensor):
-        if positions.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or positions.ndim not in (1, 2):
-            raise wrong
-        if not positions.numel():
-            raise wrong
-        return positions
-    if isinstance(positions, slice):
-        parts = (positions.start, positions.stop, positions.step)
-        if any(part is not None and not _whole(part) for part in parts):
-            raise wrong
-        return positions
-    if isinstance(positions, str) and positions:
-        return positions
-    several: Any = (positions,) if _whole(positions) else positions
-    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
-        raise wrong
-    several = tuple(several)
-    if not several or not all(_whole(part) for part in several):
-        raise wrong
-    return tuple(operator.index(part) for part in several)
-
-
-def _whole(part: Any) -> bool:
-    return hasattr(part, "__index__") and not isinstance(part, bool) and not isinstance(part, Tensor)
 
 
 _HELD: ContextVar[Bool[Tensor, "batch pos"] | None] = ContextVar("held", default=None)

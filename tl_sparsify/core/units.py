@@ -27,7 +27,7 @@ from tl_sparsify._internal.storage import parameter_count
 from tl_sparsify.core.site import LETTER, Positions, Site
 
 _KIND = {letter: kind for kind, letter in LETTER.items()} | dict.fromkeys(("PRE", "MID", "POST"), "direction")
-_NAME = re.compile(r"(?:L(\d+))?(H|N|E|MLP|ATTN|RESID|D|PRE|MID|POST|S)(\d*)")
+_NAME = re.compile(r"(?:L(\d+))?(H|N|ERR|E|MLP|ATTN|RESID|D|PRE|MID|POST|S|F)(\d*)")
 
 
 @runtime_checkable

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.checksum import checksum
-from tl_sparsify._internal.files import read_tensors, reading, write_tensors
+from tl_sparsify._internal.files import read_tensors, reading, versions, write_tensors
 from tl_sparsify._internal.ranks import on_main
-from tl_sparsify._internal.versions import versions
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
 from tl_sparsify.search.path import Round
 from tl_sparsify.search.selection import Shrinkage
@@ -71,7 +71,7 @@ def _said(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype}{tuple(value.shape)}{checksum(value)}"
     if isinstance(value, Units):
-        return _said([value.names, [(site.hook, site.positions, site.basis) for site in value.sites]])
+        return _said([value.names, [(site.hook, site.positions, site.basis, *_encoded(site)) for site in value.sites]])
     if is_dataclass(value) and not isinstance(value, type):
         return type(value).__name__ + _said({field.name: getattr(value, field.name) for field in fields(value)})
     if isinstance(value, Mapping):
@@ -81,6 +81,11 @@ def _said(value: Any) -> str:
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return repr(value)
+
+
+def _encoded(site: Site) -> tuple[Any, ...]:
+    """What features of a dictionary have beside; nothing for others, whose digests stay what they were."""
+    return () if site.encoder is None else (site.source, site.encoder)
 
 
 def write(folder: Path, described: Mapping[str, str], state: State) -> None:

@@ -307,9 +307,9 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
             )
         wide = given.detach().double()
         return torch.linalg.qr((wide if wide.ndim == 3 else wide[:, None]).mT, mode="r").R
-    if site.basis is not None:
+    if site.basis is not None and site.kind != "error":
         return site.basis.detach().double().square().sum(0)
-    if site.kind in ("mlp", "attention", "residual"):
+    if site.kind in ("mlp", "attention", "residual", "error"):
         return torch.ones(site.size, dtype=torch.float64)
     raise ValueError(
         f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "

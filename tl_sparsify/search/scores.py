@@ -91,7 +91,7 @@ class Scores:
                 "unit": self.units.names,
                 "kind": self.units.kinds,
                 "layer": self.units.layers.numpy(),
-                "index": [i for site in self.units.sites for i in range(site.size)],
+                "index": [site.number(i) for site in self.units.sites for i in range(site.size)],
                 "score": self.scores.cpu().double().numpy(),
                 "stderr": self.stderr.cpu().double().numpy(),
             }
