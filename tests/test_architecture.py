@@ -15,6 +15,7 @@ ORDER = {
     "checksum processes first_tokens readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
+    "gradients": "rules backward",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage checkpoint joint compensating exchanges",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
@@ -31,8 +32,8 @@ ORDER = {
     "page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "search": 2, "folding": 2, "abstraction": 2, "formats": 3, "tasks": 4,
-         "comparison": 5, "stressing": 6, "presentation": 7, "": 8}  # fmt: skip
+LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "folding": 3, "abstraction": 3, "formats": 4,
+         "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8, "": 9}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

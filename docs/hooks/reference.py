@@ -17,6 +17,7 @@ PACKAGE = "tl_sparsify"
 MARKER = "<!-- public names -->"
 ABOUT = {
     "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
+    "gradients": "Backward passes by other rules than the true gradient.",
     "search": "Scores, replacements and searches.",
     "folding": "A circuit as a smaller model.",
     "abstraction": "Causal models, and whether a network implements them.",
