@@ -16,6 +16,7 @@ ORDER = {
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "gradients": "rules backward",
+    "patching": "atp_star second_order",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage checkpoint joint compensating exchanges",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
@@ -33,7 +34,7 @@ ORDER = {
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "folding": 3, "abstraction": 3, "formats": 4,
-         "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8, "": 9}  # fmt: skip
+         "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8, "": 9}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

@@ -80,7 +80,7 @@ def gradient(
         >>> found.absolute.top(0.25).names  # signed: an order by size takes `absolute`
         ('L0H2', 'L1H1', 'L1H2')
     """
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
     total = _line(model, examples, units, replacement, (1.0,), metric, backward, batch_size)
     return Scores(units, total.mean, total.stderr, named("gradient", backward), "units of the metric", 1 + passes, 1)
 
@@ -114,7 +114,7 @@ def integrated(
     check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated needs at least one")
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
     levels = tuple((step + 0.5) / steps for step in range(steps))  # midpoints: exact where the slope is linear in keep
     total = _line(model, examples, units, replacement, levels, metric, backward, batch_size)
     return Scores(
@@ -154,7 +154,7 @@ def exact(
     """
     units, mask = (units, torch.ones(len(units))) if isinstance(units, Units) else _some(units)
     wanted = mask.nonzero().flatten()
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
     rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
     batches = list(shared_batches(model, examples, min(rows, len(examples))))
     whole = None
@@ -229,7 +229,7 @@ def _each_alone(units: Units, values: Values, some: Int[Tensor, "some"], size: i
     return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled), first_token="bos")
 
 
-def _replacement(
+def replaced_by(
     model: Model,
     examples: Examples,
     units: Units,
