@@ -19,7 +19,7 @@ from shared import LEAST, by_task, geometric_mean, marked, parser
 
 import tl_sparsify as tls
 
-TASKS = ("balanced_brackets", "hierarchical_equality", "induction", "modular_addition", "greater_than", "planted_gate")
+TASKS = ("planted_gate", "hierarchical_equality", "balanced_brackets", "induction")
 MODES = ("true", "gim", "relp")
 SIZES = (0.2, 0.1, 0.05)
 EXAMPLES = 128
