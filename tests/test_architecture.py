@@ -15,6 +15,8 @@ ORDER = {
     "checksum processes first_tokens readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
+    "gradients": "rules backward",
+    "patching": "atp_star second_order",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage checkpoint joint compensating exchanges",
     "dictionaries": "dictionary activity units files removal",
@@ -32,8 +34,8 @@ ORDER = {
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "search": 2, "dictionaries": 2, "folding": 2, "abstraction": 2, "formats": 3,
-         "tasks": 4, "comparison": 5, "stressing": 6, "presentation": 7, "": 8}  # fmt: skip
+LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
+         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8, "": 9}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

@@ -17,6 +17,7 @@ PACKAGE = "tl_sparsify"
 MARKER = "<!-- public names -->"
 ABOUT = {
     "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
+    "gradients": "Backward passes by other rules than the true gradient.",
     "search": "Scores, replacements and searches.",
     "dictionaries": "Features of sparse autoencoders and transcoders as units.",
     "folding": "A circuit as a smaller model.",

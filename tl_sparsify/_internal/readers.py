@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -120,6 +121,24 @@ class _Pass:
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
     stacks: dict[int, Float[Tensor, "batch pos writers d_model"]] = field(default_factory=dict)
+
+
+Norm = Callable[[Any, Float[Tensor, "..."], Float[Tensor, "..."]], Float[Tensor, "..."]]
+_NORMS: WeakKeyDictionary[Any, Norm] = WeakKeyDictionary()
+"""What becomes of a norm's output where its input is a reader's copies, ``act(norm, x, y)``."""
+
+
+@contextmanager
+def norms_of_copies(model: Any, act: Norm) -> Iterator[None]:
+    """Change what norms of readers' copies give, where hooks do not see them."""
+    before = _NORMS.get(model)
+    _NORMS[model] = act
+    try:
+        yield
+    finally:
+        del _NORMS[model]
+        if before is not None:
+            _NORMS[model] = before
 
 
 _PASSES: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
@@ -345,7 +364,7 @@ def _take_attention(
         taken = _acted(model, name, here, copies)
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
-            state.normed[name] = taken if inner is None else rows_last(inner(rows_first(taken)))
+            state.normed[name] = taken if inner is None else rows_last(_normed(model, norm, inner, rows_first(taken)))
     layer = int(next(iter(acts)).split(".")[1])
     if _single(layer, state.taken) and any(
         f"blocks.{layer}.attn.{p}.edges" in state.taken for p in ("k", "v", "heads")
@@ -354,6 +373,13 @@ def _take_attention(
             f"edges into the shared keys and values of block {layer} are removed, and edges into single ones"
         )
     return whole
+
+
+def _normed(
+    model: Any, norm: Any, inner: Any, copies: Float[Tensor, "readers batch pos d_model"]
+) -> Float[Tensor, "readers batch pos d_model"]:
+    y, act = inner(copies), _NORMS.get(model)
+    return y if act is None else act(norm, copies, y)
 
 
 def _readers(model: Any, name: str) -> int:

@@ -14,6 +14,8 @@ method                    what it is                                            
 ``exact_mean``            divergence by setting the unit to its mean                         ``n + 2``
 ``activation_patching``   a metric's change by the unit's value in another run               ``n + 2``
 ``attribution_patching``  the same to first order                                            2 + 1
+``atp_star``              the same, attention exact, gradients past a block at a time              5 + blocks, blocks
+``second_order``          a metric's change to second order                                  2 + 2
 ``eap``                   absolute first-order effects on all later readers                  2 + 1
 ``eap_ig``                the same, along the way between the two inputs                     1 + ``steps``, ``steps``
 ``hard_concrete``         trained: stochastic gates and a penalty on open ones               160 + 80 by default
@@ -75,6 +77,8 @@ from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.patching.atp_star import atp_star
+from tl_sparsify.patching.second_order import second_order
 from tl_sparsify.search.attribution import exact, gradient
 from tl_sparsify.search.constants import zero
 from tl_sparsify.search.score import scaled_variance, variance
@@ -85,6 +89,7 @@ __all__ = [
     "acdc",
     "activation_norm",
     "activation_patching",
+    "atp_star",
     "attribution_patching",
     "eap",
     "eap_ig",
@@ -97,6 +102,7 @@ __all__ = [
     "information_flow",
     "random",
     "scaled_variance",
+    "second_order",
     "top_k_gate",
     "variance",
 ]

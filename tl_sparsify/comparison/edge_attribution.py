@@ -37,6 +37,7 @@ from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.gradients.backward import Name, Rules, modified, named
 from tl_sparsify.search.scores import Scores
 
 Direction = Literal["noising", "denoising"]
@@ -97,6 +98,7 @@ def eap(
     source: Run | None = None,
     direction: Direction = "noising",
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
@@ -113,6 +115,7 @@ def eap(
         Circuit(3 of 12 units: 3 heads)
     """
     shared = {"source": source, "direction": direction, "metric": metric, "seed": seed, "batch_size": batch_size}
+    shared |= {"backward": backward}
     return eap_ig(model, examples, units, steps=1, reduce=reduce, **shared)
 
 
@@ -127,6 +130,7 @@ def eap_ig(
     source: Run | None = None,
     direction: Direction = "noising",
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
@@ -143,9 +147,11 @@ def eap_ig(
         Circuit(3 of 12 units: 3 heads)
     """
     shared = {"source": source, "direction": direction, "metric": metric, "seed": seed, "batch_size": batch_size}
+    shared |= {"backward": backward}
     found = edge_attribution(model, examples, units, steps=steps, **shared)
     scores = found.nodes(reduce)
     name = f"EAP ({reduce})" if steps == 1 else f"EAP-IG ({reduce}, {steps} steps)"
+    name = named(name, backward)
     unknown = torch.full_like(scores, float("nan"))  # the absolute value of a mean has no simple one
     return Scores(units, scores, unknown, name, "units of the metric", found.forward_passes, found.backward_passes)
 
@@ -160,6 +166,7 @@ def edge_attribution(
     source: Run | None = None,
     direction: Direction = "noising",
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Edges:
@@ -175,6 +182,7 @@ def edge_attribution(
             in edge mode. ``denoising``: the gradient is the corrupted run's, of the metric with the clean run's right
             answers; the edges are those of ``attribution_patch(model, clean=tokens, corrupt=counterfactuals)``.
         metric: one number for each labelled position; an example's is their mean.
+        backward: how the metric is differentiated (:mod:`tl_sparsify.gradients.backward`): ``true``, ``gim``, ``relp``.
 
     ``1 + steps`` forward and ``steps`` backward passes over the data. Memory: a number for each unit and reader.
 
@@ -199,7 +207,9 @@ def edge_attribution(
         for index, _ in shared_batches(model, examples, batch_size):
             near, far = runs(examples, index, source, direction, seed)
             here = units.for_examples(index, examples.spans)
-            yield (_edges(model, near, far, here, weights, readers, steps, metric).cpu(),)
+            with modified(model, backward):
+                part = _edges(model, near, far, here, weights, readers, steps, metric)
+            yield (part.cpu(),)
 
     (total,) = summed(parts(), len(examples))
     sign = 1 if direction == "noising" else -1  # a step goes from the far run to the near one

@@ -270,6 +270,14 @@ def streaming(
         yield
 
 
+@contextmanager
+def acting(model: Model, acts: list[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """Call ``act(activation, hook=...)`` at each of these hook points; what it returns, if anything, takes the
+    activation's place. For what is no intervention, such as another backward pass. No model pass of its own."""
+    with _hooked(model, [(_canonical(model, name), act) for name, act in acts]):
+        yield
+
+
 def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
 

@@ -34,6 +34,7 @@ from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Unit, Units, select
+from tl_sparsify.gradients.backward import Name, Rules, modified, named
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
@@ -51,6 +52,7 @@ def gradient(
     values: Values | None = None,
     source: Source = "constant",
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
@@ -64,6 +66,7 @@ def gradient(
             TransformerLens's ``attribution_patch(model, clean=counterfactuals, corrupt=tokens)``, which also takes
             the gradient at ``tokens`` but reports the change; others take the gradient at the counterfactual run.
         metric: one number for each labelled position; an example's is their mean.
+        backward: how the metric is differentiated (:mod:`tl_sparsify.gradients.backward`): ``true``, ``gim``, ``relp``.
         seed: draws the partners for ``shuffled``.
 
     One forward and one backward pass over the data; one forward more for the means or the other run.
@@ -77,9 +80,9 @@ def gradient(
         >>> found.absolute.top(0.25).names  # signed: an order by size takes `absolute`
         ('L0H2', 'L1H1', 'L1H2')
     """
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
-    total = _line(model, examples, units, replacement, (1.0,), metric, batch_size)
-    return Scores(units, total.mean, total.stderr, "gradient", "units of the metric", 1 + passes, 1)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
+    total = _line(model, examples, units, replacement, (1.0,), metric, backward, batch_size)
+    return Scores(units, total.mean, total.stderr, named("gradient", backward), "units of the metric", 1 + passes, 1)
 
 
 @checked
@@ -92,6 +95,7 @@ def integrated(
     values: Values | None = None,
     source: Source = "constant",
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
@@ -110,10 +114,12 @@ def integrated(
     check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated needs at least one")
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
     levels = tuple((step + 0.5) / steps for step in range(steps))  # midpoints: exact where the slope is linear in keep
-    total = _line(model, examples, units, replacement, levels, metric, batch_size)
-    return Scores(units, total.mean, total.stderr, "integrated", "units of the metric", steps + passes, steps)
+    total = _line(model, examples, units, replacement, levels, metric, backward, batch_size)
+    return Scores(
+        units, total.mean, total.stderr, named("integrated", backward), "units of the metric", steps + passes, steps
+    )
 
 
 @checked
@@ -148,7 +154,7 @@ def exact(
     """
     units, mask = (units, torch.ones(len(units))) if isinstance(units, Units) else _some(units)
     wanted = mask.nonzero().flatten()
-    replacement, passes = _replacement(model, examples, units, values, source, seed, batch_size)
+    replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
     rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
     batches = list(shared_batches(model, examples, min(rows, len(examples))))
     whole = None
@@ -223,7 +229,7 @@ def _each_alone(units: Units, values: Values, some: Int[Tensor, "some"], size: i
     return Intervention(chosen, keep.repeat_interleave(size, 0), Values(chosen, tiled), first_token="bos")
 
 
-def _replacement(
+def replaced_by(
     model: Model,
     examples: Examples,
     units: Units,
@@ -260,6 +266,7 @@ def _line(
     replacement: Callable[[Int[Tensor, "batch"]], Values],
     levels: tuple[float, ...],
     metric: Metric,
+    backward: Name | Rules,
     batch_size: int | None,
 ) -> Moments:
     """The moments over examples of ``d metric / d keep``, averaged over the points at which ``keep`` has these levels
@@ -269,7 +276,8 @@ def _line(
         for index, batch in shared_batches(model, examples, batch_size):
             here = units.for_examples(index, examples.spans)
             values = Values(here, replacement(index).tensors)
-            slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
+            with modified(model, backward):
+                slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
             yield Moments.of(torch.stack(slopes).double().mean(0))
 
     return Moments.over(parts(), len(examples))

@@ -31,6 +31,7 @@ from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import Samples, joint_moments, samples
 from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.gradients.backward import modified
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.linearisation import Linearisation, linearise_folds, merged
@@ -344,7 +345,8 @@ def _looking(
         settings = {"temperature": probing.temperature, "probes": probing.probes, "seed": seed + number}
         before = None if whole else here
         parts = samples(model, examples, here, current=before, restorable=True, recall=recall, **settings, **shared)
-        halves = linearise_folds(_noting(parts, made), len(examples), seed=seed + number)
+        with modified(model, probing.backward):
+            halves = linearise_folds(_noting(parts, made), len(examples), seed=seed + number)
         if not carry_deviation:
             halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
         return _Expansion(halves, merged(halves), Moments.over(made, len(examples)), index)

@@ -41,6 +41,7 @@ from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.gradients.backward import Name, Rules, modified, named
 from tl_sparsify.search.alone import alone
 from tl_sparsify.search.attribution import exact, gradient, integrated
 from tl_sparsify.search.constants import mean
@@ -70,12 +71,15 @@ def risk(
     temperature: float = 1.0,
     metric: Metric | None = None,
     interventions: InterventionDistribution = NONE,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
     """Second-order risk of removing each unit alone, ``1/2 E[a[u]^2]`` (arXiv 2602.24266, second-order expansion,
     against the original output): nats, or half squared units of ``metric``. With ``interventions`` both models are
-    under them (a unit that is itself interchanged is removed from the value that it then has).
+    under them (a unit that is itself interchanged is removed from the value that it then has). With ``backward`` other
+    than ``true`` probes are differentiated by those rules (:mod:`tl_sparsify.gradients.backward`), and the score is no
+    expansion of the divergence any more.
 
     One forward and ``probes`` backward passes over the data for all units together (fewer backward passes where
     fewer probes are exact). Where ``values`` are not given the means come from the same pass; from one more under
@@ -101,26 +105,28 @@ def risk(
     if values is None and interventions == NONE and not edges and probes >= 1 and temperature > 0:
 
         def run(size: int) -> tuple[Values, Moments | None, int]:
-            return alone(model, examples, units, batch_size=size, seed=seed, **settings)
+            with modified(model, backward):
+                return alone(model, examples, units, batch_size=size, seed=seed, **settings)
 
-        values, found, backward = fitting(run, model, examples, batch_size)
+        values, found, pulls = fitting(run, model, examples, batch_size)
         if found is not None:
-            return Scores(units, found.mean, found.stderr, "risk", unit, 1, backward)
+            return Scores(units, found.mean, found.stderr, named("risk", backward), unit, 1, pulls)
         forward = 2
     elif values is None:
         values, forward = mean(model, examples, units, batch_size=batch_size), 2
     settings |= {"interventions": interventions}
     removal = Reduction(Circuit.full(units), values)
-    backward = 0
+    pulls = 0
 
     def parts() -> Iterator[Moments]:
-        nonlocal backward
+        nonlocal pulls
         for part in samples(model, examples, removal, seed=seed, batch_size=batch_size, **settings):
-            backward = len(part.effects)
+            pulls = len(part.effects)
             yield Moments.of(part.effects.double().square().sum(0) / 2)
 
-    total = Moments.over(parts(), len(examples))
-    return Scores(units, total.mean, total.stderr, "risk", unit, forward, backward)
+    with modified(model, backward):
+        total = Moments.over(parts(), len(examples))
+    return Scores(units, total.mean, total.stderr, named("risk", backward), unit, forward, pulls)
 
 
 @checked

@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked_fields
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
 from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.gradients.backward import Name, Rules, rules_of
 
 
 @checked_fields
@@ -24,6 +25,9 @@ class Probing:
             in every round find better circuits for the same passes than always the same ones: what one round took from
             the noise of its samples, the next one sees.
 
+        backward: how probes are differentiated (:mod:`tl_sparsify.gradients.backward`). Predictions and measured risks
+            are the true ones.
+
     Example:
         >>> tls.sparsify(model, train, units, sizes=(0.5,), probing=tls.Probing(probes=1), progress=False).at(0.5)
         Reduction(Circuit(6 of 12 units: 6 heads), mean values)
@@ -32,8 +36,10 @@ class Probing:
     probes: int = 4
     temperature: float = 3.0
     examples: int | None = None
+    backward: Name | Rules = "true"
 
     def __post_init__(self) -> None:
+        rules_of(self.backward)
         check_count("probing.probes", self.probes, most=MOST)
         check_temperature(self.temperature)
         if self.examples is not None and self.examples < 2:
