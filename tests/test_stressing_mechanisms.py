@@ -52,9 +52,15 @@ def test_profiles_tell_the_tasks_and_groups_are_nested():
     assert agreement(labels[:, 3], train) >= 0.9 and agreement(groups[:, 3], test) >= 0.9
     for more, fewer in zip(labels.T[1:], labels.T, strict=False):
         assert len(torch.stack([more, fewer]).unique(dim=1).T) == len(more.unique()) == len(fewer.unique()) + 1
-    # a test example's group is its own business, and no batch's
-    _, some = grouped(model, reduction, train, test[100:140], 5, Setting(batch_size=7))
-    assert torch.equal(some, groups[100:140])
+
+
+def test_batches_change_no_group():
+    model, reduction, train, test = one()
+    some = [grouped(model, reduction, train[:48], test[:20], 3, Setting(batch_size=size)) for size in (None, 7)]
+    assert torch.equal(some[0][0], some[1][0]) and torch.equal(some[0][1], some[1][1])
+    # a test example's group is its own business
+    _, fewer = grouped(model, reduction, train[:48], test[10:20], 3, Setting())
+    assert torch.equal(fewer, some[0][1][10:])
 
 
 @pytest.mark.slow
@@ -86,12 +92,16 @@ def test_a_single_mechanism_is_one_group():
 
 
 def test_where_random_circuits_do_as_well_one_group_says_nothing():
-    """Without the units that it is made of, any circuit of the others is as good."""
-    model, reduction, train, test = one()
-    dead = tls.Intervention(reduction.units, (~reduction.circuit.mask).float(), reduction.values)
-    idle = reduction.with_circuit(tls.Circuit.of(reduction.units, ["L0H0", "L1N5"]))
-    with tls.intervened(model, dead):
-        found = mechanisms(model, idle, test, Setting(draws=3, bootstrap=50), train=train)
+    """Without both heads of the backup task all circuits of idle units are the same."""
+    task = tls.load_task("planted_backup")
+    model = task.model()
+    train, _, test = task.examples(0)
+    units = tls.heads(model) + tls.neurons(model)
+    means = tls.constants.mean(model, train, units)
+    idle = tls.constants.reduced(model, tls.Circuit.of(units, ["L0H0", "L1N3"]), means)
+    copies = tls.Circuit.of(units, ["L0H1", "L1H2"])
+    with tls.intervened(model, tls.Intervention(units, (~copies.mask).float(), means)):
+        found = mechanisms(model, idle, test[:48], Setting(draws=3, bootstrap=50), train=train[:48])
     assert isinstance(found, Mechanisms) and found.rows[0].stand == "cannot tell"
 
 
