@@ -7,8 +7,11 @@ others, can be read from the table. Writes ``benchmarks/results/stress.csv`` and
     python benchmarks/stress.py
     python benchmarks/stress.py --task ioi --model smollm2 --circuit my.reduction --name ioi
 
+    python benchmarks/stress.py --mechanisms
+
 The second form tests a saved reduction, on the test split of the task made for that model, with alternatives and masks
-chosen on its training split, and writes ``stress_NAME.csv`` and ``stress_NAME.md``.
+chosen on its training split, and writes ``stress_NAME.csv`` and ``stress_NAME.md``. The third writes
+``stress_mechanisms.csv`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from typing import Any
 
 import pandas as pd
 from shared import write
+from sklearn.metrics import adjusted_rand_score
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.stressing.measuring import alike
 
 EXAMPLES = 256
+ROWS = ("worst case", "alternatives", "minimality", "hypotheses", "specificity")  # mechanisms are below
 BACKUP = {
     "the head that copies": ["L0H1"],
     "its silent backup": ["L1H2"],
@@ -64,9 +69,53 @@ def planted(task_name: str) -> pd.DataFrame:
     return pd.concat(found)
 
 
+def mechanisms() -> pd.DataFrame:
+    """How many mechanisms are found where there are four, and where there is one."""
+    lines: list[pd.DataFrame] = []
+    for name, kept, n in (("multi_task", 6, 512), ("planted_equality", EQUALITY, 128)):
+        task = tls.load_task(name)
+        model = task.model()
+        train, _, test = task.examples(0)
+        units = tls.heads(model) if isinstance(kept, int) else tls.heads(model) + tls.neurons(model)
+        values = tls.constants.mean(model, train, units)
+        if isinstance(kept, int):
+            scores = tls.score.risk(model, train.sample(256), units, values=values, temperature=3.0)
+            circuit = scores.top(kept / len(units))
+        else:
+            circuit = tls.Circuit.of(units, kept)
+        reduction = tls.constants.reduced(model, circuit, values)
+        some = test.sample(n)
+        table = tls.stress(model, reduction, some, rows=("mechanisms",), train=train.sample(n), draws=5)
+        found = table.details["mechanisms"]
+        agreed = adjusted_rand_score(some.tokens[:, 0].numpy(), found.groups.numpy())
+        lines.append(
+            table.frame().assign(
+                task=name,
+                kept=len(circuit),
+                groups=found.count,
+                rand=agreed if name == "multi_task" else float("nan"),
+                one=float(found.risks[0]),
+                own=float(found.risks[found.count - 1]),
+            )
+        )
+    return pd.concat(lines)
+
+
+def groups_markdown(frame: pd.DataFrame) -> str:
+    """One row a task."""
+    heads = ["task", "units kept", "groups", "adjusted Rand index", "one circuit, nats", "a circuit for each group"]
+    heads += ["gain", "gain of random groups", "verdict"]
+    rows: list[list[str]] = []
+    for line in frame.to_dict("records"):
+        rand = f"{line['rand']:.3f}" if line["rand"] == line["rand"] else "-"
+        numbers = [f"{line[name]:.2g}" for name in ("one", "own", "value", "control")]
+        rows.append([line["task"], str(line["kept"]), str(line["groups"]), rand, *numbers, str(line["stand"])])
+    return table_of(heads, rows)
+
+
 def stressed(model: Any, reduction: tls.Reduction, train: Any, test: Any, task: str, name: str) -> pd.DataFrame:
     """The table of one circuit."""
-    table = tls.stress(model, reduction, test[:EXAMPLES], train=train[:EXAMPLES])
+    table = tls.stress(model, reduction, test[:EXAMPLES], rows=ROWS, train=train[:EXAMPLES])
     print(f"{task}, {name}\n{table.markdown()}", flush=True)
     risk = tls.risk(model, reduction, test[:EXAMPLES]).mean
     return table.frame().assign(task=task, circuit=name, risk=risk, kept=len(reduction.circuit))
@@ -105,7 +154,11 @@ def main() -> None:
     options.add_argument("--model", default=None, help="what the task's model is to be, where it can be another one")
     options.add_argument("--circuit", type=Path, default=None, help="a saved reduction")
     options.add_argument("--name", default="circuit", help="of the files that a saved reduction's table goes into")
+    options.add_argument("--mechanisms", action="store_true", help="only how many mechanisms are found")
     arguments = options.parse_args()
+    if arguments.mechanisms:
+        write("stress_mechanisms", mechanisms(), {"stress_mechanisms": groups_markdown})
+        return
     if arguments.circuit is None:
         frame = pd.concat([planted(name) for name in arguments.task])
         write("stress", frame, {"stress": markdown})

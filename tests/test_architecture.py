@@ -29,7 +29,8 @@ ORDER = {
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds "
     "edge_scores baselines convergence methods tables cells benchmark",
-    "stressing": "table measuring worst_case minimality alternatives specificity hypotheses battery",
+    "stressing": "table measuring worst_case minimality alternatives specificity hypotheses mechanisms templates "
+    "battery",
     "presentation": "sealed results sentences edge_map edge_graph diagrams curves plot printed report "
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",

@@ -38,12 +38,13 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
         *((name, "markdown", name) for name in ("algorithms", "folding_speed", "neighbours", "overlap", "perceptron")),
         *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
+        ("stress", "groups_markdown", "stress_mechanisms"),
         ("prediction", "path_table", "prediction"),
         ("prediction", "units_table", "prediction_units"),
     ],
 )
 def test_a_stored_page_is_that_of_the_stored_table(name: str, function: str, page: str, script: Any):
-    source = "prediction_units" if page == "prediction_units" else name
+    source = page if page in ("prediction_units", "stress_mechanisms") else name
     assert getattr(script(name), function)(table(source)) == (BENCHMARKS / "results" / f"{page}.md").read_text()
 
 

@@ -17,15 +17,17 @@ from tl_sparsify.core.units import Model
 from tl_sparsify.stressing.alternatives import alternatives
 from tl_sparsify.stressing.hypotheses import hypotheses
 from tl_sparsify.stressing.measuring import Setting
+from tl_sparsify.stressing.mechanisms import Mechanisms, mechanisms
 from tl_sparsify.stressing.minimality import minimality
 from tl_sparsify.stressing.specificity import specificity
 from tl_sparsify.stressing.table import Stress, StressRow
+from tl_sparsify.stressing.templates import across_templates
 from tl_sparsify.stressing.worst_case import worst_case
 
 _OWN = "its affine replacements are fitted for this circuit alone: give a reduction with constants"
 _NOTHING = "the circuit keeps no unit, or every one"
 _OTHERS = "no examples of other tasks: give others={name: examples}"
-_MISSING = "not part of this version"
+_TEMPLATES = "no templates: give templates=[the template of each example]"
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,17 @@ class _Given:
     templates: Sequence[Any] | None
 
 
-_Test = Callable[[_Given], "tuple[StressRow, ...] | str"]
-_TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
+_Test = Callable[[_Given], "tuple[StressRow, ...] | Mechanisms | str"]
+_TESTS: dict[str, _Test] = {  # a test's lines (in what else it found), or why it is left out
     "worst case": lambda g: worst_case(g.model, g.reduction, g.examples, g.setting, train=g.train),
     "alternatives": lambda g: alternatives(g.model, g.reduction, g.examples, g.setting, train=g.train),
     "minimality": lambda g: (
         _OWN if g.reduction.mixing else minimality(g.model, g.reduction, g.examples, g.setting, train=g.train)
     ),
     "hypotheses": lambda g: _OWN if g.reduction.mixing else hypotheses(g.model, g.reduction, g.examples, g.setting),
-    "mechanisms": lambda g: _MISSING,
+    "mechanisms": lambda g: (
+        _OWN if g.reduction.mixing else mechanisms(g.model, g.reduction, g.examples, g.setting, train=g.train)
+    ),
     "specificity": lambda g: (
         _OTHERS
         if not g.others
@@ -57,7 +61,13 @@ _TESTS: dict[str, _Test] = {  # a test's lines, or why it is left out
         if g.reduction.mixing
         else specificity(g.model, g.reduction, g.examples, g.others, g.setting)
     ),
-    "templates": lambda g: _MISSING,
+    "templates": lambda g: (
+        _TEMPLATES
+        if g.templates is None
+        else _OWN
+        if g.reduction.mixing
+        else across_templates(g.model, g.reduction, g.examples, g.templates, g.setting)
+    ),
 }
 ROWS = tuple(_TESTS)
 
@@ -90,7 +100,8 @@ def stress(
         reduction: the circuit and its constants. Where these were refitted, alternatives are refitted as well.
         examples: what is reported on; none of them should have been used to find the circuit.
         rows: the tests: ``worst case``, ``alternatives`` (arXiv 2605.12671), ``minimality``, ``hypotheses`` (arXiv
-            2410.13032), ``specificity`` (arXiv 2605.08348).
+            2410.13032), ``mechanisms`` (arXiv 2605.09129; groups and cross-risks are in ``details``), ``specificity``
+            (arXiv 2605.08348), ``templates``.
         train: what masks, units and alternatives are chosen on. Where not given, every other one of ``examples`` is,
             and the rest is reported on.
         others: examples of other tasks by name.
@@ -106,7 +117,7 @@ def stress(
 
     Raises:
         ValueError: a model in training mode, a reduction of another model, an unknown test, a tolerance that is not
-            positive, fewer than four examples without ``train``.
+            positive, fewer than four examples without ``train``, templates that are not one for each example.
 
     Example:
         >>> tls.stress(model, reduction, test, rows=("minimality",), draws=5, bootstrap=100)
@@ -125,10 +136,13 @@ def stress(
     given = _Given(model, reduction, examples, setting, train, others, templates)
     lines: list[StressRow] = []
     left_out: dict[str, str] = {}
+    details: dict[str, Any] = {}
     for row in dict.fromkeys(rows):
         found = _TESTS[row](given)
+        if isinstance(found, Mechanisms):
+            found, details[row] = found.rows, found
         if isinstance(found, str) or not found:
             left_out[row] = found if isinstance(found, str) else _NOTHING
         else:
             lines.extend(found)
-    return Stress(tuple(lines), left_out, {}, tolerance, level)
+    return Stress(tuple(lines), left_out, details, tolerance, level)

@@ -123,14 +123,41 @@ def measured(model: Model, removals: Sequence[Removal], examples: Examples, sett
     """
 
     def column(batch: Examples, index: Int[Tensor, "batch"]) -> Float[Tensor, "batch columns"]:
-        original = answer_logits(model, batch)
-        found: list[Float[Tensor, "batch"]] = []
-        for removal in removals:
-            with intervened(model, removal(index)):
-                found.append(divergence(original, answer_logits(model, batch), batch, setting.metric).double().cpu())
-        return torch.stack(found, 1)
+        return _divergences(model, removals, batch, index, setting)
 
     return averaged(model, column, examples, setting)
+
+
+def assigned(
+    model: Model,
+    removals: Sequence[Removal],
+    choices: Int[Tensor, "n columns"],
+    examples: Examples,
+    setting: Setting,
+) -> Measured:
+    """The divergence where each example has a removal of its own: in column ``c`` example ``i`` has that numbered
+    ``choices[i, c]``; where this is -1 it counts as 0.
+
+    One forward pass, and one for each removal.
+    """
+
+    def column(batch: Examples, index: Int[Tensor, "batch"]) -> Float[Tensor, "batch columns"]:
+        found = _divergences(model, removals, batch, index, setting)
+        mine = choices[index]
+        return found.gather(1, mine.clamp_min(0)).where(mine >= 0, 0.0)
+
+    return averaged(model, column, examples, setting)
+
+
+def _divergences(
+    model: Model, removals: Sequence[Removal], batch: Examples, index: Int[Tensor, "batch"], setting: Setting
+) -> Float[Tensor, "batch removals"]:
+    original = answer_logits(model, batch)
+    found: list[Float[Tensor, "batch"]] = []
+    for removal in removals:
+        with intervened(model, removal(index)):
+            found.append(divergence(original, answer_logits(model, batch), batch, setting.metric).double().cpu())
+    return torch.stack(found, 1)
 
 
 def averaged(

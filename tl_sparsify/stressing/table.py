@@ -84,7 +84,7 @@ class Stress:
     Attributes:
         rows: its lines.
         left_out: the tests that were not made, each with the reason: data that were not given.
-        details: what a test found beside its lines: circuits, masks, groups of examples.
+        details: what a test found beside its lines: of ``mechanisms`` the groups, their circuits and cross-risks.
         tolerance: nats; what counts as no difference.
         level: of the intervals.
 
