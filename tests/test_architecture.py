@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
     "_internal": "after_import experts checks random arguments beside ranks files progress encoders directory storage "
-    "checksum processes first_tokens readers",
+    "processes first_tokens layouts readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "gradients": "rules backward",
@@ -36,7 +36,8 @@ ORDER = {
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
-         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8, "": 9}  # fmt: skip
+         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8,
+         "": 9}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

@@ -13,7 +13,7 @@ from helpers.models import TwoLayers, fresh, linear, reduction_of
 from torch import nn
 
 from tl_sparsify import Circuit, Reduction, Values, fingerprint
-from tl_sparsify._internal.checksum import checksum
+from tl_sparsify._internal.storage import checksum
 from tl_sparsify.core.reduction import check_fingerprint
 
 

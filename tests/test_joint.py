@@ -115,13 +115,6 @@ def test_one_expansion_orders_all_units_wherever_its_round_ends():
     assert orders[0] == orders[1] == orders[2]
 
 
-def test_where_samples_are_many_all_of_the_expansion_is_believed():
-    data = examples(400, choices=CHOICES)
-    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "exchanges": 0, "progress": False}
-    free, fixed = (sparsify(bridge(), data, units_of(bridge()), shrinkage=s, **settings) for s in (None, NO_SHRINKAGE))
-    assert free.order.tolist() == fixed.order.tolist()
-
-
 # Paths
 
 

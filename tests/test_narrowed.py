@@ -13,12 +13,13 @@ from helpers import architectures, native
 from helpers.models import NoCasts, inputs, linear, unchanged
 from torch import Tensor
 
+from tl_sparsify._internal.layouts import narrows
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.basis import directions
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, output
-from tl_sparsify.core.intervene import ablate, intervened, narrows, recorded
+from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, mlps
 from tl_sparsify.folding.fold import fold

@@ -30,14 +30,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+
+from tl_sparsify._internal.layouts import post_norm
 
 _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
 _SINGLE = {"attn.key": "k", "attn.value": "v", "attn.each": "qkv"}  # of each head, where heads share keys and values
 _READS |= _SINGLE
 _HEAD = re.compile(r"L(\d+)H\d+")
-_POST_NORMED = ("Gemma2For", "Gemma3For", "Olmo2For", "Olmo3For")
 """Architectures with norms behind attention and MLPs whose stream is the sum of what comes out of these."""
 
 
@@ -66,7 +67,7 @@ def terms(writers: tuple[str, ...]) -> tuple[list[int], ...]:
 
 def term_count(model: Any, writers: tuple[str, ...]) -> int:
     """How many copies of ``d_model`` numbers a reader of these writers has."""
-    return len(terms(writers)) if any(_post_norm(block) is not None for block in model.blocks) else 1
+    return len(terms(writers)) if any(post_norm(block) is not None for block in model.blocks) else 1
 
 
 def along_edges(
@@ -145,61 +146,6 @@ _PASSES: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
 """The pass that is under way, which nested interventions share."""
 
 
-def blocks_that_read(model: Any) -> Iterator[tuple[int, Any]]:
-    """Every block with its number.
-
-    Raises:
-        ValueError: a model in which the stream is not the sum of what heads and MLPs write, or in which a reader cannot
-            be given an input of its own.
-    """
-    for layer, block in enumerate(model.blocks):
-        architecture = str(getattr(model.cfg, "architecture", None))
-        behind = [norm for norm in ("ln1_post", "ln2_post") if isinstance(getattr(block, norm, None), nn.Module)]
-        if behind and not architecture.startswith(_POST_NORMED):
-            raise ValueError(
-                f"block {layer} has a norm behind its attention or MLP ({behind[0]}), and whether the stream of "
-                f"{architecture} is the sum of what comes out of these is not known (it is for "
-                "Gemma 2 and 3, OLMo 2 and 3): use heads() and mlps()"
-            )
-        points = model.hook_dict
-        if f"blocks.{layer}.attn.hook_z" not in points and f"blocks.{layer}.hook_attn_out" in points:
-            raise ValueError(f"block {layer} has attention without heads (no hook_z): use attentions() and mlps()")
-        both = f"blocks.{layer}.hook_mlp_out" in points and hasattr(block, "attn")
-        if both and getattr(model.cfg, "parallel_attn_mlp", False) and not _of_its_own(block):
-            raise ValueError(
-                f"block {layer}'s attention and MLP read through one norm, so that they cannot be given inputs of "
-                "their own: use heads() and mlps()"
-            )
-        yield layer, block
-
-
-def check_apart(layer: int, attn: Any) -> None:
-    """Refuse attention whose heads cannot be given keys and values of their own.
-
-    Raises:
-        ValueError: naming the layer.
-    """
-    inner = getattr(attn, "original_component", attn)
-    normed = getattr(attn, "_qk_norm_phase", None) == "pre_reshape"  # one norm over the keys of all heads
-    gated = getattr(attn.config, "gated_q_proj", False) or "gate" in getattr(attn, "submodules", {})
-    known = type(attn).__name__ == "PositionEmbeddingsAttentionBridge"
-    if not known or normed or gated or getattr(inner, "sinks", None) is not None:
-        raise ValueError(
-            f"grouped is False, and the heads of block {layer} ({type(inner).__name__}) cannot be given keys and "
-            "values of their own: leave grouped=True, where those that share them share a reader"
-        )
-
-
-def _post_norm(block: Any) -> Any:
-    """What a layer's attention passes before it joins the stream, without hooks; ``None`` where that is nothing."""
-    norm = getattr(block, "ln1_post", None)
-    return (getattr(norm, "original_component", None) or norm) if isinstance(norm, nn.Module) else None
-
-
-def _of_its_own(block: Any) -> bool:
-    return getattr(block, "ln2", None) is not None or getattr(block, "ln1", None) is None
-
-
 def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks of TransformerLens that call these functions, in their order, with each reader's copies of the stream;
     what one returns takes their place."""
@@ -222,7 +168,7 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
                 made += [(f"blocks.{layer}.attn.{point}", many) for point in ("k.hook_out", "v.hook_out", "hook_rot_q")]
         if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
             made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
-            if _post_norm(block) is not None:
+            if post_norm(block) is not None:
                 made.append((f"blocks.{layer}.ln1_post.hook_in", partial(_note_sum, model, layer)))
         if f"blocks.{layer}.hook_mlp_out" in model.hook_dict:
             name = f"blocks.{layer}.mlp.edges"
@@ -334,7 +280,7 @@ def _acted(
     stream, *kept = copies.split(stream.shape[2], 2)
     state.kept[name] = tuple(kept)
     for layer, old, new in zip(layers, had, kept, strict=True):
-        norm = _post_norm(model.blocks[layer])
+        norm = post_norm(model.blocks[layer])
         stream = stream + rows_last(norm(rows_first(new)) - norm(rows_first(old)))
     state.taken[name] = stream
     return stream

@@ -1,17 +1,28 @@
-"""How many numbers a module holds, by where they are stored, and how many it may hold that a file describes."""
+"""Numbers as they are stored: how many a module holds, how many one may hold that a file describes, and a checksum.
+
+For the checksum the bits of a tensor's values (in float32, so that a float64 copy has the same) are taken in rows of a
+fixed width, without a copy of the tensor. A row's sum is that of its bits times odd random weights, modulo 2**32 for
+each, so that one value cannot change without it; the sum of the rows has odd random weights again. Integer sums do not
+depend on their order, hence on the device.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+
+from tl_sparsify._internal import random as _random
 
 _TIMES, _LEAST = 256, 2**28
 """A model that a file describes may be so many times as large as the file, and of so many numbers in any case."""
+_WIDTH = 2**16
+_TOGETHER = 2**22  # values whose bits are there at once
 
 
 def check_size(build: Callable[[], Any], there: int) -> Any:
@@ -55,3 +66,31 @@ def _span(parameter: Float[Tensor, "..."]) -> tuple[int, int, int]:
     last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
     size = parameter.element_size()
     return parameter.data_ptr(), parameter.data_ptr() + (last + 1) * size, size
+
+
+def checksum(tensor: Shaped[Tensor, "..."]) -> int:
+    """64 bits of the values, in order; 0 where they are not there (offloaded)."""
+    if tensor.is_meta:
+        return 0
+    flat, total = tensor.detach().reshape(-1), 0
+    for number, start in enumerate(range(0, flat.numel(), _TOGETHER)):
+        bits = _bits(flat[start : start + _TOGETHER])
+        whole = len(bits) // _WIDTH * _WIDTH
+        for place, part in enumerate((bits[:whole].view(-1, _WIDTH), bits[whole:][None])):
+            weights = _weights(_WIDTH)[: part.shape[1]].to(part.device)
+            rows = (part * weights.to(torch.int32)).sum(1)
+            more = _weights(_TOGETHER // _WIDTH + 1, number, place)[: len(rows)].to(part.device)
+            total += int((rows * more).sum())
+    return total % 2**64
+
+
+def _bits(values: Shaped[Tensor, "n"]) -> Int[Tensor, "bits"]:
+    if values.is_floating_point() or values.is_complex():
+        values = torch.view_as_real(values).flatten() if values.is_complex() else values
+        return values.to(torch.float32).view(torch.int32)
+    return values.to(torch.int32)
+
+
+@cache
+def _weights(n: int, *counters: int) -> Int[Tensor, "n"]:
+    return _random.bits(0, 101, *counters, torch.arange(n)) | 1

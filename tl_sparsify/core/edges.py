@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.readers import Written, blocks_that_read, check_apart, rows_first, rows_last, terms
+from tl_sparsify._internal.layouts import blocks_that_read, check_apart
+from tl_sparsify._internal.readers import Written, rows_first, rows_last, terms
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of

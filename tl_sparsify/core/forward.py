@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count, check_is_model
+from tl_sparsify._internal.layouts import narrows
 from tl_sparsify._internal.random import check_seed
 from tl_sparsify._internal.ranks import share
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.intervene import first_bad_hook, narrowed, narrows, recorded
+from tl_sparsify.core.intervene import first_bad_hook, narrowed, recorded
 from tl_sparsify.core.memory import device_of, rows_for
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site, input_at

@@ -1,5 +1,4 @@
-"""Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks (but for those that
-take a mixture of experts apart, and those that give each reader a stream of its own).
+"""Interventions: the one primitive ``value + keep * (v - value)``, and the only file with hooks (but for experts').
 
 Under an intervention a unit's value ``v`` becomes ``lerp(value, v, keep)``: 1 keeps it, 0 sets it to ``value``.
 Ablation takes constants for ``value``, interchange the values of a source run, and ``keep`` may be anything between.
@@ -9,7 +8,6 @@ them: another one that intervenes on the same model waits, and one that only run
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +24,7 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked, checked_fields
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
+from tl_sparsify._internal.layouts import STREAM
 from tl_sparsify._internal.readers import Written, first_hooks, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
@@ -359,26 +358,6 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
         yield recording
 
 
-_STREAM, _LOGITS = "unembed.hook_in", "unembed.hook_out"
-
-
-def narrows(model: Any) -> bool:
-    """Whether :func:`narrowed` leaves every logit what it is: all that follows the unembedding's input takes each
-    position alone, and nobody looks at what comes out of the unembedding.
-
-    The first is what a Hugging Face model says that can leave logits out itself (``logits_to_keep``), and true of
-    TransformerLens's native models.
-    """
-    inner, points = getattr(model, "original_model", None), getattr(model, "hook_dict", {})
-    if inner is None or _STREAM not in points or _LOGITS not in points:
-        return False
-    native = type(inner).__name__ == "NativeModel"
-    if not native and "logits_to_keep" not in inspect.signature(inner.forward).parameters:
-        return False
-    seen = points[_LOGITS].fwd_hooks or points[_LOGITS].bwd_hooks or points[_STREAM].bwd_hooks
-    return not seen and model.unembed.hook_out is points[_LOGITS]
-
-
 @contextmanager
 def narrowed(
     model: Model, example: Int[Tensor, "rows"], position: Int[Tensor, "rows"], labelled: int
@@ -399,7 +378,7 @@ def narrowed(
         index = (example * labelled + position).to(stream.device)
         return stream.flatten(0, 1).index_select(0, index)[:, None]
 
-    with _hooked(model, [(_canonical(model, _STREAM), narrow)]):
+    with _hooked(model, [(_canonical(model, STREAM), narrow)]):
         yield times
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked_fields
-from tl_sparsify._internal.checksum import checksum
 from tl_sparsify._internal.encoders import Encoder
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
+from tl_sparsify._internal.storage import checksum
 from tl_sparsify.core.circuit import (
     FIRST_TOKENS,
     REFIT,

@@ -2,10 +2,9 @@
 
 Heads are slices of the activation, neurons its entries, a whole layer is one unit; an expert's value is what it adds
 to its layer. Directions are coordinates: with the columns of ``basis`` as directions ``B``, a unit's value is its entry
-of ``v = pinv(B) x`` and a change is written as ``x + B (v' - v)``. For orthonormal columns these are the projections;
-columns may overlap, and then the values are least-squares coordinates: how much of ``x`` each direction accounts for,
-given the others. Features are the columns of a dictionary's decoder, with values that its encoder makes of ``x`` (or of
-another activation, ``source``); what they leave over is the value of one ``error`` unit.
+of ``v = pinv(B) x`` (columns may overlap) and a change is written as ``x + B (v' - v)``. Features are the columns of a
+dictionary's decoder, with values that its encoder makes of ``x`` (or of another activation, ``source``); what they
+leave over is the value of one ``error`` unit.
 """
 
 from __future__ import annotations

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
+from tl_sparsify._internal.layouts import narrows
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, run_values, shared_batches
-from tl_sparsify.core.intervene import Intervention, intervened, narrows
+from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.memory import device_of, dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments

@@ -16,9 +16,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparsify._internal.checksum import checksum
 from tl_sparsify._internal.files import read_tensors, reading, versions, write_tensors
 from tl_sparsify._internal.ranks import on_main
+from tl_sparsify._internal.storage import checksum
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
