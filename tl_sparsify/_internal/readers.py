@@ -280,8 +280,9 @@ def _acted(
     stream, *kept = copies.split(stream.shape[2], 2)
     state.kept[name] = tuple(kept)
     for layer, old, new in zip(layers, had, kept, strict=True):
-        norm = post_norm(model.blocks[layer])
-        stream = stream + rows_last(norm(rows_first(new)) - norm(rows_first(old)))
+        block = model.blocks[layer]
+        new, old = (_normed(model, block.ln1_post, post_norm(block), rows_first(part)) for part in (new, old))
+        stream = stream + rows_last(new - old)
     state.taken[name] = stream
     return stream
 
