@@ -4,7 +4,7 @@ One cell for each task, kind of units, method and seed: a CSV of its own, so tha
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
-every time. With ``--refit`` each circuit's constants are refitted from the means until the validation risk no
+every time. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. With ``--refit`` each circuit's constants are refitted from the means until the validation risk no
 longer falls.
 
     tl-sparsify fetch smollm2
@@ -53,6 +53,14 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
             model, train, units, values=values, probing=probing, first_token=first, seed=seed, **settings
         )
 
+    def sharpened(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        settings: dict[str, Any] = {"smallest": SIZES[-1], "rounds": ROUNDS // 2, "batch_size": size, "progress": False}
+        settings |= {"probing": probing, "first_token": options.first_token}
+        found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
+        given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
+        steps = -(-(backward // 2) // given["per_step"])
+        return tls.sharpen(model, found, train, steps=steps, batch_size=size, **given)
+
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)
 
@@ -69,7 +77,13 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         steps = -(-backward // given["per_step"])
         return baselines.top_k_gate(model, train, units, steps=steps, values=values, **given)
 
-    return {"joint risk": joint, "risk, one shot": one_shot, "attribution, rounds": attribution, "top-k mask": mask}
+    return {
+        "joint risk": joint,
+        "joint risk, sharpened": sharpened,
+        "risk, one shot": one_shot,
+        "attribution, rounds": attribution,
+        "top-k mask": mask,
+    }
 
 
 def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> pd.DataFrame:
