@@ -3,9 +3,9 @@
 One cell for each task, ablation, method and seed: a CSV of its own, so that a run that was stopped goes on where it
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
-and once by sign. In rounds, attribution takes at least as many backward passes as the
-joint search; one-shot scores have no more to take. Sharpened is half of the rounds and, in as many passes, a mask that starts
-from their order. Sizes are reported on test examples.
+and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores have
+no more to take. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. Sizes are
+reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --examples 64
@@ -156,8 +156,8 @@ def page(frame: pd.DataFrame) -> str:
     if ratios:
         wins = ", ".join(f"{name} in {sum(cells)} of {len(cells)}" for name, cells in lowest.items() if cells)
         lines.append(
-            f"Cells that are no higher than every other method's: {wins}. In the geometric mean over cells the best other "
-            f"method's risk is {geometric_mean(ratios):.2g} times the joint search's, the best one-shot method's "
+            f"Cells that are no higher than every other method's: {wins}. In the geometric mean over cells the best "
+            f"other method's risk is {geometric_mean(ratios):.2g} times the joint search's, the best one-shot method's "
             f"{geometric_mean(ahead):.2g} times."
         )
     return "\n".join(lines) + "\n"

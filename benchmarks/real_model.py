@@ -4,8 +4,8 @@ One cell for each task, kind of units, method and seed: a CSV of its own, so tha
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
-every time. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. With ``--refit`` each circuit's constants are refitted from the means until the validation risk no
-longer falls.
+every time. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. With
+``--refit`` each circuit's constants are refitted from the means until the validation risk no longer falls.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
