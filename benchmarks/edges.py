@@ -3,9 +3,9 @@
 One cell for each task, ablation, method and seed: a CSV of its own, so that a run that was stopped goes on where it
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
-and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores have
-no more to take. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. Sizes are
-reported on test examples.
+and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores
+have no more to take. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. Sizes
+are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --examples 64
