@@ -76,8 +76,7 @@ def rows(name: str, seeds: int) -> dict[str, pd.DataFrame]:
 
 def page(frame: pd.DataFrame) -> str:
     """Risk on validation by method and mode, geometric means over tasks and seeds, and by task at the middle size."""
-    lines = ["# Backward passes by other rules", ""]
-    lines += [
+    lines = [
         f"Risk in nats (KL, removed units at their means) on {EXAMPLES} validation examples; circuits found on "
         f"{EXAMPLES} training examples; {ROUNDS} rounds in the joint search. Made by "
         "`benchmarks/backward_modes.py`. Lower is better; bold: the best of a row.",
