@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -240,14 +241,12 @@ def sharpen(
 
     def measured(order: Int[Tensor, "units"]) -> CircuitPath:
         """The path of an order, at the sizes of the given one."""
-        rounds: list[Round] = []
+        ordered, rounds = replace(path, order=order), list[Round]()
         for step in path.rounds:
-            mask = torch.zeros(len(units), dtype=torch.bool)
-            mask[order[len(units) - len(step.reduction.circuit) :]] = True
-            reduction = step.reduction.with_circuit(Circuit(units, mask))
+            reduction = ordered.at(step.reduction.circuit.fraction)
             found = risk(model, reduction, judged, metric=metric, seed=seed, recall=recall, batch_size=batch_size)
             rounds.append(Round(reduction, unknown, found, float("nan")))
-        return CircuitPath(units, order, tuple(rounds))
+        return replace(ordered, rounds=tuple(rounds))
 
     both = [measured(path.order), measured(logits.argsort(stable=True))]
     return min(both, key=lambda one: sum(math.log(max(r.measured.mean, _LEAST)) for r in one.rounds))
