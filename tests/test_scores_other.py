@@ -196,7 +196,8 @@ def test_additivity_is_that_of_explicit_jacobians():
 
 def test_additivity_is_what_a_search_says_of_its_first_round():
     model, batch = bridge(), data()
-    path = sparsify(model, batch, units_of(model), rounds=2, smallest=0.3, seed=5, predict=True, progress=False)
+    settings = {"rounds": 2, "smallest": 0.3, "exchanges": 0, "seed": 5, "predict": True, "progress": False}
+    path = sparsify(model, batch, units_of(model), **settings)
     found = score.additivity(model, batch, path.rounds[0].reduction, seed=5)
     assert float(found) == pytest.approx(path.rounds[0].additivity, rel=1e-9)
 
