@@ -6,22 +6,25 @@ others, can be read from the table. Writes ``benchmarks/results/stress.csv`` and
 
     python benchmarks/stress.py
     python benchmarks/stress.py --task ioi --model smollm2 --circuit my.reduction --name ioi
-
+    python benchmarks/stress.py --task ioi --model smollm2 --keep 0.3 --examples 48 --draws 5 --name smollm2 \
+        --others subject_verb_agreement gendered_pronoun
     python benchmarks/stress.py --mechanisms
 
 The second form tests a saved reduction, on the test split of the task made for that model, with alternatives and masks
-chosen on its training split, and writes ``stress_NAME.csv`` and ``stress_NAME.md``. The third writes
-``stress_mechanisms.csv`` and ``.md``.
+chosen on its training split, and writes ``stress_NAME.csv`` and ``stress_NAME.md``; the third finds the circuit first,
+heads and whole MLPs by ``sparsify`` on training examples. Both go on, test by test, from what is in the csv. The last
+one writes ``stress_mechanisms.csv`` and ``.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
-from shared import write
+from shared import RESULTS, ROOT, write
 from sklearn.metrics import adjusted_rand_score
 
 import tl_sparsify as tls
@@ -121,6 +124,57 @@ def stressed(model: Any, reduction: tls.Reduction, train: Any, test: Any, task: 
     return table.frame().assign(task=task, circuit=name, risk=risk, kept=len(reduction.circuit))
 
 
+def one_circuit(arguments: argparse.Namespace) -> None:
+    """The table of a circuit in a file, or of one that is found here, test by test."""
+    [name] = arguments.task
+    task = _task(name, arguments.model)
+    model = task.model()
+    train, _, test = task.examples(0)
+    train, test = train[: arguments.examples], test[: arguments.examples]
+    path = arguments.circuit or ROOT / "results" / f"stress_{arguments.name}.reduction"
+    if arguments.circuit is None and not path.exists():
+        units = tls.heads(model) + tls.mlps(model)
+        found = tls.sparsify(model, train, units, smallest=arguments.keep).at(arguments.keep)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    reduction = tls.Reduction.load(path)
+    others = {other: _task(other, arguments.model).examples(0)[2][: arguments.examples] for other in arguments.others}
+    risk = tls.risk(model, reduction, test).mean
+    stem = f"stress_{arguments.name}"
+    done = pd.read_csv(RESULTS / f"{stem}.csv") if (RESULTS / f"{stem}.csv").exists() else pd.DataFrame({"row": []})
+    given: dict[str, Any] = {"train": train, "others": others, "draws": arguments.draws}
+    for row in (*ROWS, "mechanisms"):
+        if row in set(done.row):
+            continue
+        start = perf_counter()
+        table = tls.stress(model, reduction, test, rows=(row,), **given)
+        print(table.markdown(), flush=True)
+        frame = table.frame().assign(seconds=perf_counter() - start, risk=risk, kept=len(reduction.circuit))
+        done = pd.concat([done, frame]) if len(done) else frame
+        write(stem, done, {stem: one_markdown}, show=False)
+
+
+def one_markdown(frame: pd.DataFrame) -> str:
+    """One row a test and case; what it took in the last columns."""
+    heads = ("test", "case", "found", "control", "claim", "verdict", "forward + backward passes", "seconds")
+    rows: list[list[str]] = []
+    seen: set[str] = set()
+    for line in frame.to_dict("records"):
+        found = f"{line['value']:.2g} ({line['low']:.2g} to {line['high']:.2g})"
+        control = f"{line['control']:.2g} ({line['control_low']:.2g} to {line['control_high']:.2g})"
+        if line["p_value"] == line["p_value"]:
+            found, control = f"p = {line['p_value']:.2g}", f"p = {line['control_p_value']:.2g}"
+        passes = f"{line['forward']:.0f} + {line['backward']:.0f}"
+        took = "" if line["row"] in seen else f"{line['seconds']:.0f}"
+        seen.add(str(line["row"]))
+        rows.append([line["row"], line["case"], found, control, line["claim"], line["stand"], passes, took])
+    return table_of(list(heads), rows)
+
+
+def _task(name: str, model: str | None) -> tls.Task:
+    return tls.load_task(name) if model is None else tls.load_task(name, model=model)
+
+
 def cell(line: dict[Any, Any]) -> str:
     """What was found, beside the control, and the verdict."""
     if line["p_value"] == line["p_value"]:
@@ -153,22 +207,21 @@ def main() -> None:
     options.add_argument("--task", nargs="*", default=list(CIRCUITS), help="planted ones where no --circuit is given")
     options.add_argument("--model", default=None, help="what the task's model is to be, where it can be another one")
     options.add_argument("--circuit", type=Path, default=None, help="a saved reduction")
+    options.add_argument("--keep", type=float, default=None, help="find the circuit of this share of heads and MLPs")
+    options.add_argument("--examples", type=int, default=EXAMPLES, help="of each split, of one circuit's table")
+    options.add_argument("--draws", type=int, default=20, help="random circuits of a control, in one circuit's table")
+    options.add_argument("--others", nargs="*", default=[], help="other tasks, for specificity")
     options.add_argument("--name", default="circuit", help="of the files that a saved reduction's table goes into")
     options.add_argument("--mechanisms", action="store_true", help="only how many mechanisms are found")
     arguments = options.parse_args()
     if arguments.mechanisms:
         write("stress_mechanisms", mechanisms(), {"stress_mechanisms": groups_markdown})
         return
-    if arguments.circuit is None:
+    if arguments.circuit is None and arguments.keep is None:
         frame = pd.concat([planted(name) for name in arguments.task])
         write("stress", frame, {"stress": markdown})
         return
-    [name] = arguments.task
-    task = tls.load_task(name) if arguments.model is None else tls.load_task(name, model=arguments.model)
-    train, _, test = task.examples(0)
-    reduction = tls.Reduction.load(arguments.circuit)
-    frame = stressed(task.model(), reduction, train, test, name, arguments.circuit.stem)
-    write(f"stress_{arguments.name}", frame, {f"stress_{arguments.name}": markdown})
+    one_circuit(arguments)
 
 
 if __name__ == "__main__":
