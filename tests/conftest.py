@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported
 
@@ -32,11 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--every-shape``: shapes are checked in all tests."""
+    parser.addoption("--every-shape", action="store_true", help="check shapes in every test, at three times the time")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Slow tests run as a user's process does: shapes are checked in the fast ones, at a third of their time."""
+    """Shapes are checked in one fast test of four, always the same ones; the others run as a user's process does."""
     before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", before or item.get_closest_marker("slow") is not None)
+    plain = item.get_closest_marker("slow") is not None or crc32(item.nodeid.encode()) % 4 != 0
+    jaxtyping.config.update("jaxtyping_disable", before or (plain and not item.config.getoption("every_shape")))
     try:
         return (yield)
     finally:
