@@ -102,8 +102,7 @@ def integrated_by_hand(model: Any, batch: tls.Examples, units: tls.Units, steps:
     return total
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(("steps", "constant"), [(1, False), (2, False), (3, True)])
 def test_integrated_gradients_are_a_loop_over_layers_and_steps(steps: int, constant: bool):
     model, examples = native(), examples_of(3)
     units = tls.edges(model)
@@ -171,13 +170,12 @@ METHODS = {
 @pytest.mark.parametrize("name", ["native", "Llama", "Pythia"])
 def test_batches_and_padding_change_no_number(method: Any, name: str):
     model = native() if name == "native" else architectures.bridge(name)
-    examples, units = examples_of(5), tls.edges(model)
+    examples, units = examples_of(3), tls.edges(model)
     with NoCasts():
         found = method(model, examples, units)
-        for size in (1, 2):
-            again = method(model, examples, units, batch_size=size)
-            assert torch.allclose(again.scores, found.scores, rtol=1e-9, atol=1e-14)
-            assert torch.allclose(again.stderr, found.stderr, rtol=1e-9, atol=1e-14)
+        again = method(model, examples, units, batch_size=2)
+        assert torch.allclose(again.scores, found.scores, rtol=1e-9, atol=1e-14)
+        assert torch.allclose(again.stderr, found.stderr, rtol=1e-9, atol=1e-14)
         if name == "native":  # its positions are counted from the left
             return
         for side in ("left", "right"):
