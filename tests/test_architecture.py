@@ -16,7 +16,7 @@ ORDER = {
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "gradients": "rules backward",
-    "patching": "atp_star second_order",
+    "patching": "atp_star second_order connections",
     "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
     "shrinkage checkpoint joint compensating exchanges",
     "dictionaries": "dictionary activity units files removal",

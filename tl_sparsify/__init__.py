@@ -78,6 +78,7 @@ _PUBLIC = {
     "tl_sparsify.formats.records": ("LoadedExamples", "load_examples"),
     "tl_sparsify.formats.share": ("card", "pull", "push"),
     "tl_sparsify.gradients": ("backward",),
+    "tl_sparsify.patching.connections": ("Connections", "connections"),
     "tl_sparsify.presentation": ("plot", "report"),
     "tl_sparsify.presentation.neuronpedia": ("to_neuronpedia",),
     "tl_sparsify.presentation.page": ("page",),

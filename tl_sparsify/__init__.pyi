@@ -77,6 +77,8 @@ from tl_sparsify.formats.share import card as card
 from tl_sparsify.formats.share import pull as pull
 from tl_sparsify.formats.share import push as push
 from tl_sparsify.gradients import backward as backward
+from tl_sparsify.patching.connections import Connections as Connections
+from tl_sparsify.patching.connections import connections as connections
 from tl_sparsify.presentation import plot as plot
 from tl_sparsify.presentation import report as report
 from tl_sparsify.presentation.neuronpedia import to_neuronpedia as to_neuronpedia

@@ -304,7 +304,7 @@ def _effects(
     for gradients in pulled(recording, logits, vectors):
         parts: list[Tensor] = []
         for (site, v, c), g, kept in zip(moved, gradients, steps, strict=True):
-            step = _step(site, v, c, spared) if kept is None else kept  # made when it is needed, and not kept
+            step = step_to(site, v, c, spared) if kept is None else kept  # made when it is needed, and not kept
             parts.append(site.along(g.to(step), step))
         rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
     return torch.stack(rows)
@@ -318,9 +318,9 @@ def _steps(
     sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``."""
     edges = [part for part in moved if part[0].kind == "edge" and part[0].positions is None]
     if not edges:
-        return [None if site.kind == "edge" else _step(site, v, c, spared) for site, v, c in moved]
+        return [None if site.kind == "edge" else step_to(site, v, c, spared) for site, v, c in moved]
     most, all_v, all_c = max(edges, key=lambda part: part[0].rows)
-    whole = rows_last(rows_first(_step(most, all_v, all_c, spared)).contiguous())
+    whole = rows_last(rows_first(step_to(most, all_v, all_c, spared)).contiguous())
 
     def shares(site: Site, v: Tensor, c: Tensor) -> bool:
         if site.kind != "edge" or site.positions is not None or v.data_ptr() != all_v.data_ptr():
@@ -328,12 +328,12 @@ def _steps(
         return torch.equal(c, all_c[: len(c)]) if c.ndim == 2 else c.data_ptr() == all_c.data_ptr()
 
     return [
-        whole[:, :, : site.rows] if shares(site, v, c) else None if site.kind == "edge" else _step(site, v, c, spared)
+        whole[:, :, : site.rows] if shares(site, v, c) else None if site.kind == "edge" else step_to(site, v, c, spared)
         for site, v, c in moved
     ]
 
 
-def _step(
+def step_to(
     site: Site,
     v: Float[Tensor, "batch pos some width"],
     c: Float[Tensor, "*run some width"],
@@ -348,16 +348,20 @@ def _step(
 
 
 def pulled(
-    recording: Recording, logits: Float[Tensor, "rows choices"], vectors: list[Float[Tensor, "rows choices"]]
+    recording: Recording,
+    logits: Float[Tensor, "rows choices"],
+    vectors: list[Float[Tensor, "rows choices"]],
+    *,
+    again: bool = False,
 ) -> Iterator[tuple[Float[Tensor, "batch pos some width"], ...]]:
     """For each vector on the logits its gradient with respect to the recorded units' values, per site. One backward
-    pass each."""
+    pass each; ``again``: the graph is needed afterwards."""
     activations = recording.activations
     hooks = list(activations)
     for number, xi in enumerate(vectors):
-        last = number == len(vectors) - 1
+        keep = again or number < len(vectors) - 1
         inputs = [activations[hook] for hook in hooks]
-        gradients = torch.autograd.grad(logits, inputs, xi.to(logits), retain_graph=not last, allow_unused=True)
+        gradients = torch.autograd.grad(logits, inputs, xi.to(logits), retain_graph=keep, allow_unused=True)
         yield recording.pull(
             {
                 hook: torch.zeros_like(activations[hook]) if gradient is None else gradient
