@@ -271,6 +271,7 @@ def page(circuit: pd.DataFrame, removal: pd.DataFrame) -> str:
             best_axes=f"{gone['axes of the stream', best, True]:.3f}",
             most_axes=f"{gone['axes of the stream', most, True]:.3f}",
             most_again=f"{gone['features', most, True]:.3f}",
+            connections=(RESULTS / "feature_connections.md").read_text(),
             kept=_kept_table(circuit),
             removed=_removal_table(removal),
             seeds=circuit.seed.nunique(),

@@ -38,6 +38,7 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
         *((name, "markdown", name) for name in ("algorithms", "folding_speed", "neighbours", "overlap", "perceptron")),
         *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
+        ("feature_connections", "markdown", "feature_connections"),
         ("stress", "groups_markdown", "stress_mechanisms"),
         ("prediction", "path_table", "prediction"),
         ("prediction", "units_table", "prediction_units"),
