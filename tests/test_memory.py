@@ -179,3 +179,17 @@ def test_an_answer_at_every_token_of_a_large_vocabulary_stays_within_the_budget(
     command = [sys.executable, "-c", WIDE_VOCABULARY, run]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 2 * memory.ON_CPU
+
+
+def test_a_model_of_buffers_alone_runs_where_they_are():
+    model: Any = linear()
+    for name in ("w_in", "w_out", "b_in"):
+        weight = getattr(model, name).detach()
+        delattr(model, name)
+        model.register_buffer(name, weight)
+    batch = inputs()
+    values = constants.mean(model, batch, model.units)
+    found = score.risk(model, batch, model.units, values=values)
+    same: Any = linear()
+    expected = score.risk(same, batch, model.units, values=values)
+    assert not list(model.parameters()) and torch.equal(found.scores, expected.scores)

@@ -17,6 +17,7 @@ from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken
 from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.units import Units, attentions, experts, heads, mlps, neurons
 
 BESIDE_BATCH = 128  # examples in a step of the refits for baselines.csv
@@ -235,5 +236,5 @@ def seconds(
 
 
 def _wait(model: Any) -> None:
-    if next(iter(model.parameters())).device.type == "cuda":
+    if device_of(model).type == "cuda":
         torch.cuda.synchronize()

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tl_sparsify.core.memory import device_of
+
 T = TypeVar("T")
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -73,7 +75,7 @@ def cost_of(model: Any, n: int, call: Callable[[], T]) -> tuple[T, Cost]:
 
 def _memory(model: Any, *, reset: bool = False) -> float:
     """The peak of memory in use since the last reset (MiB); with ``reset`` what is in use now."""
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)

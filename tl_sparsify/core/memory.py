@@ -7,6 +7,7 @@ so that the same call runs the same batches every time; what is free at the mome
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -39,7 +40,8 @@ _COPIES = 8  # of an answer's logits: themselves, probabilities, probes and thei
 
 
 def device_of(model: Any) -> torch.device:
-    """Where inputs go: the device of the model's first parameter; of one that is offloaded, that it is brought to."""
+    """Where inputs go: the device of the model's first parameter (or buffer, where it has none; the CPU, where it has
+    neither); of one that is offloaded, that it is brought to."""
     found = _runs_on(model)
     if found.type == "meta":
         raise ValueError("model is on the meta device, without its weights: load it onto cpu or cuda")
@@ -47,7 +49,9 @@ def device_of(model: Any) -> torch.device:
 
 
 def _runs_on(model: Any) -> torch.device:
-    first = next(iter(model.parameters())).device
+    buffers = model.buffers() if isinstance(model, torch.nn.Module) else ()
+    tensor = next(chain(model.parameters(), buffers), None)
+    first = torch.device("cpu") if tensor is None else tensor.device
     hooks = (getattr(module, "_hf_hook", None) for module in _modules(model) if first.type == "meta")
     for hook in (part for whole in hooks for part in getattr(whole, "hooks", (whole,))):
         device = getattr(hook, "execution_device", None)
