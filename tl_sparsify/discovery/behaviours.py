@@ -37,6 +37,7 @@ from tl_sparsify.stressing.profiles import grouped
 
 _GROUPED = 1024  # contexts that are grouped: the distances between them are a matrix
 _SHOWN = 3
+_SAME = 1e-9  # rounding decides nothing
 
 
 @checked
@@ -61,8 +62,9 @@ def behaviours(
     """Group contexts by what removing each head does to the model's answers, and find the circuit of each group.
 
     Every other context is chosen on: these are grouped by their profiles (Ward's linkage), and every context, seen or
-    held out, goes to the group whose mean profile is nearest. Circuits are found on the contexts chosen on and judged
-    on the others. All have one size and the same constants.
+    held out, goes to the group whose mean profile is nearest. Circuits are found on the contexts chosen on, by joint
+    risk, and judged on the others; where the circuit of all contexts does better on those of a group that are chosen
+    on, the group has that one. All have one size and the same constants.
 
     Args:
         examples: the contexts with their answers: of :func:`tl_sparsify.contexts`, or of any kind.
@@ -75,7 +77,7 @@ def behaviours(
 
     Cost in passes over the contexts: profiles one and a half forward and at most 24 backward (16 probes); three
     searches (of all contexts, of the groups, of random groups) over half of them, as :func:`tl_sparsify.sparsify`;
-    half a forward for the means, and measured risks half of ``2 count + 2`` forward. Memory does not grow with the
+    half a forward for the means, and ``2 count + 2`` forward for measured risks. Memory does not grow with the
     contexts but for their profiles, and a matrix of distances between at most 1,024 of them.
 
     Raises:
@@ -124,10 +126,12 @@ def behaviours(
         return path.at(size).circuit
 
     together, *found = [circuit(some) for some in bar(members, "searching circuits", progress)]
+    both, whole = torch.stack([groups, at_random]), 2 * many  # whole: of the circuits the one of all contexts
     with step("measuring risks", progress):
-        both = torch.stack([groups, at_random])[:, ~even]
-        risks = group_risks(model, plain, [*found, together], both, reported, setting)
-    whole = 2 * many  # of the circuits: behaviours', random groups', of all contexts
+        seen = group_risks(model, plain, [*found, together], both[:, even], chosen, replace(setting, bootstrap=0)).mean
+        better = (seen.diag() <= (1 + _SAME) * seen[:, whole]).tolist()
+        found = [one if own else together for one, own in zip(found, better, strict=True)]
+        risks = group_risks(model, plain, [*found, together], both[:, ~even], reported, setting)
     parts: list[Behaviour] = []
     for group in range(many):
         mine, random = (groups == group).nonzero().flatten(), many + group

@@ -203,13 +203,6 @@ def _units(reduction: Reduction) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell, and as it is."""
-    for raw, written in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        ("|", "&#124;"),
-        ("`", "&#96;"),
-        ("*", "&#42;"),
-        ("_", "&#95;"),
-    ):
-        text = text.replace(raw, written)
+    for raw in "&<|`*_[$\\":  # what Markdown or a formula would make something else of
+        text = text.replace(raw, f"&#{ord(raw)};")
     return text.replace("\n", "⏎")
