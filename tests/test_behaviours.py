@@ -121,7 +121,8 @@ def test_padding_and_a_second_call_change_nothing():
 
 def test_small_groups_are_left_over():
     model, examples = mixed()
-    some = tls.behaviours(model, examples, UNITS, **SETTINGS | {"least": 16})
+    settings: dict[str, Any] = SETTINGS | {"least": 16}
+    some = tls.behaviours(model, examples, UNITS, **settings)
     assert len(some.found) == 1 and set(some.groups.tolist()) == {-1, 0}
     left = int((some.groups < 0).sum())
     assert f"{left} of 64 contexts are in groups too small" in some.markdown()
