@@ -29,15 +29,16 @@ ORDER = {
     "published causalgym ravel compiled accuracy beginning overview",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds "
     "edge_scores baselines convergence methods tables cells benchmark",
-    "stressing": "table measuring worst_case minimality alternatives specificity hypotheses mechanisms templates "
-    "battery",
+    "stressing": "table measuring worst_case minimality alternatives specificity hypotheses profiles mechanisms "
+    "templates battery",
+    "discovery": "contexts naming found risks behaviours",
     "presentation": "sealed results sentences edge_map edge_graph diagrams curves plot printed report "
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
-         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "presentation": 8,
-         "": 9}  # fmt: skip
+         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "discovery": 8,
+         "presentation": 9, "": 10}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}
 PLOTTING = {

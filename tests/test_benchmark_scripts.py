@@ -35,7 +35,8 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("name", "function", "page"),
     [
-        *((name, "markdown", name) for name in ("algorithms", "folding_speed", "neighbours", "overlap", "perceptron")),
+        *((name, "markdown", name) for name in ("algorithms", "behaviours", "folding_speed", "neighbours")),
+        *((name, "markdown", name) for name in ("overlap", "perceptron")),
         *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("feature_connections", "markdown", "feature_connections"),

@@ -12,7 +12,8 @@ from sklearn.metrics import adjusted_rand_score
 
 import tl_sparsify as tls
 from tl_sparsify.stressing.measuring import Setting, assigned, removing
-from tl_sparsify.stressing.mechanisms import Mechanisms, grouped, mechanisms
+from tl_sparsify.stressing.mechanisms import Mechanisms, mechanisms
+from tl_sparsify.stressing.profiles import grouped
 
 EQUALITY = ["L0H1", "L0H2", "L1H0", "L1H3", "L1N3", "L1N18", "L1N26"]
 

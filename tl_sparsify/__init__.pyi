@@ -65,6 +65,11 @@ from tl_sparsify.core.units import neurons as neurons
 from tl_sparsify.core.units import residuals as residuals
 from tl_sparsify.dictionaries.dictionary import Dictionary as Dictionary
 from tl_sparsify.dictionaries.units import features as features
+from tl_sparsify.discovery.behaviours import behaviours as behaviours
+from tl_sparsify.discovery.contexts import contexts as contexts
+from tl_sparsify.discovery.found import Behaviour as Behaviour
+from tl_sparsify.discovery.found import Behaviours as Behaviours
+from tl_sparsify.discovery.found import Ranged as Ranged
 from tl_sparsify.folding.bridge import load_folded as load_folded
 from tl_sparsify.folding.bridge import save_folded as save_folded
 from tl_sparsify.folding.export import export_hf as export_hf

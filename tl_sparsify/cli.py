@@ -1,6 +1,7 @@
 """The command line: ``tl-sparsify run TASK`` finds, folds and verifies a circuit; ``tl-sparsify report DIR`` makes one
-HTML file of what was found; ``tl-sparsify bench`` compares methods; ``tl-sparsify tasks`` lists tasks; ``tl-sparsify
-fetch MODEL`` brings a real language model.
+HTML file of what was found; ``tl-sparsify behaviours TEXT_FILE`` groups a text's predictions into behaviours;
+``tl-sparsify bench`` compares methods; ``tl-sparsify tasks`` lists tasks; ``tl-sparsify fetch MODEL`` brings a real
+language model.
 
 Each command imports what it needs itself: torch and TransformerLens take seconds, and ``--help`` needs neither."""
 
@@ -150,6 +151,58 @@ def run(
         if is_main():
             shutil.rmtree(folder / SEARCH, ignore_errors=True)
     console.print(f"written to {escape(str(folder))}")
+
+
+@app.command("behaviours")
+def behaviours_(
+    text: Annotated[Path, typer.Argument(metavar="TEXT_FILE", help="documents with blank lines between them")],
+    model_: Annotated[
+        str | None,
+        typer.Option("--model", help="a Hugging Face name or folder (gpt2), or smollm2; the package's own by default"),
+    ] = None,
+    count: Annotated[int, typer.Option(help="groups of contexts")] = 8,
+    keep: Annotated[float, typer.Option(help="the fraction of units that each circuit keeps")] = 0.5,
+    units: Annotated[str, typer.Option(help="kinds of units, as for `run`")] = "heads",
+    contexts: Annotated[int, typer.Option(help="the most contexts")] = 512,
+    length: Annotated[int, typer.Option(help="tokens in a window of the text, which gives one context")] = 40,
+    probability: Annotated[float, typer.Option(help="the least that the model gives the right token")] = 0.5,
+    rounds: Annotated[int, typer.Option(help="of each search")] = 4,
+    batch_size: Annotated[int | None, typer.Option(help="examples at a time, in every part")] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    out: Annotated[Path | None, typer.Option(help="where to write; results/behaviours by default")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
+) -> None:
+    """Group what a model predicts in TEXT_FILE by what its heads do for it, and find a circuit of each group.
+
+    Results that are in the folder already are replaced as a whole when the new ones are complete."""
+    from tl_sparsify._internal.directory import results
+    from tl_sparsify._internal.ranks import is_main
+    from tl_sparsify.discovery.behaviours import behaviours
+    from tl_sparsify.discovery.contexts import contexts as contexts_of
+    from tl_sparsify.discovery.found import BEHAVIOURS_FILES
+    from tl_sparsify.plan import Request, usable_device
+    from tl_sparsify.tasks.language_models import load_language_model
+    from tl_sparsify.tasks.task import own_language_model
+
+    chosen = Request(keep, units, rounds=rounds, examples=contexts, batch_size=batch_size, seed=seed)
+    try:
+        read = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ValueError(f"TEXT_FILE {text} cannot be read: {reason}") from error
+    folder = _writable(Path("results") / "behaviours" if out is None else out)
+    console = Console(quiet=quiet or not is_main())
+    model = load_language_model(own_language_model() if model_ is None else model_, device=str(usable_device(device)))
+    shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    with step("looking for contexts", not quiet):
+        examples = contexts_of(model, read, n=contexts, length=length, probability=probability, **shared)
+    console.print(escape(f"{examples!r}, {chosen.units(model)!r}"))
+    settings: dict[str, Any] = {"count": count, "size": keep, "rounds": rounds, "progress": not quiet}
+    found = behaviours(model, examples, chosen.units(model), **settings, **shared)
+    with results(folder, BEHAVIOURS_FILES, BEHAVIOURS_FILES[0]) as into:
+        found.save(into)
+    console.print(f"\n{escape(found.markdown())}\nwritten to {escape(str(folder))}", soft_wrap=True)
 
 
 @app.command()

@@ -25,6 +25,7 @@ ABOUT = {
     "tasks": "What is asked of a model, and how to make your own.",
     "comparison": "Evaluation, other methods, and benchmarks.",
     "stressing": "Tests of a circuit that it can fail.",
+    "discovery": "Behaviours of a model on a text, found without being told.",
     "formats": "Examples and circuits in the files of others.",
     "presentation": "Figures and reports.",
 }

@@ -123,7 +123,7 @@ def measured(model: Model, removals: Sequence[Removal], examples: Examples, sett
     """
 
     def column(batch: Examples, index: Int[Tensor, "batch"]) -> Float[Tensor, "batch columns"]:
-        return _divergences(model, removals, batch, index, setting)
+        return divergences(model, removals, batch, index, setting)
 
     return averaged(model, column, examples, setting)
 
@@ -142,16 +142,18 @@ def assigned(
     """
 
     def column(batch: Examples, index: Int[Tensor, "batch"]) -> Float[Tensor, "batch columns"]:
-        found = _divergences(model, removals, batch, index, setting)
+        found = divergences(model, removals, batch, index, setting)
         mine = choices[index]
         return found.gather(1, mine.clamp_min(0)).where(mine >= 0, 0.0)
 
     return averaged(model, column, examples, setting)
 
 
-def _divergences(
+def divergences(
     model: Model, removals: Sequence[Removal], batch: Examples, index: Int[Tensor, "batch"], setting: Setting
 ) -> Float[Tensor, "batch removals"]:
+    """Each example's divergence from the original output under each of the removals. One forward pass, and one for each
+    removal."""
     original = answer_logits(model, batch)
     found: list[Float[Tensor, "batch"]] = []
     for removal in removals:

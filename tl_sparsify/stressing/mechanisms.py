@@ -7,16 +7,14 @@ circuit for all. Random groups of the same sizes go through the same: they must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
-from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
@@ -26,13 +24,12 @@ from tl_sparsify.core.units import Model
 from tl_sparsify.search.linearisation import linearise
 from tl_sparsify.search.selection import greedy
 from tl_sparsify.stressing.measuring import Interval, Measured, Setting, alike, assigned, halves, measured, removing
+from tl_sparsify.stressing.profiles import PROBES, TEMPERATURE, grouped
 from tl_sparsify.stressing.table import Stand, StressRow
 
 MOST_GROUPS = 6
 _LEAST = 16  # examples for each group, on average
 _GROUPED = 512  # examples that are grouped: the distances between them are a matrix
-_PROBES, _TEMPERATURE = 16, 3.0  # exact up to 17 answers
-_FLOOR = 0.01  # of a profile, shared by its units: below it an effect is noise, whose logarithm would count
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,49 +143,6 @@ def mechanisms(
     return Mechanisms((line,), groups[:, count - 1], found.mean[:most], count, pools[count - 1], cross, random)
 
 
-def grouped(
-    model: Model, reduction: Reduction, chosen: Examples, reported: Examples, most: int, setting: Setting
-) -> tuple[Int[Tensor, "n most"], Int[Tensor, "m most"]]:
-    """Nested groups of the examples ``chosen``, one in the first column to ``most`` in the last, and for those
-    ``reported`` the group whose mean profile is nearest. Ward's linkage (1963) of the profiles' centred logarithms
-    (Aitchison, 1982), which compare shares and not amounts."""
-    mine = torch.cat(gathered(_profiles(model, reduction, chosen, setting), len(chosen)))
-    tree = cut_tree(linkage(mine.numpy(), "ward"), n_clusters=list(range(1, most + 1)))
-    labels = torch.from_numpy(tree).long()
-    centres = [
-        torch.stack([mine[labels[:, i] == group].mean(0) for group in range(i + 1)]) for i in range(labels.shape[1])
-    ]
-
-    def nearest() -> Iterator[Int[Tensor, "batch most"]]:
-        for rows in _profiles(model, reduction, reported, setting):
-            yield torch.stack([torch.cdist(rows, some).argmin(1) for some in centres], 1)
-
-    return labels, torch.cat(gathered(nearest(), len(reported)))
-
-
-def _profiles(
-    model: Model, reduction: Reduction, examples: Examples, setting: Setting
-) -> Iterator[Float[Tensor, "batch some"]]:
-    """Of each example the centred logarithm of each unit's share of the single-unit risks. Where there are heads only
-    theirs: neurons tell the answer, and heads how it is found."""
-    heads = torch.cat([torch.full((site.size,), site.kind == "head") for site in reduction.units.sites])
-    some = heads if int(heads.sum()) > 1 else torch.ones_like(heads)
-    for part in samples(
-        model,
-        examples,
-        reduction,
-        probes=_PROBES,
-        temperature=_TEMPERATURE,
-        metric=setting.metric,
-        seed=setting.seed,
-        batch_size=setting.batch_size,
-    ):
-        risks = part.effects.double().square().sum(0).cpu()[:, some]
-        shares = risks / risks.sum(1, keepdim=True).clamp_min(1e-300)
-        logs = (shares + _FLOOR / shares.shape[1]).log()
-        yield logs - logs.mean(1, keepdim=True)
-
-
 def _circuits(
     model: Model, reduction: Reduction, chosen: Examples, labels: Int[Tensor, "n most"], setting: Setting
 ) -> list[tuple[Circuit, ...]]:
@@ -213,8 +167,8 @@ def _best(
         model,
         examples,
         reduction,
-        probes=_PROBES,
-        temperature=_TEMPERATURE,
+        probes=PROBES,
+        temperature=TEMPERATURE,
         metric=setting.metric,
         seed=setting.seed,
         batch_size=setting.batch_size,
