@@ -24,6 +24,7 @@ ABOUT = {
     "abstraction": "Causal models, and whether a network implements them.",
     "tasks": "What is asked of a model, and how to make your own.",
     "comparison": "Evaluation, other methods, and benchmarks.",
+    "masking": "Masks trained by gradient descent.",
     "stressing": "Tests of a circuit that it can fail.",
     "formats": "Examples and circuits in the files of others.",
     "presentation": "Figures and reports.",
