@@ -2,9 +2,10 @@
 
 AtP*, attribution to second order, the backward passes of GIM and RelP, and the information bottleneck as a mask, as
 ``compare`` runs them: the setting that is best on validation examples is judged on test examples, with the constants
-that the task calls for and without a refit. Joint risk, attribution patching and the top-k mask are run anew, so that
-all see the same data and code. Finished cells lie in ``results/other_methods`` (not in the repository); an interrupted
-run goes on. Writes ``benchmarks/results/other_methods.csv`` and ``other_methods.md``.
+that the task calls for and without a refit; 256 examples to train on, and as many to validate. Joint risk, attribution
+patching and the top-k mask are run anew, so that all see the same data and code. Finished cells lie in
+``results/other_methods`` (not in the repository); an interrupted run goes on. Writes
+``benchmarks/results/other_methods.csv`` and ``other_methods.md``.
 
     python benchmarks/other_methods.py [--task NAME ...]
 """
@@ -12,6 +13,7 @@ run goes on. Writes ``benchmarks/results/other_methods.csv`` and ``other_methods
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -31,10 +33,10 @@ COLUMNS += ["all_forward", "all_backward", "seconds"]
 def rows(name: str) -> pd.DataFrame:
     """A row for each method and size, under the task's own ablation; a method that refuses the task has one."""
     task = tls.load_task(name)
-    settings: dict[str, Any] = {"sizes": SIZES, "seeds": 1, "refit_patience": 0, "bootstrap": 0}
+    settings: dict[str, Any] = {"sizes": SIZES, "seeds": 1, "examples": 256, "refit_patience": 0, "bootstrap": 0}
     folder = ROOT / "results" / "other_methods"
     found = tls.compare(task.model(), task, named((*BESIDE, *NEW)), out=folder, progress=False, **settings)
-    own = found[found["ablation"] == task.ablation]
+    own: Any = found[found["ablation"] == task.ablation]
     return own.loc[own["size"].isin(SIZES) | own["size"].isna(), [name for name in COLUMNS if name in own]]
 
 
@@ -42,27 +44,30 @@ def markdown(frame: pd.DataFrame) -> str:
     """One row a task and size, one column a method: risk, the lowest of the row bold; at the end the geometric mean at
     each size (risks below 1e-6 count as that), and the passes of all settings."""
     methods = [*BESIDE, *NEW]
+    found: list[dict[str, Any]] = [dict(row) for row in frame.to_dict("records")]
     lines: list[list[str]] = []
-    total: dict[float, dict[str, list[float]]] = {}
-    for (task, size), part in frame[frame["size"].notna()].groupby(["task", "size"], sort=False):
-        risk = {str(row["method"]): float(row["risk"]) for row in part.to_dict("records")}
-        for method in methods:
-            total.setdefault(float(str(size)), {}).setdefault(method, []).append(risk.get(method, float("nan")))
-        about = f"{task}, {part['ablation'].iloc[0]}, {float(str(size)):.0%}"
-        lines.append([about, *marked([risk.get(method, float("nan")) for method in methods])])
-    for size, found in total.items():
-        means = [_mean(found[method]) for method in methods]
+    total: dict[float, list[list[float]]] = {}
+    for task, kind, size in dict.fromkeys((r["task"], r["ablation"], r["size"]) for r in found if r["size"] > 0):
+        here = {row["method"]: row["risk"] for row in found if (row["task"], row["size"]) == (task, size)}
+        risks = [here.get(method, float("nan")) for method in methods]
+        total.setdefault(size, []).append(risks)
+        lines.append([f"{task}, {kind}, {size:.0%}", *marked(risks)])
+    for size, rows in total.items():
+        means = [_mean(column) for column in zip(*rows, strict=True)]
         lines.append([f"geometric mean, {size:.0%}", *marked(means)])
-    cost = frame.groupby("method")[["all_forward", "all_backward"]].mean()
-    spent = (f"{cost.all_forward.get(m, 0):,.0f} + {cost.all_backward.get(m, 0):,.0f}" for m in methods)
-    lines.append(["passes, mean", *spent])
+    cost = {method: [row for row in found if row["method"] == method] for method in methods}
+    spent = [[_average(rows, name) for name in ("all_forward", "all_backward")] for rows in cost.values()]
+    lines.append(["passes, mean", *(f"{forward:,.0f} + {backward:,.0f}" for forward, backward in spent)])
     return table_of(["task, constants, kept", *methods], lines)
 
 
-def _mean(risks: list[float]) -> float:
-    """Of the tasks that the method does not refuse."""
-    known = [max(risk, LEAST) for risk in risks if not math.isnan(risk)]
-    return geometric_mean(known) if len(known) == len(risks) else float("nan")
+def _average(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / max(1, len(rows))
+
+
+def _mean(risks: Sequence[float]) -> float:
+    """NaN where the method refuses a task."""
+    return float("nan") if any(map(math.isnan, risks)) else geometric_mean([max(risk, LEAST) for risk in risks])
 
 
 def main() -> None:

@@ -203,7 +203,7 @@ def interchange_gradients(
     The gradient is the sum over ``levels``, the base's share in the point where it is taken, of which the first is 1.
     One forward pass for the sources and one for each level, one backward pass for each level and variable.
     """
-    model = subject.model
+    model, gone = subject.model, _removed_edges(subject, units)
     for index, batch in shared_batches(model, base, batch_size):
         removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
         with torch.no_grad():
@@ -211,7 +211,8 @@ def interchange_gradients(
         steps: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
         for level in levels:
-            mixed = between(units, torch.full((len(units),), level), taken, batch, source[index])
+            keep = torch.full((len(units),), level).masked_fill(gone, 1)
+            mixed = between(units, keep, taken, batch, source[index])
             with frozen(model), torch.enable_grad(), intervened(model, *removed, *mixed):
                 with recorded(model, units, gradients=True) as recording:
                     found = answer_logits(model, batch)
@@ -227,6 +228,17 @@ def interchange_gradients(
                 totals[variable] = [a if a is b else a + b for a, b in zip(old, parts, strict=True)]
         for variable, parts in totals.items():
             yield variable, list(zip(parts, steps, strict=True))
+
+
+def _removed_edges(subject: TestedModel, units: Units) -> Bool[Tensor, "units"]:
+    """Edges that this model no longer has: they carry nothing, whatever their writer writes."""
+    parts = [
+        torch.tensor([not subject.has(Unit(site, i)) for i in range(site.size)])
+        if site.kind == "edge"
+        else torch.zeros(site.size, dtype=torch.bool)
+        for site in units.sites
+    ]
+    return torch.cat(parts)
 
 
 def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
