@@ -35,7 +35,10 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("name", "function", "page"),
     [
-        *((name, "markdown", name) for name in ("algorithms", "folding_speed", "neighbours", "overlap", "perceptron")),
+        *(
+            (name, "markdown", name)
+            for name in ("algorithms", "folding_speed", "neighbours", "other_methods", "overlap", "perceptron")
+        ),
         *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("stress", "groups_markdown", "stress_mechanisms"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import tl_sparsify as tls
 from tl_sparsify.abstraction import align as search
-from tl_sparsify.abstraction.interchange import TestedModel
+from tl_sparsify.abstraction.interchange import TestedModel, logits
 
 HEAD, EDGES = "L0H1", ("L0H1->L1H2.v", "L0H1->L1MLP", "L0H3->L1H0.q", "L0MLP->logits")
 
@@ -84,14 +85,38 @@ def test_an_interchange_in_a_circuit_of_edges_is_a_forward_pass_by_hand(which: s
     assert float((found - before).abs().max()) > 1e-4
 
 
+def test_removed_edges_take_what_each_input_s_own_counterfactual_gives():
+    model, reduction, _ = setting()
+    pairs = native_pairs(12)
+    pairs = replace(
+        pairs,
+        base=replace(pairs.base, counterfactual_tokens=pairs.base.tokens.roll(1, 0)),
+        source=replace(pairs.source, counterfactual_tokens=pairs.source.tokens.roll(5, 0)),
+    )
+    every, kept = set(reduction.units.names), set(reduction.circuit.names)
+    base, source = (
+        run_by_hand(model, side.counterfactuals.tokens, every, {})[1] for side in (pairs.base, pairs.source)
+    )
+    theirs = run_by_hand(model, pairs.source.tokens, kept, source)[1][HEAD]
+    expected = run_by_hand(model, pairs.base.tokens, kept, base, writes={HEAD: theirs})[0]
+    paired = replace(reduction, values=tls.constants.counterfactual(model, pairs.base, reduction.units))
+    subject = TestedModel("reduced", model, removal=paired)
+    for size in (None, 5):
+        with NoCasts():
+            [found] = logits(subject, pairs.base, [[(of_head(), pairs.source)]], batch_size=size)
+        torch.testing.assert_close(found, expected[:, -1, :4], rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="examples have no counterfactual_tokens"):
+        tls.verify(model, PARITY, tls.Alignment({"odd": of_head()}), native_pairs(4), reduced=paired)
+
+
 @pytest.mark.parametrize("which", ["head", "edges"])
 def test_the_evidence_is_what_the_forward_pass_by_hand_answers(which: str):
     model, reduction, constants = setting()
     pairs = native_pairs(40)
     kept = set(reduction.circuit.names)
 
-    def answers(logits: Tensor) -> Tensor:
-        return logits[:, -1, :4].argmax(1)
+    def answers(rows: Tensor) -> Tensor:
+        return rows[:, -1, :4].argmax(1)
 
     expected = pairs.expected(PARITY, ("odd",))
     right = torch.ones(len(pairs), dtype=torch.bool)
@@ -99,7 +124,7 @@ def test_the_evidence_is_what_the_forward_pass_by_hand_answers(which: str):
         right &= answers(run_by_hand(model, side.tokens, kept, constants)[0]) == side.labels[:, -1]
     hits = (answers(interchanged_by_hand(pairs, which, None)) == expected)[right]
     alignment = tls.Alignment({"odd": of_head() if which == "head" else of_edges()})
-    evidence = tls.verify(model, PARITY, alignment, pairs, reduced=reduction, draws=1)
+    evidence = tls.verify(model, PARITY, alignment, pairs, reduced=reduction, draws=0)
     found = row(evidence, "odd", "reduced")
     assert found.pairs == int(right.sum()) > 0
     assert found.accuracy == pytest.approx(float(hits.double().mean()))
@@ -108,9 +133,9 @@ def test_the_evidence_is_what_the_forward_pass_by_hand_answers(which: str):
 
 def test_what_no_variable_is_aligned_with_are_the_other_edges():
     model, reduction, _ = setting()
-    pairs = native_pairs(20)
+    pairs = native_pairs(6)
     alignment = tls.Alignment({"odd": of_edges(), "more": [tls.neurons(model)["L0N3"]]})
-    evidence = tls.verify(model, PARITY, alignment, pairs, reduced=reduction, draws=1)
+    evidence = tls.verify(model, PARITY, alignment, pairs, reduced=reduction, draws=0)
     every = tls.edges(model).names
     free = [name for name in every if name not in EDGES and not name.startswith("L0MLP->")]
     assert row(evidence, "(none)", "original", "all unaligned units").units == len(free)
@@ -135,9 +160,9 @@ def test_the_search_for_an_alignment_sees_what_each_kept_edge_does(monkeypatch: 
         keep[units.index(name)] -= share
         step = tls.Intervention(units.at(position), keep, tls.Values(units.at(position), source.tensors))
         with torch.no_grad(), NoCasts(), tls.intervened(model, step, tls.ablate(reduction)):
-            logits = model(pairs.base.tokens)[:, -1, :4]
-        others = logits.scatter(1, expected[:, None], float("-inf")).logsumexp(1)
-        return float((logits.gather(1, expected[:, None])[:, 0] - others).mean())
+            rows = model(pairs.base.tokens)[:, -1, :4]
+        others = rows.scatter(1, expected[:, None], float("-inf")).logsumexp(1)
+        return float((rows.gather(1, expected[:, None])[:, 0] - others).mean())
 
     for name, position in (("L0H1->L1H2.v", 1), ("L0H1->L1MLP", 3), ("L0MLP->logits", 3)):
         site = next(i for i, part in enumerate(units.slices) if part.start <= units.index(name) < part.stop)
