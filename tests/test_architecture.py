@@ -27,7 +27,8 @@ ORDER = {
     "mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
-    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching masks rounds "
+    "masking": "gates training hard_concrete top_k_gate information_bottleneck sharpening",
+    "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching rounds "
     "edge_scores baselines convergence methods tables cells benchmark",
     "stressing": "table measuring worst_case minimality alternatives specificity hypotheses profiles mechanisms "
     "templates battery",
@@ -37,7 +38,7 @@ ORDER = {
     "": "__init__ plan run cli __main__",
 }
 LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
-         "formats": 4, "patching": 4, "tasks": 5, "comparison": 6, "stressing": 7, "discovery": 8,
+         "formats": 4, "patching": 4, "masking": 4, "tasks": 5, "comparison": 6, "stressing": 7, "discovery": 8,
          "presentation": 9, "": 10}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")
 HOOKING = {"hooks", "run_with_hooks", "run_with_cache", "add_hook", "add_perma_hook", "register_forward_hook"}

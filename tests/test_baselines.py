@@ -86,7 +86,8 @@ def test_methods_have_one_signature(method: Callable[..., Any]):
 def test_methods_score_every_unit_with_their_defaults(method: Callable[..., Scores]):
     model, batch = bridge(), examples(8)
     units = units_of(model)
-    quick = {"steps": 3} if method in (baselines.hard_concrete, baselines.top_k_gate) else {}
+    trained = (baselines.hard_concrete, baselines.top_k_gate, baselines.information_bottleneck)
+    quick = {"steps": 3} if method in trained else {}
     found = method(model, batch, units, seed=1, **quick)
     assert found.units == units and found.scores.shape == found.stderr.shape == (len(units),)
     assert bool(found.scores.isfinite().all()) and len(found.scores.unique()) > 1

@@ -203,6 +203,24 @@ def test_every_method_of_the_benchmark_runs(method: Method):
         assert found.units == units and torch.isfinite(found.scores).all()
 
 
+def test_a_refusal_is_a_line_and_other_errors_are_not(tmp_path: Path):
+    def picky(model: Any, examples: Any, units: Any, *, seed: int) -> tls.Scores:
+        raise ValueError("these units are not for it")
+
+    settings: dict[str, Any] = {"units": tls.heads(model()), "sizes": (0.5,), "seeds": 1, "out": tmp_path}
+    settings |= SMALL | {"refit_patience": 0, "bootstrap": 0}
+    methods = [Method("picky", {"one": picky, "two": picky}, refuses=True), baselines.random]
+    methods.append(Method("half", {"one": picky, "two": baselines.random}, refuses=True))
+    for frame in (tls.compare(model(), task(), methods, **settings), gathered(tmp_path)):
+        [line] = of(frame, method="picky").to_dict("records")
+        assert line["setting"] == "refused: these units are not for it" and line["risk"] != line["risk"]
+        assert set(of(frame, method="half").setting) == {"two"}
+        assert "| picky (refused: these units are not for it) |" in markdown(frame, "planted_backup")
+        assert tls.plot.frontier(frame, ablation="mean").axes
+    with pytest.raises(ValueError, match="these units are not for it"):
+        tls.compare(model(), task(), [picky], **settings | {"out": None})
+
+
 def test_wrong_arguments_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"unknown method 'x'; the methods are: joint risk, "):
         named(["x"])

@@ -36,7 +36,7 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
     ("name", "function", "page"),
     [
         *((name, "markdown", name) for name in ("algorithms", "behaviours", "folding_speed", "neighbours")),
-        *((name, "markdown", name) for name in ("overlap", "perceptron")),
+        *((name, "markdown", name) for name in ("other_methods", "overlap", "perceptron")),
         *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("feature_connections", "markdown", "feature_connections"),

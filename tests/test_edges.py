@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import architectures
+from helpers.edges import by_hand, constants_of
 from helpers.models import NoCasts, unchanged, unchecked
 from helpers.native import native
 from hypothesis import given, settings
@@ -27,13 +28,6 @@ def model_of(name: str) -> Any:
     return native() if name == "native" else architectures.bridge(name)
 
 
-def constants_of(model: Any, units: tls.Units, seed: int = 0) -> tls.Values:
-    """Random constants, the same for a writer wherever it is read."""
-    width, most = model.cfg.d_model, max(site.rows for site in units.sites)
-    table = torch.randn(most, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return tls.Values(units, tuple(table[: site.rows] for site in units.sites))
-
-
 def random_circuit(units: tls.Units, seed: int, kept: float = 0.5) -> tls.Circuit:
     return tls.Circuit(units, torch.rand(len(units), generator=torch.Generator().manual_seed(seed)) < kept)
 
@@ -45,43 +39,6 @@ def logits(model: Any, tokens: Tensor, *interventions: tls.Intervention) -> Tens
 
 def ablation(circuit: tls.Circuit, values: tls.Values) -> tls.Intervention:
     return tls.Intervention(circuit.units, circuit.mask.double(), values)
-
-
-def by_hand(model: Any, tokens: Tensor, kept: set[str], constants: dict[str, Tensor]) -> Tensor:
-    """The forward pass of a native model with layer norms, each reader with a sum of its own of what is written."""
-
-    def normed(norm: Any, x: Tensor) -> Tensor:
-        inner = norm.original_component
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], inner.weight, inner.bias, model.cfg.eps)
-
-    with torch.no_grad():
-        with tls.recorded(model, tls.Units((tls.Site("residual", 0, "blocks.0.hook_resid_pre", 1),))) as first:
-            model(tokens)
-        written = {"embed": first.read()[0][:, :, 0]}
-        biases = torch.zeros(model.cfg.d_model, dtype=torch.float64)
-
-        def read(reader: str) -> Tensor:
-            parts = [w if f"{u}->{reader}" in kept else constants[u].expand_as(w) for u, w in written.items()]
-            return torch.stack(parts).sum(0) + biases
-
-        pos = tokens.shape[1]
-        future = torch.ones(pos, pos).triu(1).bool()
-        for layer, block in enumerate(model.blocks):
-            attn, new = block.attn, {}
-            for h in range(model.cfg.n_heads):
-                q, k, v = (
-                    normed(block.ln1, read(f"L{layer}H{h}.{part.lower()}")) @ getattr(attn, f"W_{part}")[h]
-                    + getattr(attn, f"b_{part}")[h]
-                    for part in "QKV"
-                )
-                scores = (q @ k.transpose(1, 2) / model.cfg.d_head**0.5).masked_fill(future, -torch.inf)
-                new[f"L{layer}H{h}"] = scores.softmax(-1) @ v @ attn.W_O[h]
-            written |= new
-            biases = biases + attn.b_O
-            hidden = normed(block.ln2, read(f"L{layer}MLP")) @ block.mlp.W_in + block.mlp.b_in
-            written[f"L{layer}MLP"] = torch.nn.functional.gelu(hidden) @ block.mlp.W_out
-            written[f"L{layer}MLP"] += block.mlp.b_out
-        return normed(model.ln_final, read("logits")) @ model.unembed.W_U + model.unembed.b_U
 
 
 @settings(max_examples=15, deadline=None)

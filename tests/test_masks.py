@@ -30,13 +30,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_sparsify import baselines, constants
-from tl_sparsify.comparison.masks import hard_concrete, soft_top_k, top_k_gate
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, heads
+from tl_sparsify.masking.gates import soft_top_k
+from tl_sparsify.masking.hard_concrete import hard_concrete
+from tl_sparsify.masking.top_k_gate import top_k_gate
 from tl_sparsify.search.scores import Scores
 
 METHODS = pytest.mark.parametrize("method", [hard_concrete, top_k_gate], ids=lambda method: method.__name__)

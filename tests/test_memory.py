@@ -12,8 +12,7 @@ import pytest
 import torch
 from helpers.models import bridge, examples, inputs, linear, random_mask, reduction_of, units_of
 
-from tl_sparsify import constants, score
-from tl_sparsify.comparison import masks
+from tl_sparsify import baselines, constants, score
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core import memory
 from tl_sparsify.core.distributions import InterventionDistribution
@@ -90,7 +89,7 @@ def test_a_step_of_a_refit_may_be_taken_in_parts(settings: dict[str, Any]):
     assert whole.values != reduction.values
 
 
-@pytest.mark.parametrize("train", [masks.hard_concrete, masks.top_k_gate])
+@pytest.mark.parametrize("train", [baselines.hard_concrete, baselines.top_k_gate, baselines.information_bottleneck])
 def test_a_step_of_a_mask_may_be_taken_in_parts(train: Any):
     model, data = bridge(), examples(12)
     units = units_of(model)
@@ -109,7 +108,7 @@ def test_no_pass_is_larger_than_what_is_given(run: str):
             reduction = reduction_of(model, random_mask(units, 3))
             constants.refit(model, reduction, data, data, steps=2, batch_size=4, progress=False)
         else:
-            masks.hard_concrete(model, data, units, steps=2, held_out=data, batch_size=4, progress=False)
+            baselines.hard_concrete(model, data, units, steps=2, held_out=data, batch_size=4, progress=False)
     assert max(sizes) == 4
 
 

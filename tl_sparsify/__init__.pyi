@@ -25,7 +25,6 @@ from tl_sparsify.comparison.convergence import refit_until_converged as refit_un
 from tl_sparsify.comparison.curves import Curve as Curve
 from tl_sparsify.comparison.evaluate import Evaluation as Evaluation
 from tl_sparsify.comparison.evaluate import evaluate as evaluate
-from tl_sparsify.comparison.masks import sharpen as sharpen
 from tl_sparsify.comparison.methods import Method as Method
 from tl_sparsify.comparison.path_patching import PathEffects as PathEffects
 from tl_sparsify.comparison.path_patching import patch_paths as patch_paths
@@ -82,6 +81,7 @@ from tl_sparsify.formats.share import card as card
 from tl_sparsify.formats.share import pull as pull
 from tl_sparsify.formats.share import push as push
 from tl_sparsify.gradients import backward as backward
+from tl_sparsify.masking.sharpening import sharpen as sharpen
 from tl_sparsify.patching.connections import Connections as Connections
 from tl_sparsify.patching.connections import connections as connections
 from tl_sparsify.presentation import plot as plot

@@ -24,6 +24,7 @@ ABOUT = {
     "abstraction": "Causal models, and whether a network implements them.",
     "tasks": "What is asked of a model, and how to make your own.",
     "comparison": "Evaluation, other methods, and benchmarks.",
+    "masking": "Masks trained by gradient descent.",
     "stressing": "Tests of a circuit that it can fail.",
     "discovery": "Behaviours of a model on a text, found without being told.",
     "formats": "Examples and circuits in the files of others.",

@@ -157,6 +157,7 @@ def entries() -> dict[str, Entry]:
         "eap": {"metric": "metric"},
         "eap_ig": {"metric": "metric", "steps": "count"},
         "hard_concrete": {"steps": "count", "learning_rate": "positive", "progress": "flag"},
+        "information_bottleneck": {"steps": "count", "learning_rate": "positive"},
         "top_k_gate": {"steps": "count", "temperature": "positive", "smallest": "fraction"},
     }.items():
         found[f"baselines.{name}"] = Entry(getattr(baselines, name), three, no_batch | extra)

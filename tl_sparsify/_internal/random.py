@@ -63,6 +63,11 @@ def signs(seed: int, *counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."
     return 1.0 - 2.0 * (bits(seed, *counters) & 1).double()
 
 
+def normal(seed: int, *counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
+    """Standard normal draws (float64), one for each element of the broadcast counters."""
+    return torch.special.ndtri(uniform(seed, *counters).clamp_min(2.0**-54))  # 0 would be minus infinity
+
+
 def permutation(n: int, seed: int, *counters: int) -> Int[Tensor, "n"]:
     """A random permutation of ``0 .. n-1``."""
     return bits(seed, *counters, torch.arange(n)).argsort(stable=True)

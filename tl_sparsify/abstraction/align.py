@@ -36,6 +36,7 @@ from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, answers, families, interchange_gradients, right_answers
 from tl_sparsify.core.forward import check_model
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
+from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Unit, Units
 
 _STAGES = 6  # looks at what was tried so far
@@ -165,7 +166,7 @@ def align(
     for variable, part in itertools.product(wanted, (ranking, trying)):
         if bool((part.expected(causal_model, (variable,)) == right_answers(part.base)).all()):
             raise ValueError(f"interchanging {variable!r} changes the answer of no pair: give pairs in which it does")
-    maps = _effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
+    maps = effects(subject, causal_model, ranking, everywhere, wanted, batch_size)
     exhaustive = every_place(subject, everywhere, maps[wanted[0]])
     forward, backward = 5 + len(LEVELS), len(LEVELS) * len(wanted)
     share = max(6, min(32, (exhaustive // 5 - forward - _STAGES) // len(wanted) - 2)) if trials is None else trials
@@ -233,7 +234,7 @@ def _usable(subject: TestedModel, pairs: Pairs, batch_size: int | None) -> Pairs
     return pairs[right]
 
 
-def _effects(
+def effects(
     subject: TestedModel,
     causal_model: CausalModel,
     pairs: Pairs,
@@ -249,10 +250,22 @@ def _effects(
         for variable, found in interchange_gradients(
             subject, pairs.base, pairs.source, expected, units, LEVELS, batch_size=batch_size
         ):
-            parts = [(g.to(step) * step).sum((0, 3)).double().cpu() / len(pairs) for g, step in found]
+            parts = [
+                _by_position(site, g.to(step), step).double().cpu() / len(pairs)
+                for site, (g, step) in zip(units.sites, found, strict=True)
+            ]
             old = totals.get(variable)
             totals[variable] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
     return {variable: list(summed([parts], len(pairs))) for variable, parts in totals.items()}
+
+
+def _by_position(
+    site: Site, gradient: Float[Tensor, "batch pos _ width"], step: Float[Tensor, "batch pos rows width"]
+) -> Float[Tensor, "pos units"]:
+    """What a step of each unit's value comes to along its gradient, summed over examples and entries."""
+    batch, positions = step.shape[:2]
+    along = site.along(gradient.flatten(0, 1)[:, None], step.flatten(0, 1)[:, None])
+    return along.view(batch, positions, -1).sum(0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,12 +29,13 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.interchange import TestedModel, families, selected_apart, tokens
+from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, shared_batches
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Unit, residuals, select
+from tl_sparsify.core.units import Unit, Units, residuals, select
 
 
 def random_weights(model: Any, seed: int) -> Any:
@@ -103,17 +104,42 @@ def _meet(one: Site, two: Site, shape: tuple[int, int]) -> bool:
 
 
 def everything(model: Any, alignment: Alignment) -> list[Unit]:
-    """All heads and neurons; of a model without blocks all units of the alignment's hook points."""
+    """All heads and neurons; where edges are aligned all edges, with readers as these have them; of a model without
+    blocks all units of the alignment's hook points."""
+    of_edges = {site for site in _sites(alignment) if site.kind == "edge"}
+    if of_edges:
+        return list(_edges_like(model, of_edges))
     if hasattr(model, "blocks"):
         return list(families(model))
-    sites = dict.fromkeys(unit.at(None).site for units in alignment.units.values() for unit in units)
-    return [Unit(site, i) for site in sites for i in range(site.size)]
+    return [Unit(site, i) for site in _sites(alignment) for i in range(site.size)]
+
+
+def _sites(alignment: Alignment) -> dict[Site, None]:
+    """The alignment's sites, each once, without positions."""
+    return dict.fromkeys(unit.at(None).site for units in alignment.units.values() for unit in units)
+
+
+def _edges_like(model: Any, sites: set[Site]) -> Units:
+    """All edges of a model, of the kind that has these sites; these alone where none has."""
+    for readers in ("qkv", "head", "layer"):
+        for grouped in (True, False):
+            with suppress(ValueError):  # where heads cannot be given keys and values of their own
+                found = edges(model, readers, grouped=grouped)
+                if sites <= set(found.sites):
+                    return found
+    return Units(tuple(sites))
 
 
 def outside(model: Any, alignment: Alignment) -> list[Unit]:
-    """Those of :func:`everything` that no variable is aligned with, at any position."""
+    """Those of :func:`everything` that no variable is aligned with, at any position; of edges those whose writer is not
+    aligned either."""
     aligned = {unit.at(None) for units in alignment.units.values() for unit in units}
-    return [unit for unit in everything(model, alignment) if unit not in aligned]
+    writers = {f"L{unit.site.layer}MLP" if unit.site.kind == "neuron" else unit.name for unit in aligned}
+
+    def free(unit: Unit) -> bool:
+        return unit not in aligned and not (unit.site.kind == "edge" and unit.name.partition("->")[0] in writers)
+
+    return [unit for unit in everything(model, alignment) if free(unit)]
 
 
 def streams(model: Any) -> tuple[Site, ...]:

@@ -20,6 +20,7 @@ from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.between import between, step
 from tl_sparsify.core.circuit import Values
+from tl_sparsify.core.distributions import removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, frozen, output, shared_batches
 from tl_sparsify.core.intervene import Intervention, ablate, intervened, recorded
@@ -108,8 +109,8 @@ def logits(
 
     def parts() -> Iterator[list[Tensor]]:
         for index, batch in shared_batches(model, base, batch_size):
-            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
-            taken = _taken(model, swaps, base, index, removed)
+            removed = _removal(subject, base, index, base)
+            taken = _taken(subject, swaps, base, index)
             found: list[Tensor] = []
             for some in swaps:
                 swapped = [part for units, source in some if len(units) for part in taken(units, source)]
@@ -122,11 +123,10 @@ def logits(
 
 
 def _taken(
-    model: Any,
+    subject: TestedModel,
     swaps: Sequence[Sequence[Swap]],
     base: Examples,
     index: Int[Tensor, "batch"],
-    removed: tuple[Intervention, ...],
 ) -> Callable[[Sequence[Unit], Examples], list[Intervention]]:
     """How to interchange some units on one batch; every source is run once, with all that is taken from it."""
     sources: dict[int, tuple[Examples, dict[Site, None]]] = {}
@@ -136,7 +136,9 @@ def _taken(
     values: dict[int, dict[Site, Tensor]] = {}
     for key, (source, sites) in sources.items():
         groups = _named_apart(sites)
-        taken = values_of(model, source[index], [group.for_examples(index, base.spans) for group in groups], removed)
+        here = [group.for_examples(index, base.spans) for group in groups]
+        removed = _removal(subject, source, index, base) if here else ()
+        taken = values_of(subject.model, source[index], here, removed)
         read = (value for part in taken for value in part.tensors)
         values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
 
@@ -149,6 +151,18 @@ def _taken(
         return made
 
     return swap
+
+
+def _removal(
+    subject: TestedModel, examples: Examples, index: Int[Tensor, "batch"], base: Examples
+) -> tuple[Intervention, ...]:
+    """What is ablated while the examples ``index`` run, with units at the base's spans; where removed units take their
+    values on counterfactual inputs those of these examples' own, for a forward pass more."""
+    if subject.removal is None:
+        return ()
+    if subject.removal.values.paired:
+        return (removal(subject.model, subject.removal, replace(examples, spans=base.spans), index),)
+    return (ablate(subject.removal.for_examples(index, base.spans)),)
 
 
 def selected_apart(units: Iterable[Unit]) -> list[tuple[Units, Bool[Tensor, "units"]]]:
@@ -203,15 +217,16 @@ def interchange_gradients(
     The gradient is the sum over ``levels``, the base's share in the point where it is taken, of which the first is 1.
     One forward pass for the sources and one for each level, one backward pass for each level and variable.
     """
-    model = subject.model
+    model, gone = subject.model, _removed_edges(subject, units)
     for index, batch in shared_batches(model, base, batch_size):
-        removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
         with torch.no_grad():
-            [taken] = values_of(model, source[index], (units,), removed)
+            removed = _removal(subject, base, index, base)
+            [taken] = values_of(model, source[index], (units,), _removal(subject, source, index, base))
         steps: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
         for level in levels:
-            mixed = between(units, torch.full((len(units),), level), taken, batch, source[index])
+            keep = torch.full((len(units),), level).masked_fill(gone, 1)
+            mixed = between(units, keep, taken, batch, source[index])
             with frozen(model), torch.enable_grad(), intervened(model, *removed, *mixed):
                 with recorded(model, units, gradients=True) as recording:
                     found = answer_logits(model, batch)
@@ -227,6 +242,17 @@ def interchange_gradients(
                 totals[variable] = [a if a is b else a + b for a, b in zip(old, parts, strict=True)]
         for variable, parts in totals.items():
             yield variable, list(zip(parts, steps, strict=True))
+
+
+def _removed_edges(subject: TestedModel, units: Units) -> Bool[Tensor, "units"]:
+    """Edges that this model no longer has: they carry nothing, whatever their writer writes."""
+    parts = [
+        torch.tensor([not subject.has(Unit(site, i)) for i in range(site.size)])
+        if site.kind == "edge"
+        else torch.zeros(site.size, dtype=torch.bool)
+        for site in units.sites
+    ]
+    return torch.cat(parts)
 
 
 def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -254,10 +280,10 @@ def randomly_interchanged(
 
     def parts() -> Iterator[Tensor]:
         for index, batch in shared_batches(subject.model, base, batch_size):
-            removed = () if subject.removal is None else (ablate(subject.removal.for_examples(index, base.spans)),)
+            removed = _removal(subject, base, index, base)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
             swapped: list[Intervention] = []
-            values = values_of(subject.model, source[index], groups, removed)
+            values = values_of(subject.model, source[index], groups, _removal(subject, source, index, base))
             for group, place, taken in zip(groups, places, values, strict=True):
                 keep = torch.ones(len(index), len(group))
                 keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).to(keep)

@@ -78,7 +78,8 @@ def verify(
 
     Args:
         reduced: a folded model, or a :class:`Reduction` of ``model`` (run ablated). An aligned unit that it no longer
-            has is not interchanged, and is counted.
+            has is not interchanged, and is counted. One of counterfactual values needs pairs whose base and source have
+            counterfactuals.
         draws: random sets of units for the random controls.
         goal: stop taking pairs as soon as it is certain, for each model and variable, whether the accuracy of the
             aligned units is at least this (all pairs are taken where it stays uncertain). The pairs must be in random

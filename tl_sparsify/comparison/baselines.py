@@ -3,28 +3,29 @@
 Each is a function ``(model, examples, units, *, seed, ...) -> Scores``; larger means needed more. They are here to be
 beaten, so each is the method as published, without its bugs, and states what it costs. ``n`` is the number of units.
 
-========================  =================================================================  ======================
-method                    what it is                                                         forward + backward
-========================  =================================================================  ======================
-``random``                a random order                                                     0
-``activation_norm``       the length of the unit's value                                     1
-``variance``              of the unit's value (:mod:`tl_sparsify.search.score`)                     2
-``scaled_variance``       of what the unit writes (:mod:`tl_sparsify.search.score`)                 2
-``exact_zero``            divergence by setting the unit to zero                             ``n + 1``
-``exact_mean``            divergence by setting the unit to its mean                         ``n + 2``
-``activation_patching``   a metric's change by the unit's value in another run               ``n + 2``
-``attribution_patching``  the same to first order                                            2 + 1
-``atp_star``              the same, attention exact, gradients past a block at a time              5 + blocks, blocks
-``second_order``          a metric's change to second order                                  2 + 2
-``eap``                   absolute first-order effects on all later readers                  2 + 1
-``eap_ig``                the same, along the way between the two inputs                     1 + ``steps``, ``steps``
-``hard_concrete``         trained: stochastic gates and a penalty on open ones               160 + 80 by default
-``top_k_gate``            trained: gates that sum to a random size                           160 + 80 by default
-``acdc``                  edges removed one at a time at each threshold                      ``thresholds n + 2``
-``eap_ig_activations``    edges: the same, along the way between what writers write         ``2 + layers (steps - 1)``
-``information_flow``      edges: how near a writer's vector is to what the reader takes in   1
-``in_rounds``             any of them, again and again in the model with units removed       ``rounds`` times
-========================  =================================================================  ======================
+==========================  =================================================================  ======================
+method                      what it is                                                         forward + backward
+==========================  =================================================================  ======================
+``random``                  a random order                                                     0
+``activation_norm``         the length of the unit's value                                     1
+``variance``                of the unit's value (:mod:`tl_sparsify.search.score`)                     2
+``scaled_variance``         of what the unit writes (:mod:`tl_sparsify.search.score`)                 2
+``exact_zero``              divergence by setting the unit to zero                             ``n + 1``
+``exact_mean``              divergence by setting the unit to its mean                         ``n + 2``
+``activation_patching``     a metric's change by the unit's value in another run               ``n + 2``
+``attribution_patching``    the same to first order                                            2 + 1
+``atp_star``                the same, attention exact, gradients past a block at a time              5 + blocks, blocks
+``second_order``            a metric's change to second order                                  2 + 2
+``eap``                     absolute first-order effects on all later readers                  2 + 1
+``eap_ig``                  the same, along the way between the two inputs                     1 + ``steps``, ``steps``
+``hard_concrete``           trained: stochastic gates and a penalty on open ones               160 + 80 by default
+``top_k_gate``              trained: gates that sum to a random size                           160 + 80 by default
+``information_bottleneck``  trained: gates between a value and noise                           160 + 80 by default
+``acdc``                    edges removed one at a time at each threshold                      ``thresholds n + 2``
+``eap_ig_activations``      edges: the same, along the way between what writers write         ``2 + layers (steps - 1)``
+``information_flow``        edges: how near a writer's vector is to what the reader takes in   1
+``in_rounds``               any of them, again and again in the model with units removed       ``rounds`` times
+==========================  =================================================================  ======================
 
 A one-unit score cannot see redundancy or cancellation; :func:`tl_sparsify.sparsify` selects jointly.
 """
@@ -59,7 +60,6 @@ from tl_sparsify.comparison.edge_attribution import (
     runs,
 )
 from tl_sparsify.comparison.edge_scores import acdc, eap_ig_activations, information_flow
-from tl_sparsify.comparison.masks import hard_concrete, top_k_gate
 from tl_sparsify.comparison.rounds import in_rounds
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
@@ -77,6 +77,10 @@ from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.gradients.backward import Name, Rules, named
+from tl_sparsify.masking.hard_concrete import hard_concrete
+from tl_sparsify.masking.information_bottleneck import information_bottleneck
+from tl_sparsify.masking.top_k_gate import top_k_gate
 from tl_sparsify.patching.atp_star import atp_star
 from tl_sparsify.patching.second_order import second_order
 from tl_sparsify.search.attribution import exact, gradient
@@ -99,6 +103,7 @@ __all__ = [
     "exact_zero",
     "hard_concrete",
     "in_rounds",
+    "information_bottleneck",
     "information_flow",
     "random",
     "scaled_variance",
@@ -342,6 +347,7 @@ def attribution_patching(
     *,
     source: Run | None = None,
     metric: Metric = log_odds,
+    backward: Name | Rules = "true",
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Scores:
@@ -350,6 +356,7 @@ def attribution_patching(
 
     Args:
         source: the corrupted run; where not given the counterfactual if the examples have one, else another example.
+        backward: how the metric is differentiated (:mod:`tl_sparsify.gradients.backward`): ``true``, ``gim``, ``relp``.
 
     Two forward and one backward pass over the data.
 
@@ -363,5 +370,6 @@ def attribution_patching(
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
     run = corrupted_run(examples, source)
-    found = gradient(model, examples, units, source=run, metric=metric, seed=seed, batch_size=batch_size)
-    return replace(found, name="attribution patching")
+    settings: dict[str, Any] = {"metric": metric, "backward": backward, "seed": seed, "batch_size": batch_size}
+    found = gradient(model, examples, units, source=run, **settings)
+    return replace(found, name=named("attribution patching", backward))

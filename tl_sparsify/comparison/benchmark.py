@@ -121,6 +121,7 @@ def compare(
         ``_high``; ``cpr, cmd``; ``auroc, average_precision`` for the true units where they are known (those whose
         removal matters, else those whose weights do work); the cost of the chosen setting (``forward, backward``
         passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward, all_backward``).
+        A method that refuses the units or the model has one row, without numbers, whose ``setting`` says why.
         ``ablation`` is ``zero``, ``mean``, ``counterfactual``, ``refitted`` (from ``own_ablation``, which the task
         calls for, until it has converged), ``maps``, or ``as found`` (where a search fits replacements itself: those).
 
@@ -161,9 +162,7 @@ def compare(
                 continue
             data = _data(model, task, units, seed, examples) if data is None else data
             frame = _cell(data, method, shared)
-            if file is not None:
-                frame = cells.write(file, _key(task.name, method.name, seed), frame)
-            found.append(frame)
+            found.append(frame if file is None else cells.write(file, _key(task.name, method.name, seed), frame))
     return pd.concat(found, ignore_index=True)
 
 
@@ -288,19 +287,28 @@ def _cell(data: _Data, method: Method, shared: Comparison) -> pd.DataFrame:
     """One method on one task with one seed: choose its setting, judge its circuits."""
     given: dict[str, Any] = {"values": data.values, "held_out": data.validation, "progress": False}
     tried: list[tuple[float, str, Scores | CircuitPath, Cost]] = []
-    costs: list[Cost] = []
+    costs, refusals = list[Cost](), list[str]()
+    key = {"task": data.task.name, "method": method.name, "ours": method.ours, "setting": "", "seed": data.seed}
+    key |= {"own_ablation": data.task.ablation}
     for name, scorer in method.settings.items():
         call = partial(run, scorer, data.model, data.train, data.units, data.seed, **given)
-        result, cost = cost_of(data.model, len(data.train), call)
+        try:
+            result, cost = cost_of(data.model, len(data.train), call)
+        except ValueError as error:
+            if not method.refuses:
+                raise
+            refusals.append(str(error))
+            continue
         costs.append(cost)
         candidates: dict[str, Scores | CircuitPath] = {name: result}
         if method.signed and isinstance(result, Scores):
             candidates = {f"{name}, signed": result, f"{name}, by size": result.absolute}
         alone = len(method.settings) == len(candidates) == 1
         tried += [(0.0 if alone else _worth(data, one, shared), label, one, cost) for label, one in candidates.items()]
-    _, setting, found, cost = min(tried, key=lambda one: one[0])
-    key = {"task": data.task.name, "method": method.name, "ours": method.ours, "setting": setting, "seed": data.seed}
-    key |= {"own_ablation": data.task.ablation, "ablation": "", "size": float("nan")}
+    if not tried:
+        return cells.refused(key, refusals[0])
+    _, key["setting"], found, cost = min(tried, key=lambda one: one[0])
+    key |= {"ablation": "", "size": float("nan")}
     spent = asdict(cost) | {"settings": len(tried)}
     spent |= {"all_forward": sum(one.forward for one in costs), "all_backward": sum(one.backward for one in costs)}
     truth = _truth(data, found)

@@ -14,6 +14,15 @@ import pandas as pd
 from tl_sparsify._internal.files import write_text
 
 _HEAD = "# sha256 "
+_MEASURES = ("risk", "accuracy", "faithfulness")
+_COSTS = ("forward", "backward", "seconds", "peak_mb", "settings", "all_forward", "all_backward")
+
+
+def refused(key: Mapping[str, Any], why: str) -> pd.DataFrame:
+    """The cell of a method that refuses the units or the model: one row, which says why in place of its numbers."""
+    names = ("size", "kept", *(name + end for name in _MEASURES for end in ("", "_low", "_high")))
+    row = dict(key) | {"setting": f"refused: {why}", "ablation": key["own_ablation"]}
+    return pd.DataFrame([row | dict.fromkeys(names, float("nan")) | dict.fromkeys(_COSTS, 0.0)])
 
 
 def write(file: Path, key: Mapping[str, Any], frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from tl_sparsify.comparison import baselines
 from tl_sparsify.core.examples import Examples
@@ -38,6 +38,8 @@ class Method:
         settings: functions of one signature by the name of their setting; validation chooses where there are several.
         signed: whether its scores have signs that mean something; the order by their size is then another setting.
         ours: whether it is this package's own; figures and tables set these apart from what they are held against.
+        refuses: whether it is for some units or models only. A comparison then leaves out the settings that raise a
+            ``ValueError``, and where all do its line says why; other methods' errors end the comparison.
 
     Example:
         >>> tls.Method("random order", {"default": tls.baselines.random})
@@ -48,6 +50,7 @@ class Method:
     settings: Mapping[str, Scorer]
     signed: bool = False
     ours: bool = False
+    refuses: bool = False
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -77,6 +80,15 @@ def _rounds(scorer: Callable[..., Scores], rounds: int = _ROUNDS, **settings: An
 def _edges(scorer: Callable[..., Scores], rounds: int) -> dict[str, Scorer]:
     one_shot = {reduce: partial(scorer, reduce=reduce) for reduce in ("sum", "max")}
     return one_shot | {f"{reduce}, in rounds": _rounds(scorer, rounds, reduce=reduce) for reduce in ("sum", "max")}
+
+
+def _other_gradients(backward: Literal["gim", "relp"]) -> dict[str, Scorer]:
+    """Attribution to units, and by edges, with another backward pass."""
+    found = {
+        "one shot": partial(baselines.attribution_patching, backward=backward),
+        "in rounds": _rounds(baselines.attribution_patching, absolute=True, backward=backward),
+    }
+    return found | {"by edges, in rounds": _rounds(baselines.eap, backward=backward)}
 
 
 METHODS: tuple[Method, ...] = (
@@ -109,6 +121,22 @@ METHODS: tuple[Method, ...] = (
         },
         signed=True,
     ),
+    Method(
+        "AtP*",
+        {"one shot": baselines.atp_star, "in rounds": _rounds(baselines.atp_star, 19)},  # 7 passes and more each
+        refuses=True,
+    ),
+    Method(
+        "second order",
+        {
+            "joint": baselines.second_order,
+            "alone": partial(baselines.second_order, direction="alone"),
+            "joint, in rounds": _rounds(baselines.second_order, absolute=True),
+        },
+        signed=True,
+    ),
+    Method("attribution, GIM", _other_gradients("gim"), signed=True, refuses=True),
+    Method("attribution, RelP", _other_gradients("relp"), signed=True, refuses=True),
     Method("edge attribution", _edges(baselines.eap, _ROUNDS)),
     Method("edge attribution, integrated", _edges(baselines.eap_ig, 12)),
     Method("exact, zero", {"default": baselines.exact_zero}),
@@ -126,6 +154,10 @@ METHODS: tuple[Method, ...] = (
             f"temperature {temperature:g}": partial(baselines.top_k_gate, temperature=temperature, per_step=64)
             for temperature in (0.2, 0.5)
         },
+    ),
+    Method(
+        "information-bottleneck mask",
+        {f"beta {beta:g}": partial(baselines.information_bottleneck, beta=beta, per_step=64) for beta in (1.0, 10.0)},
     ),
     Method(
         "activation norm", {"one shot": baselines.activation_norm, "in rounds": _rounds(baselines.activation_norm, 126)}

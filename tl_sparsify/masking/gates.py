@@ -1,0 +1,59 @@
+"""Gates: from a mask's logits, a ``keep`` in [0, 1] for every unit, and gates that sum to a size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.arguments import checked
+
+Gates = Callable[[Float[Tensor, "units"], Int[Tensor, "batch"], int], Float[Tensor, "batch units"]]
+"""From the logits, the examples of a step and its number: each example's gates."""
+_STRATA = 8  # sizes in a step
+
+
+def of_random_sizes(least: int, most: int, temperature: float, seed: int) -> Gates:
+    """Gates that sum to a size drawn for each step, one in each eighth of the way between the two by logarithm."""
+
+    def gates(logits: Float[Tensor, "units"], index: Int[Tensor, "batch"], step: int) -> Float[Tensor, "batch units"]:
+        u = (torch.arange(_STRATA) + _random.uniform(seed, 83, step, torch.arange(_STRATA))) / _STRATA
+        k = (math.log(least) + u * math.log(most / least)).exp()
+        return soft_top_k(logits, k.to(logits), temperature)[torch.arange(len(index)) % _STRATA]
+
+    return gates
+
+
+@checked
+def soft_top_k(
+    logits: Float[Tensor, "units"], k: Float[Tensor, "batch"], temperature: float
+) -> Float[Tensor, "batch units"]:
+    """Gates ``sigmoid((logits - threshold) / temperature)`` that sum to ``k``, for each ``k`` between 0 and all units
+    (at all units they are 1), with the implicit gradient of the threshold. No model pass.
+
+    Raises:
+        ValueError: a ``k`` outside of that.
+    """
+    n = len(logits)
+    if bool(((k <= 0) | (k > n)).any()):
+        raise ValueError(
+            f"k lies between {float(k.min()):g} and {float(k.max()):g}; it must be positive and at most {n}"
+        )
+    share = (k / n).clamp_max(1 - 1e-9)[:, None].double()
+    with torch.no_grad():
+        scaled = logits.double() / temperature
+        low, high = scaled.min() - share.logit(), scaled.max() - share.logit()  # all gates above, all below k / n
+        for _ in range(60):
+            middle = (low + high) / 2
+            more = (scaled - middle).sigmoid().sum(1, keepdim=True) > share * n
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        threshold = (low + high) / 2
+        gate = (scaled - threshold).sigmoid()
+        weight = gate * (1 - gate)
+        weight = (weight / weight.sum(1, keepdim=True).clamp_min(1e-300)).to(logits)
+    moved = (weight * (logits - logits.detach())).sum(1, keepdim=True)  # 0, with the threshold's gradient
+    return ((logits - moved) / temperature - threshold.to(logits)).sigmoid()

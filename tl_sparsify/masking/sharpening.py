@@ -1,0 +1,105 @@
+"""Sharpening: the gates of the top-k mask, trained from the order of a search. With few, large units a search's
+expansion says little, and what it found is still a far better start than nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_sparsify._internal.arguments import checked
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.measure import remembering, risk
+from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.units import Model
+from tl_sparsify.masking.gates import of_random_sizes
+from tl_sparsify.masking.training import PER_STEP, trained
+from tl_sparsify.search.path import CircuitPath, Round
+
+_SHARPENING = 20  # passes over the data
+_LEAST = 1e-6  # nats; risks below it count as this
+
+
+@checked
+def sharpen(
+    model: Model,
+    path: CircuitPath,
+    train: Examples,
+    *,
+    steps: int | None = None,
+    learning_rate: float = 0.15,
+    temperature: float = 0.2,
+    per_step: int = PER_STEP,
+    always_keep: Circuit | None = None,
+    held_out: Examples | None = None,
+    metric: Metric | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> CircuitPath:
+    """Train the gates of :func:`top_k_gate` from the order of a path, and return the better of the two paths: for few,
+    large units (heads, edges, whole MLPs), which an expansion of second order says little about.
+
+    Logits start evenly spaced from -1 to 1 in the path's order. Both paths are measured on ``held_out`` at the sizes of
+    the path's rounds; the one with the lower geometric mean of its risks is returned, with these.
+
+    Args:
+        path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
+        steps: of Adam, with a cosine schedule; where not given as many as make 20 passes over ``train``.
+        always_keep: units that stay in every circuit.
+        held_out: where both are measured; ``train`` where not given.
+        learning_rate, temperature, per_step, metric, batch_size: as in :func:`top_k_gate`.
+
+    By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
+    two forward passes over ``held_out`` for each round, and one of the original model.
+
+    Raises:
+        ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
+            or ``per_step`` below one; a ``learning_rate`` or ``temperature`` that is not positive.
+
+    Example:
+        >>> better = tls.sharpen(model, path, train, steps=3, progress=False)
+        >>> better.to_frame()["kept"].tolist() == path.to_frame()["kept"].tolist()
+        True
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    if path.costs is not None:
+        raise ValueError("path is ordered by costs, which a mask does not know: sharpen one of a search without costs")
+    last, units = path.rounds[-1].reduction, path.units
+    if last.refitted or last.mixing is not None:
+        raise ValueError(
+            f"path has {last.kind} values, fitted in its rounds: search with Refitting(0), and refit after"
+        )
+    if always_keep is not None and always_keep.units != units:
+        raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
+    size = min(per_step, len(train))
+    start = torch.empty(len(units))
+    start[path.order] = torch.linspace(-1, 1, len(units))
+    gates = of_random_sizes(len(last.circuit), len(units), temperature, seed)
+    steps = math.ceil(_SHARPENING * len(train) / max(1, size)) if steps is None else steps
+    settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": last.values}
+    settings |= {"held_out": None, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
+    settings |= {"first_token": last.first_token}
+    logits = trained(model, train, units, start, gates, None, name="sharpened", **settings).scores.cpu().double()
+    if always_keep is not None:
+        logits = logits.masked_fill(always_keep.mask, float("inf"))
+    judged, recall = train if held_out is None else held_out, remembering()
+    unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
+
+    def measured(order: Int[Tensor, "units"]) -> CircuitPath:
+        """The path of an order, at the sizes of the given one."""
+        ordered, rounds = replace(path, order=order), list[Round]()
+        for step in path.rounds:
+            reduction = ordered.at(step.reduction.circuit.fraction)
+            found = risk(model, reduction, judged, metric=metric, seed=seed, recall=recall, batch_size=batch_size)
+            rounds.append(Round(reduction, unknown, found, float("nan")))
+        return replace(ordered, rounds=tuple(rounds))
+
+    both = [measured(path.order), measured(logits.argsort(stable=True))]
+    return min(both, key=lambda one: sum(math.log(max(r.measured.mean, _LEAST)) for r in one.rounds))

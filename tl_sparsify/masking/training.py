@@ -1,0 +1,144 @@
+"""Masks: a number for every unit, trained so that the circuit of the greatest keeps the original output.
+
+Each unit's ``keep`` is a gate in [0, 1], a function of its logit; the loss is the divergence from the original output
+with every unit at ``value + keep * (v - value)``, by gradient descent on the logits. A module each:
+
+    hard_concrete           gates drawn from a stretched, clipped logistic distribution, a penalty on open ones;
+    top_k_gate              gates that sum to a size drawn anew for every step;
+    information_bottleneck  gates between value and noise, a penalty on the information that they let through;
+    sharpening              the second from the order of a search.
+
+A trained mask is judged by its circuit: between 0 and 1 a unit passes on a part of what it says, and a trained set of
+parts can do what no set of whole units does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_sparsify._internal import random as _random
+from tl_sparsify._internal.checks import MOST, check_count
+from tl_sparsify._internal.progress import progress as bar
+from tl_sparsify._internal.ranks import gathered, share
+from tl_sparsify.core.circuit import FirstToken, Values
+from tl_sparsify.core.distributions import paired_values
+from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
+from tl_sparsify.core.intervene import Intervention, intervened
+from tl_sparsify.core.measure import risk
+from tl_sparsify.core.memory import device_of, dtype_of
+from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Model, Units
+from tl_sparsify.masking.gates import Gates
+from tl_sparsify.search.constants import mean
+from tl_sparsify.search.scores import Scores
+
+PER_STEP = 256  # examples
+_EPOCHS = 80  # as many backward passes as sparsify takes with four probes and 20 rounds
+_JUDGED = 10  # times, on held-out examples
+_SIZES = (0.5, 0.2, 0.1, 0.05, 0.02)  # at which they are judged
+
+Replacements = Callable[[Int[Tensor, "batch"], Units, int], Values]
+"""From some examples, the units there and a step's number: what closed gates set the units to."""
+
+
+def trained(
+    model: Model,
+    examples: Examples,
+    units: Units,
+    start: Float[Tensor, "units"],
+    gates: Gates,
+    penalty: Callable[[Float[Tensor, "units"]], Float[Tensor, ""]] | None,
+    *,
+    steps: int | None,
+    learning_rate: float,
+    per_step: int,
+    values: Values | None,
+    held_out: Examples | None,
+    metric: Metric | None,
+    seed: int,
+    batch_size: int | None,
+    progress: bool,
+    name: str,
+    first_token: FirstToken = "bos",
+    replaced: Replacements | None = None,
+) -> Scores:
+    """The logits after training; where ``replaced`` is given closed gates set units to that, not to ``values``."""
+    check_call(model, examples, seed=seed)
+    for what, given in (("steps", steps), ("per_step", per_step)):
+        if given is not None and check_count(what, given, least=None, most=MOST) < 1:
+            raise ValueError(f"{what} is {given}; at least one is needed")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}; it must be positive")
+    constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
+    if constants.units != units or not (constants.constant or constants.paired):
+        raise ValueError(f"values are {constants!r}: give constants for {units!r}")
+    size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
+    steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
+    per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
+    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
+    logits = start.to(device_of(model), wide).requires_grad_()
+    best, lowest = logits.detach().clone(), float("inf")
+    optimizer = torch.optim.Adam([logits], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def slopes(
+        index: Int[Tensor, "some"], keep: Float[Tensor, "some units"], step: int
+    ) -> Iterator[Float[Tensor, "rows units"]]:
+        for rows in torch.arange(len(index))[share(len(index))].split(together):
+            batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
+            mine = keep.detach()[rows].requires_grad_()
+            with torch.no_grad():
+                original = answer_logits(model, batch)
+                if replaced is not None:
+                    values_here = replaced(index[rows], here, step)
+                else:
+                    values_here = paired_values(model, examples, index[rows], here) if constants.paired else constants
+            removal = Intervention(here, mine, Values(here, values_here.tensors), first_token=first_token)
+            with torch.enable_grad(), intervened(model, removal):
+                loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
+            yield torch.autograd.grad(loss, mine)[0]
+
+    with frozen(model):
+        for step in bar(range(steps), "training a mask", progress):
+            order = _random.permutation(len(examples), seed, 89, step // per_epoch)
+            index = order[(step % per_epoch) * size :][:size].sort().values
+            with torch.enable_grad():
+                keep = gates(logits, index, step)
+            slope = torch.cat(gathered(slopes(index, keep, step), len(index)))
+            with torch.enable_grad():
+                loss = (keep * slope).sum() + (0 if penalty is None else penalty(logits))
+            (logits.grad,) = torch.autograd.grad(loss, logits)
+            optimizer.step()
+            schedule.step()
+            if held_out is not None and (step + 1) % every == 0:
+                found = _judged(model, logits.detach(), units, constants, held_out, metric, batch_size)
+                if found < lowest:
+                    best, lowest = logits.detach().clone(), found
+    scores = logits.detach() if held_out is None else best
+    times = 3 if constants.paired else 2
+    forward, backward = (math.ceil(times * steps * size / len(examples)) for times in (times, 1))
+    unknown = torch.full_like(scores, float("nan"))
+    return Scores(units, scores, unknown, name, "logit", forward + (values is None), backward)
+
+
+def _judged(
+    model: Model,
+    logits: Float[Tensor, "units"],
+    units: Units,
+    values: Values,
+    held_out: Examples,
+    metric: Metric | None,
+    batch_size: int | None,
+) -> float:
+    """The measured risk of the circuits of the greatest logits, averaged over sizes."""
+    scores = Scores(units, logits, logits, "", "", 0, 0)
+    circuits = [Reduction(scores.top(fraction), values) for fraction in _SIZES]
+    found = (risk(model, circuit, held_out, metric=metric, batch_size=batch_size) for circuit in circuits)
+    return sum(estimate.mean for estimate in found) / len(circuits)
