@@ -41,12 +41,14 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
         ("algorithms", "alignments", "alignments"),
         ("feature_connections", "markdown", "feature_connections"),
         ("stress", "groups_markdown", "stress_mechanisms"),
+        ("stress", "one_markdown", "stress_smollm2"),
+        ("variants", "default_markdown", "variants_default"),
         ("prediction", "path_table", "prediction"),
         ("prediction", "units_table", "prediction_units"),
     ],
 )
 def test_a_stored_page_is_that_of_the_stored_table(name: str, function: str, page: str, script: Any):
-    source = page if page in ("prediction_units", "stress_mechanisms") else name
+    source = page if page in ("prediction_units", "stress_mechanisms", "stress_smollm2") else name
     assert getattr(script(name), function)(table(source)) == (BENCHMARKS / "results" / f"{page}.md").read_text()
 
 
