@@ -22,6 +22,7 @@ ABOUT = {
     "dictionaries": "Features of sparse autoencoders and transcoders as units.",
     "folding": "A circuit as a smaller model.",
     "abstraction": "Causal models, and whether a network implements them.",
+    "patching": "What units do through others, and attribution past first order.",
     "tasks": "What is asked of a model, and how to make your own.",
     "comparison": "Evaluation, other methods, and benchmarks.",
     "masking": "Masks trained by gradient descent.",
