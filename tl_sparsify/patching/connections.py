@@ -48,7 +48,8 @@ class Connections:
         effect: the drop of the ``metric``, to first order; NaN where there is none.
 
     Example:
-        >>> found = tls.connections(model, train, tls.heads(model).at_layer(0), tls.heads(model).at_layer(1))
+        >>> first, second, last = (tls.Units((layer,)) for layer in units.sites)
+        >>> found = tls.connections(model, train, first, last)
         >>> found.frame().columns.tolist()
         ['sender', 'receiver', 'risk', 'stderr', 'effect']
     """
@@ -113,7 +114,8 @@ def connections(
         ValueError: a model in training mode, a sender and a receiver at one hook point, units of kind edge.
 
     Example:
-        >>> tls.connections(model, train, tls.heads(model).at_layer(0), tls.heads(model).at_layer(1))
+        >>> first, second, last = (tls.Units((layer,)) for layer in units.sites)
+        >>> tls.connections(model, train, first, last)
         Connections(4 senders, 4 receivers; strongest ...)
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
