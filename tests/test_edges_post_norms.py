@@ -215,7 +215,7 @@ def test_attribution_is_a_difference_of_small_steps(name: str):
         assert abs((ends[0] - ends[1]) / 2e-5 - float(found[number])) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "side"), zip(NAMES, ("left", "right", "left"), strict=True))
+@pytest.mark.parametrize(("name", "side"), list(zip(NAMES, ("left", "right", "left"), strict=True)))
 def test_padding_and_batches_change_no_number(name: str, side: str):
     model, examples = bridge(name), architectures.batch(n=5)
     units = tls.edges(model)
