@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import architectures
+from helpers.edges import run_by_hand
 from helpers.models import unchanged
 from helpers.native import native
 from hypothesis import given, settings
@@ -34,36 +35,7 @@ def log_odds(rows: Tensor, examples: tls.Examples) -> Tensor:
 def by_hand(model: Any, tokens: Tensor, heard: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and what each writer writes, where each reader sums for itself what it hears: ``heard[edge]`` instead of
     what the edge's writer writes."""
-
-    def normed(norm: Any, x: Tensor) -> Tensor:
-        inner = norm.original_component
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], inner.weight, inner.bias, model.cfg.eps)
-
-    with torch.no_grad():
-        with tls.recorded(model, tls.Units((tls.Site("residual", 0, "blocks.0.hook_resid_pre", 1),))) as first:
-            model(tokens)
-        written = {"embed": first.read()[0][:, :, 0]}
-        biases = torch.zeros(model.cfg.d_model, dtype=torch.float64)
-
-        def read(reader: str) -> Tensor:
-            return torch.stack([heard.get(f"{u}->{reader}", w) for u, w in written.items()]).sum(0) + biases
-
-        future = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
-        for layer, block in enumerate(model.blocks):
-            attn, new = block.attn, {}
-            for h in range(model.cfg.n_heads):
-                q, k, v = (
-                    normed(block.ln1, read(f"L{layer}H{h}.{part.lower()}")) @ getattr(attn, f"W_{part}")[h]
-                    + getattr(attn, f"b_{part}")[h]
-                    for part in "QKV"
-                )
-                scores = (q @ k.transpose(1, 2) / model.cfg.d_head**0.5).masked_fill(future, -torch.inf)
-                new[f"L{layer}H{h}"] = scores.softmax(-1) @ v @ attn.W_O[h]
-            written |= new
-            biases = biases + attn.b_O
-            hidden = normed(block.ln2, read(f"L{layer}MLP")) @ block.mlp.W_in + block.mlp.b_in
-            written[f"L{layer}MLP"] = torch.nn.functional.gelu(hidden) @ block.mlp.W_out + block.mlp.b_out
-        return normed(model.ln_final, read("logits")) @ model.unembed.W_U + model.unembed.b_U, written
+    return run_by_hand(model, tokens, set(tls.edges(model).names), {}, gives=heard)
 
 
 def test_edges_and_chains_are_what_a_sum_for_each_reader_gives():

@@ -108,6 +108,11 @@ def fisher_probes(
     return found
 
 
+def most_answers(examples: Examples) -> int:
+    """The largest number of labelled positions of any example."""
+    return int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
+
+
 def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
     """Which of its example's answers each row is: draws by this and not by position know nothing of padding."""
     return torch.arange(len(example)) - torch.searchsorted(example, example)
@@ -216,7 +221,7 @@ def samples(
     for site, value in zip(removal.units.sites, removal.values.tensors, strict=True):
         if not removal.values.paired and not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
-    most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
+    most = most_answers(examples)
     for index, batch in shared_batches(model, examples, batch_size, removal.units):
         same = (interventions, model, removal, examples, index, seed)
         there = removal.for_examples(index, examples.spans)
@@ -349,19 +354,19 @@ def step_to(
 
 def pulled(
     recording: Recording,
-    logits: Float[Tensor, "rows choices"],
-    vectors: list[Float[Tensor, "rows choices"]],
+    outputs: Float[Tensor, "*shape"],
+    vectors: list[Float[Tensor, "*shape"]],
     *,
     again: bool = False,
 ) -> Iterator[tuple[Float[Tensor, "batch pos some width"], ...]]:
-    """For each vector on the logits its gradient with respect to the recorded units' values, per site. One backward
-    pass each; ``again``: the graph is needed afterwards."""
+    """For each vector on the outputs (logits, or other values of the same run) its gradient with respect to the
+    recorded units' values, per site. One backward pass each; ``again``: the graph is needed afterwards."""
     activations = recording.activations
     hooks = list(activations)
     for number, xi in enumerate(vectors):
         keep = again or number < len(vectors) - 1
         inputs = [activations[hook] for hook in hooks]
-        gradients = torch.autograd.grad(logits, inputs, xi.to(logits), retain_graph=keep, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, inputs, xi.to(outputs), retain_graph=keep, allow_unused=True)
         yield recording.pull(
             {
                 hook: torch.zeros_like(activations[hook]) if gradient is None else gradient

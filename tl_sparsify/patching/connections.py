@@ -32,8 +32,7 @@ from tl_sparsify.core.forward import answer_logits, check_call, frozen, shared_b
 from tl_sparsify.core.intervene import Recording, recorded
 from tl_sparsify.core.metrics import Metric, by_example, measured_by
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.probes import output_probes, pulled, step_to
-from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.probes import most_answers, output_probes, pulled, step_to
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.constants import mean
 
@@ -130,7 +129,7 @@ def connections(
     values = mean(model, examples, senders, batch_size=batch_size) if values is None else values
     if values.units != senders or values.paired:
         raise ValueError(f"values are of {values.units!r}; constants for the senders, {senders!r}, are needed")
-    most = int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
+    most = most_answers(examples)
     settings: dict[str, Any] = {"probes": probes, "temperature": temperature, "seed": seed}
 
     def parts() -> Iterator[Moments]:
@@ -195,14 +194,6 @@ def _told(
     gradient: Float[Tensor, "batch pos width"],
 ) -> Float[Tensor, "batch senders"]:
     """How far each sender's step moves one receiver along its gradient. One backward pass between them."""
-    inputs = sent.activations
-    pull = (
-        torch.autograd.grad(value, list(inputs.values()), gradient.to(value), retain_graph=True, allow_unused=True)
-        if value.requires_grad
-        else [None] * len(inputs)
-    )
-    known = {
-        hook: torch.zeros_like(inputs[hook]) if one is None else one for hook, one in zip(inputs, pull, strict=True)
-    }
-    sites = zip(sent.units.sites, sent.pull(known), steps, strict=True)
+    [gradients] = pulled(sent, value, [gradient], again=True)  # of a receiver that comes before them: 0
+    sites = zip(sent.units.sites, gradients, steps, strict=True)
     return torch.cat([site.along(g.to(step), step).to(steps[0].device) for site, g, step in sites], 1)
