@@ -76,6 +76,21 @@ def test_the_path_is_no_worse_where_it_is_measured_and_keeps_its_sizes(learning_
         larger = new.reduction.circuit
 
 
+def test_where_the_path_is_better_at_large_sizes_only_these_stay_as_they_are():
+    model, data = bridge(), examples(12)
+    units = units_of(model)
+    joined = 0
+    for seed in range(3):
+        good = sparsify(model, data, units, sizes=(0.8, 0.6), exchanges=0, progress=False).order
+        wrong = torch.cat([good[:5], good[5:].flip(0)])  # of 12 units: right down to 7
+        path = path_of(model, data, units, wrong, (9, 7, 4, 3, 2))
+        better = sharpen(model, path, data, steps=8, learning_rate=2.0, seed=seed, progress=False)
+        agree = (better.order == wrong).long().cumprod(0).sum()
+        joined += int(agree >= 5 and not torch.equal(better.order, wrong))
+        assert mean_log(better) <= sum(math.log(risk(model, one.reduction, data).mean) for one in path.rounds) + 1e-12
+    assert joined
+
+
 def test_counterfactual_values_and_kept_units_go_through():
     model, data = bridge(), examples(10)
     units = units_of(model)

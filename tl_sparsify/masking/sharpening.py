@@ -42,21 +42,23 @@ def sharpen(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CircuitPath:
-    """Train the gates of :func:`top_k_gate` from the order of a path, and return the better of the two paths: for few,
+    """Train the gates of :func:`top_k_gate` from the order of a path, and return the best of three paths: for few,
     large units (heads, edges, whole MLPs), which an expansion of second order says little about.
 
-    Logits start evenly spaced from -1 to 1 in the path's order. Both paths are measured on ``held_out`` at the sizes of
-    the path's rounds; the one with the lower geometric mean of its risks is returned, with these.
+    Logits start evenly spaced from -1 to 1 in the path's order. The given path, that of the trained logits and the
+    first of them down to the size from where on the second has the lower risks, and then in its order, are measured
+    on ``held_out`` at the sizes of the path's rounds; the one with the lowest geometric mean of its risks is returned,
+    with these.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
         steps: of Adam, with a cosine schedule; where not given as many as make 20 passes over ``train``.
         always_keep: units that stay in every circuit.
-        held_out: where both are measured; ``train`` where not given.
+        held_out: where they are measured; ``train`` where not given.
         learning_rate, temperature, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
-    two forward passes over ``held_out`` for each round, and one of the original model.
+    three forward passes over ``held_out`` for each round, and one of the original model.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -101,5 +103,19 @@ def sharpen(
             rounds.append(Round(reduction, unknown, found, float("nan")))
         return replace(ordered, rounds=tuple(rounds))
 
-    both = [measured(path.order), measured(logits.argsort(stable=True))]
-    return min(both, key=lambda one: sum(math.log(max(r.measured.mean, _LEAST)) for r in one.rounds))
+    trained_order = logits.argsort(stable=True)
+    first, second = measured(path.order), measured(trained_order)
+    gains = torch.tensor([a - b for a, b in zip(_logs(first), _logs(second), strict=True)])
+    rest = gains.flip(0).cumsum(0).flip(0)  # what the second path gains from this round on
+    paths = [first, second]
+    start_at = int(rest.argmax())
+    if 0 < start_at and bool(rest[start_at] > 0):
+        inside = path.rounds[start_at - 1].reduction.circuit.mask
+        outside = path.order[~inside[path.order]]
+        paths.append(measured(torch.cat([outside, trained_order[inside[trained_order]]])))
+    return min(paths, key=lambda one: sum(_logs(one)))
+
+
+def _logs(path: CircuitPath) -> list[float]:
+    """The logarithms of a path's measured risks."""
+    return [math.log(max(step.measured.mean, _LEAST)) for step in path.rounds]
