@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,16 @@ def test_splits_are_cut_and_time_is_that_of_the_passes(monkeypatch: pytest.Monke
     assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx(
         (228 + 4 * (2 * 4 * 3 + 36 + 12)) / 3
     )
+
+
+def test_a_mask_takes_half_of_the_passes_of_the_search_and_at_most_twenty():
+    assert Request(kinds="heads,mlps").sharpens and Request(kinds="edges").sharpens
+    assert not Request(kinds="heads,neurons").sharpens
+    effort = Effort(rounds=10, probes=1, per_round=48, batch_size=32)
+    assert effort.sharpening(256) == math.ceil(15 * 2 * 48 / 2 / 32)
+    assert replace(effort, per_round=None).sharpening(256) == math.ceil(15 * 2 * 256 / 2 / 32)
+    assert replace(effort, per_round=None, probes=4).sharpening(256) == math.ceil(20 * 256 / 32)
+    assert effort.sharpening(20) == math.ceil(15 * 2 * 20 / 2 / 20)  # a step has no more examples than there are
 
 
 def test_units_are_those_of_the_kinds():

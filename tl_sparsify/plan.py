@@ -6,6 +6,7 @@ Numbers that are given stand.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ _KINDS: Mapping[str, Callable[[Any], Units]] = {
     "experts": experts,
     "edges": edges,
 }
+_SHARPENED = 20  # passes over the training examples
 _INSIDE = {"neurons": "mlps", "experts": "mlps", "heads": "attentions"}
 
 
@@ -76,8 +78,14 @@ class Effort:
 
     @property
     def beside_batch(self) -> int:
-        """The same for other orders."""
+        """The same for other orders, and for a mask."""
         return min(BESIDE_BATCH, self.refit_batch)
+
+    def sharpening(self, train: int) -> int:
+        """Steps of the mask that sharpens a path: half as many backward passes as the search took, at most 20 over all
+        training examples."""
+        searched = (self.rounds + self.rounds // 2) * (self.probes + 1) * min(train, self.per_round or train)
+        return math.ceil(min(searched / 2, _SHARPENED * train) / min(self.beside_batch, train))
 
 
 _SMALL = {
@@ -155,6 +163,11 @@ class Request:
                 raise ValueError(f"--units has {name} and {_INSIDE[name]}, which are made of them: name one of the two")
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"--units is {self.kinds!r}; it names a kind twice")
+
+    @property
+    def sharpens(self) -> bool:
+        """Whether all units are large (heads, layers, edges), so that a mask goes on from the search's order."""
+        return "neurons" not in self.chosen
 
     @property
     def rule(self) -> FirstToken:

@@ -35,6 +35,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.folding.bridge import FOLDED, save_folded
 from tl_sparsify.folding.fold import fold, folds
 from tl_sparsify.folding.sizes import sizes_by_layer
+from tl_sparsify.masking.sharpening import sharpen
 from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
 from tl_sparsify.presentation import plot, printed
 from tl_sparsify.presentation.results import RUN_ENTRIES
@@ -180,16 +181,18 @@ def _alignment(here: Setting) -> tuple[Pairs, Alignment | None]:
 
 
 def _searched(here: Setting, values: Values) -> CircuitPath:
+    """The path of the search; of large units alone it is sharpened, and its constants are refitted afterwards only."""
     train, validation, _ = here.splits
     if (here.checkpoint / STATE).is_file():
         here.console.print("going on with the search that was interrupted")
-    return sparsify(
+    inner = 0 if here.request.sharpens else here.effort.inner
+    path = sparsify(
         here.model,
         train,
         values.units,
         rounds=here.effort.rounds,
         probing=Probing(here.effort.probes, TEMPERATURE, here.effort.per_round),
-        refitting=Refitting(here.effort.inner, here.effort.refit_batch),
+        refitting=Refitting(inner, here.effort.refit_batch),
         smallest=min(here.request.keep, 0.01),
         values=values,
         held_out=validation,
@@ -198,6 +201,10 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
         progress=here.shows,
         **here.shared,
     )
+    if not here.request.sharpens:
+        return path
+    given: dict[str, Any] = {"steps": here.effort.sharpening(len(train)), "per_step": here.effort.beside_batch}
+    return sharpen(here.model, path, train, held_out=validation, progress=here.shows, **given, **here.shared)
 
 
 def _evaluated(here: Setting, reduction: Reduction, small: Any) -> Evaluation:

@@ -100,7 +100,9 @@ def sharpen(
         for step in path.rounds:
             reduction = ordered.at(step.reduction.circuit.fraction)
             found = risk(model, reduction, judged, metric=metric, seed=seed, recall=recall, batch_size=batch_size)
-            rounds.append(Round(reduction, unknown, found, float("nan")))
+            same = reduction.circuit == step.reduction.circuit
+            predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
+            rounds.append(Round(reduction, predicted[0], found, predicted[1]))
         return replace(ordered, rounds=tuple(rounds))
 
     trained_order = logits.argsort(stable=True)
