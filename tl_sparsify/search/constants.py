@@ -178,7 +178,8 @@ def refit(
         return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
 
     clean = interventions == NONE
-    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed, "batch_size": batch_size}
+    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
+    judging |= {"batch_size": batch_size_for(model, validation, batch_size)}  # worked out once
     judging |= {"recall": remembering() if clean else computed}
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
