@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers.tokenized import ANSWERS, PROMPTS, bridge
 
-from tl_sparsify import Examples
+from tl_sparsify import Examples, heads, neurons, plan
+from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.plan import Effort, Request, cut, seconds
 
 
@@ -79,20 +80,58 @@ def test_more_effort_is_more_of_everything(model: Any):
         assert quick.train is not None and quick.batch_size == quick.refit_batch == 32
 
 
-def test_splits_are_cut_and_time_is_that_of_the_passes(monkeypatch: pytest.MonkeyPatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # so three examples take a second
+def test_splits_are_cut():
+    some = Examples.from_prompts(bridge("GPT-2"), PROMPTS, ANSWERS)
+    assert [len(split) for split in cut((some, some, some), replace(Effort(), train=2, test=1))] == [2, 3, 1]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """By a clock of its own a forward pass takes two seconds and half a second for each example, the first of all a
+    hundred more, and a backward pass three; the sizes of the batches that were timed."""
+    now, sizes = [0.0], []
+
+    def forward(model: Any, batch: Examples) -> torch.Tensor:
+        now[0] += 2 + 0.5 * len(batch) + (0 if sizes else 100)
+        sizes.append(len(batch))
+        return answer_logits(model, batch)
+
+    def backward(*args: Any, **options: Any) -> Any:
+        now[0] += 3
+        return grad(*args, **options)
+
+    grad = torch.autograd.grad
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(plan, "answer_logits", forward)
+    monkeypatch.setattr(torch.autograd, "grad", backward)
+    return sizes
+
+
+def test_time_is_that_of_the_passes(timed: list[int]):
     model = bridge("GPT-2")
-    some = Examples.from_prompts(model, PROMPTS, ANSWERS)
-    splits = (some, some, some)
-    assert [len(split) for split in cut(splits, replace(Effort(), train=2, test=1))] == [2, 3, 1]
+    some = Examples.from_prompts(model, PROMPTS * 4, ANSWERS * 4)
+    splits, units = (some, some[:6], some[:2]), heads(model) + neurons(model)
+    effort = Effort(rounds=4, pairs=1, steps=1, inner=1, patience=1)
+    # a pass over train is 8 and over validation 5; each backward 3
+    search = 8 + (8 + 4 * 3) + 2 * 8 + (4 + 1) * ((8 + 5 * 3) + (5 + 5 * 3) + (11 + 12 * 5))
+    alone = search + 2 * 8 + (11 + 12 * 5) + 9 * 3 + 60 * 2.5
+    assert seconds(model, splits, units, effort, aligns=False, compares=False) == pytest.approx(alone)
+    assert seconds(model, splits, units, effort, aligns=True, compares=False) == pytest.approx(alone + 30 * 2.5)
+    others = 4 * (2 * 8 + (4 * 11 + 40 * 5) + (11 + 12 * 5) + 4 * 3)
+    assert seconds(model, splits, units, effort, aligns=False, compares=True) == pytest.approx(alone + others)
+    assert set(timed) == {4, 12}
+
+
+def test_more_batches_take_more_time_and_a_longer_pass_is_not_timed_twice(timed: list[int]):
+    model = bridge("GPT-2")
+    some = Examples.from_prompts(model, PROMPTS * 4, ANSWERS * 4)
     effort = Effort(rounds=1, pairs=1, steps=1, inner=1, patience=1)
-    # means and scores 7 * 3, the round 6 * 6, each of two refits 2 * 3 + 12 * 3, the evaluation 9 * 3, 60 of a pair
-    assert seconds(model, splits, effort, aligns=False, compares=False) == pytest.approx((21 + 36 + 84 + 27 + 60) / 3)
-    assert seconds(model, splits, effort, aligns=True, compares=False) == pytest.approx((228 + 30) / 3)
-    assert seconds(model, splits, effort, aligns=False, compares=True) == pytest.approx(
-        (228 + 4 * (2 * 4 * 3 + 36 + 12)) / 3
+    whole, parts = (
+        seconds(model, (some, some, some), heads(model), one, aligns=False, compares=False)
+        for one in (effort, replace(effort, batch_size=6))
     )
+    assert parts > whole
+    assert timed == [4, 4, 4, 12, 12, 4, 4, 4, 6, 6]  # the first for nothing, then each once: it took over a second
 
 
 def test_a_mask_takes_half_of_the_passes_of_the_search_and_at_most_twenty():

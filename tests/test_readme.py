@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.code_blocks import blocks
+from helpers.code_blocks import blocks, few_examples
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(rb"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -21,6 +21,7 @@ def readme() -> str:
 @pytest.mark.slow
 def test_the_examples_run_in_order(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    few_examples(monkeypatch, 128)  # the same with all of them: tests/test_cli_demo.py
     examples = blocks(readme, "python")
     assert examples, "README.md has no ```python block"
     namespace: dict[str, Any] = {"__name__": "readme"}

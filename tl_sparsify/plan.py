@@ -10,16 +10,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken
+from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken, Values
 from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.forward import answer_logits, batch_size_for, frozen
+from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.units import Units, attentions, experts, heads, mlps, neurons
+from tl_sparsify.search import constants
 
 BESIDE_BATCH = 128  # examples in a step of the refits for baselines.csv
 PROBES, TEMPERATURE = 4, 3.0
@@ -31,6 +34,9 @@ _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
 _PATIENT = 4  # a refit has converged after about so many times its patience
 _ALIGNING, _VERIFYING = 30, 60  # passes over the pairs
+_EVALUATING = 9  # over the test examples
+_LITTLE = 4  # examples in the smaller of two batches that are timed
+_TIMES, _MOMENT = 5, 1.0  # a pass is timed so often, while that takes no more seconds
 _KINDS: Mapping[str, Callable[[Any], Units]] = {
     "heads": heads,
     "neurons": neurons,
@@ -220,32 +226,97 @@ def cut(splits: tuple[Examples, Examples, Examples], effort: Effort) -> tuple[Ex
 
 
 def seconds(
-    model: Any, splits: tuple[Examples, Examples, Examples], effort: Effort, *, aligns: bool, compares: bool
+    model: Any,
+    splits: tuple[Examples, Examples, Examples],
+    units: Units,
+    effort: Effort,
+    *,
+    aligns: bool,
+    compares: bool,
 ) -> float:
-    """About how long a run takes, from two forward passes over a first batch, of which the second is timed. A backward
-    pass counts as one forward pass."""
-    train, validation, test = (len(split) for split in splits)
-    first = splits[0][: effort.batch_size or _FEW]
-    with torch.no_grad():
-        answer_logits(model, first)
-        start = time.perf_counter()
-        answer_logits(model, first)
-        _wait(model)
-        each = (time.perf_counter() - start) / len(first)
+    """About how long a run takes: the passes that it is made of, each at what one of its kind is measured to take.
 
-    def refit(steps: int, batch: int) -> int:
-        return steps * 2 * min(batch, train) + _VALIDATED * validation
+    A pass takes a time of its own and one for each example: both are read off two batches, of a few examples and of as
+    many as a step of a refit has, with all units ablated. The best of several times counts, and of passes that take
+    seconds the first. A search is taken to make half of the exchanges that it may.
+    """
+    train, validation, test = (len(split) for split in splits)
+    forward, backward = _speeds(model, splits[0], units, effort)
+
+    def over(n: int, backwards: int = 0, batch: int | None = None) -> float:
+        """A pass over ``n`` examples, with so many backward passes."""
+        size = batch or min(n, batch_size_for(model, splits[0], effort.batch_size, units if backwards else None))
+        batches, each = math.ceil(n / size), (forward, *[backward] * backwards)
+        return sum(one.alone * batches + one.example * n for one in each)
+
+    def refit(steps: int, batch: int, validated: int = _VALIDATED) -> float:
+        size = min(batch, train)
+        return steps * over(size, 1, min(size, effort.batch_size or size)) + validated * over(validation)
 
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
-    total = (3 + effort.probes) * train  # means and scores
+    total = over(train) + over(train, effort.probes)  # means and scores
     in_round = min(train, effort.per_round or train)
-    rounds = effort.rounds + effort.rounds // 2  # with as many exchanges as there may be
-    total += rounds * ((2 + effort.probes) * (in_round + validation) + refit(inner, effort.refit_batch))
-    total += refit(last, effort.refit_batch) + 9 * test
+    a_round = over(in_round, effort.probes + 1) + over(validation, effort.probes + 1) + refit(inner, effort.refit_batch)
+    total += 2 * over(train) + (effort.rounds + effort.rounds // 4) * a_round
+    total += 2 * over(train) + refit(last, effort.refit_batch) + _EVALUATING * over(test)
     if compares:
-        total += 4 * (refit(min(effort.most, _PATIENT * effort.patience), effort.beside_batch) + 4 * test)
-    total += (_VERIFYING + _ALIGNING * aligns) * effort.pairs
-    return total * each
+        steps = min(effort.most, _PATIENT * effort.patience)
+        one = refit(steps, effort.beside_batch, 10 * math.ceil(steps / effort.patience))
+        one += refit(max(1, min(effort.patience, effort.most) // 2), effort.beside_batch)
+        total += 4 * (2 * over(train) + one + 4 * over(test))
+    return total + (_VERIFYING + _ALIGNING * aligns) * over(effort.pairs)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Seconds of a pass: those of its own, and of each example."""
+
+    alone: float
+    example: float
+
+    @staticmethod
+    def of(few: tuple[int, float], many: tuple[int, float]) -> _Speed:
+        """From the seconds of two passes, over so many examples."""
+        (small, short), (large, long) = few, many
+        example = max(0.0, long - short) / (large - small) if large > small else long / large
+        return _Speed(max(0.0, long - example * large), example)
+
+
+def _speeds(model: Any, examples: Examples, units: Units, effort: Effort) -> tuple[_Speed, _Speed]:
+    """Of a forward and of a backward pass with all units ablated."""
+    zero = constants.zero(model, examples, units)
+    ahead: list[tuple[int, float]] = []
+    back: list[tuple[int, float]] = []
+    for size in (_LITTLE, effort.refit_batch):
+        index = torch.arange(min(size, len(examples)), device="cpu")
+        batch = examples[: len(index)]
+        spot = units.for_examples(index, examples.spans)
+        values = Values(spot, tuple(value.clone().requires_grad_() for value in zero.tensors))
+        ablation = Intervention(spot, torch.zeros(len(units)), values)
+
+        def run(backward: bool, batch: Examples = batch, ablation: Intervention = ablation) -> None:
+            with frozen(model), torch.set_grad_enabled(backward), intervened(model, ablation):
+                logits = answer_logits(model, batch)
+            if backward:
+                torch.autograd.grad(logits.sum(), ablation.values.tensors, allow_unused=True)
+            _wait(model)
+
+        if size == _LITTLE:
+            run(True)  # the first pass of all makes what later ones find
+        alone = _best(partial(run, False))
+        ahead.append((len(batch), alone))
+        back.append((len(batch), max(0.0, _best(partial(run, True)) - alone)))
+    return _Speed.of(*ahead), _Speed.of(*back)
+
+
+def _best(run: Callable[[], None]) -> float:
+    """Seconds of the fastest of several runs, of as many as take no longer than a moment."""
+    times: list[float] = []
+    while len(times) < _TIMES and sum(times) < _MOMENT:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _wait(model: Any) -> None:

@@ -32,6 +32,7 @@ from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import compared
 from tl_sparsify.core.metrics import by_example, correct, kl
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.units import Units
 from tl_sparsify.folding.bridge import FOLDED, save_folded
 from tl_sparsify.folding.fold import fold, folds
 from tl_sparsify.folding.sizes import sizes_by_layer
@@ -103,7 +104,7 @@ def carry_out(
     units = request.units(model)
     console.print(f"[bold]{escape(task.name)}[/]: {escape(task.description)}")
     console.print(escape(f"{units!r}, {train!r} to search"))
-    right = _judged(here, beginning)
+    right = _judged(here, beginning, units)
 
     pairs, alignment = _alignment(here)
     with step("scoring units", here.shows):
@@ -151,7 +152,7 @@ def carry_out(
     write_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 
-def _judged(here: Setting, beginning: Beginning) -> Accuracy:
+def _judged(here: Setting, beginning: Beginning, units: Units) -> Accuracy:
     """How well the model does the task, and how long the run will take, said before the search."""
     right = accuracy(here.model, here.splits[1], batch_size=here.effort.batch_size)
     if str(beginning):
@@ -162,7 +163,7 @@ def _judged(here: Setting, beginning: Beginning) -> Accuracy:
             f"[yellow]warning[/]: below {ENOUGH}: the model hardly does this task, and a circuit of it explains little"
         )
     aligns = here.request.aligning and not here.task.alignment.units
-    takes = seconds(here.model, here.splits, here.effort, aligns=aligns, compares=here.request.comparing)
+    takes = seconds(here.model, here.splits, units, here.effort, aligns=aligns, compares=here.request.comparing)
     here.console.print(f"effort {here.request.effort}: about {duration(takes)}\n")
     return right
 

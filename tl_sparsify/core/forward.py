@@ -51,9 +51,25 @@ def check_model(model: Any) -> None:
     check_is_model(model)
     roots = [("", model), ("original_model.", getattr(model, "original_model", None))]
     for prefix, root in roots:
-        for name, module in root.named_modules() if isinstance(root, torch.nn.Module) else ():
+        if not isinstance(root, torch.nn.Module) or not _trains(root):
+            continue
+        for name, module in root.named_modules():
             if module.training:
                 raise ValueError(f"model is in training mode (at {prefix}{name or 'its root'}): call model.eval()")
+
+
+def _trains(root: torch.nn.Module) -> bool:
+    """Whether any module in it is in training mode: without names, which take several times as long to make."""
+    waiting, seen = [root], {id(root)}
+    while waiting:
+        module = waiting.pop()
+        if module.training:
+            return True
+        for child in module.children():
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return False
 
 
 def check_examples(examples: Any, name: str = "examples") -> None:

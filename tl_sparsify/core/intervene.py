@@ -124,37 +124,37 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
 
         return only_here
 
-    mine_only = [(name, here(hook)) for name, hook in hooks]
+    points = model.hook_dict  # a bridge makes it anew each time that it is asked
+    mine_only = [(_canonical(model, points, name), here(hook)) for name, hook in hooks]
     experts = [part for part in mine_only if isinstance(part[0], str) and experts_of(model, part[0])]
     reading = [part for part in mine_only if isinstance(part[0], str) and reads(part[0])]
     plain = [part for part in mine_only if part not in experts and part not in reading]
     if reading:  # last, so that what is written is noted as the others left it
-        plain += [(_canonical(model, name), here(hook)) for name, hook in reader_hooks(model, reading)]
-    first = [(_canonical(model, name), here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
-    with lock, _before_others(model, first), model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
+        plain += [(_canonical(model, points, name), here(hook)) for name, hook in reader_hooks(model, reading)]
+    first = [(points[name], here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
+    with lock, _before_others(first), model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
         yield
 
 
 @contextmanager
-def _before_others(model: Model, hooks: list[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """The model with these hooks, which come before those that are there."""
-    points = [model.hook_dict[name] for name, _ in hooks]
-    handles = [point.add_hook(hook, prepend=True) for point, (_, hook) in zip(points, hooks, strict=True)]
+def _before_others(hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Hook points with these hooks, which come before those that are there."""
+    handles = [(point, point.add_hook(hook, prepend=True)) for point, hook in hooks]
     try:
         yield
     finally:
-        for point, handle in zip(points, handles, strict=True):
+        for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
 
 
-def _canonical(model: Model, hook: str) -> str:
+def _canonical(model: Model, points: Mapping[str, Any], hook: Any) -> Any:
     """The hook point's own name: under an alias, compatibility mode would call a hook twice."""
-    if reads(hook) or experts_of(model, hook) is not None:
+    if not isinstance(hook, str) or reads(hook) or experts_of(model, hook) is not None:
         return hook
-    if hook not in model.hook_dict:
+    if hook not in points:
         raise ValueError(f"the model has no hook point {hook!r}: are the units those of this model?")
-    return model.hook_dict[hook].name or hook
+    return points[hook].name or hook
 
 
 def _apply(
@@ -243,13 +243,13 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         changed = [part for part in parts if part[1].requires_grad or bool((part[1] != 1).any())]
         arrived: dict[str, Float[Tensor, "..."]] = {}
         encoded = [name for site, *_ in changed if site.encoder for name in (site.hook, site.source or site.hook)]
-        hooks += [(_canonical(model, name), partial(_arrive, name, arrived)) for name in dict.fromkeys(encoded)]
+        hooks += [(name, partial(_arrive, name, arrived)) for name in dict.fromkeys(encoded)]
         for site, keep, value, mixing in changed:
             act = apply_to_edges if site.kind == "edge" else partial(_apply, arrived=arrived)
             for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
-                hooks.append((_canonical(model, hook), partial(act, site, keep, entry, mixing, spared)))
-    watching = watching_first_tokens(model, rules, seen) if rules else nullcontext()
-    with _hooked(model, hooks), watching:
+                hooks.append((hook, partial(act, site, keep, entry, mixing, spared)))
+    watching = watching_first_tokens(model, rules, seen) if rules and hooks else nullcontext()
+    with _hooked(model, hooks) if hooks else nullcontext(), watching:
         yield
 
 
@@ -264,8 +264,8 @@ def streaming(
             return x
         return torch.where(where.to(x.device)[..., None], stream[layer].to(x), x)
 
-    names = [_canonical(model, f"blocks.{layer}.hook_resid_post") for layer in range(len(stream))]
-    with _hooked(model, [(name, partial(set_to, layer=layer)) for layer, name in enumerate(names)]):
+    layers = range(len(stream))
+    with _hooked(model, [(f"blocks.{layer}.hook_resid_post", partial(set_to, layer=layer)) for layer in layers]):
         yield
 
 
@@ -273,7 +273,7 @@ def streaming(
 def acting(model: Model, acts: list[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
     """Call ``act(activation, hook=...)`` at each of these hook points; what it returns, if anything, takes the
     activation's place. For what is no intervention, such as another backward pass. No model pass of its own."""
-    with _hooked(model, [(_canonical(model, name), act) for name, act in acts]):
+    with _hooked(model, acts):
         yield
 
 
@@ -354,7 +354,7 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
         recording.activations[name] = activation
         return activation
 
-    with _hooked(model, [(_canonical(model, name), partial(keep, name=name)) for name in recording.hooks]):
+    with _hooked(model, [(name, partial(keep, name=name)) for name in recording.hooks]):
         yield recording
 
 
@@ -378,7 +378,7 @@ def narrowed(
         index = (example * labelled + position).to(stream.device)
         return stream.flatten(0, 1).index_select(0, index)[:, None]
 
-    with _hooked(model, [(_canonical(model, STREAM), narrow)]):
+    with _hooked(model, [(STREAM, narrow)]):
         yield times
 
 

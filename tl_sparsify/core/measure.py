@@ -10,6 +10,7 @@ that is right without interventions can be wrong under interchange.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, shared_batches
 from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, divergence
-from tl_sparsify.core.moments import Estimate, Moments
+from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.units import Model
+from tl_sparsify.core.units import Model, Units
 
 _REMEMBERED = 2**24  # numbers
 
@@ -87,6 +88,31 @@ def remembered(
     return of
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What refits of one model on the same examples have in common, so that a search works it out once.
+
+    Attributes:
+        deviations: by site each unit's standard deviation over the training examples, over its width; 0 where a unit
+            never varies.
+        logits: the original's at the training examples; ``None`` where they are computed anew in every step.
+        recall: the original's at the validation examples, from the first time on that they are asked for.
+    """
+
+    deviations: tuple[Float[Tensor, "units one"], ...]
+    logits: Callable[[Int[Tensor, "batch"]], Float[Tensor, "rows choices"]] | None
+    recall: Recall
+
+
+def known_of(model: Model, train: Examples, units: Units, *, clean: bool, many: bool, batch_size: int | None) -> Known:
+    """What is known for refits on ``train``: ``clean`` says that the original is under no interventions, ``many`` that
+    a refit passes over more than all of ``train``. One forward pass for the deviations, where ``many`` one more."""
+    moments = unit_moments(model, train, units, batch_size=batch_size)
+    deviations = tuple(part.variance.mean(-1, keepdim=True).sqrt() for part in moments)
+    logits = remembered(model, train, batch_size=batch_size) if clean and many else None
+    return Known(deviations, logits, remembering() if clean else computed)
+
+
 def compared(
     model: Model,
     reduction: Reduction,
@@ -105,8 +131,8 @@ def compared(
     same interventions); two more for each ``interchange`` in the distribution, one more for values of counterfactual
     inputs. The check that the reduction is the model's reads all weights: where that is ``known`` it is left out.
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
     if not known:
+        check_call(model, examples, seed=seed, batch_size=batch_size)
         check_fingerprint(model, reduction)
 
     def parts() -> Iterator[Moments]:

@@ -52,7 +52,9 @@ def _runs_on(model: Any) -> torch.device:
     buffers = model.buffers() if isinstance(model, torch.nn.Module) else ()
     tensor = next(chain(model.parameters(), buffers), None)
     first = torch.device("cpu") if tensor is None else tensor.device
-    hooks = (getattr(module, "_hf_hook", None) for module in _modules(model) if first.type == "meta")
+    if first.type != "meta":
+        return first
+    hooks = (getattr(module, "_hf_hook", None) for module in _modules(model))
     for hook in (part for whole in hooks for part in getattr(whole, "hooks", (whole,))):
         device = getattr(hook, "execution_device", None)
         if device is not None:

@@ -34,7 +34,7 @@ from tl_sparsify.core.forward import (
     unit_positions,
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
-from tl_sparsify.core.measure import computed, known_risk, remembered, remembering
+from tl_sparsify.core.measure import Known, known_of, known_risk
 from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence
 from tl_sparsify.core.moments import mean_of, unit_moments
 from tl_sparsify.core.probes import output_probes, pulled
@@ -108,6 +108,7 @@ def refit(
     per_step: int | None = 512,
     batch_size: int | None = None,
     seed: int = 0,
+    known: Known | None = None,
     progress: bool = True,
 ) -> Reduction:
     """Fit the replacements of all removed units together, on the divergence from the original output, in the ablated
@@ -122,7 +123,8 @@ def refit(
     ``patience / 10`` steps, has not fallen by two percent in so many steps.
 
     A step is on ``per_step`` examples (``None``: all of ``train``), ``batch_size`` of them at a time (as many as fit
-    where not given): the numbers do not depend on that.
+    where not given): the numbers do not depend on that. ``known`` may come from an earlier refit of the same model on
+    the same examples and units (:func:`measure.known_of`); the reduction is then not checked to be the model's.
 
     About ``steps * per_step`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
     over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
@@ -138,7 +140,8 @@ def refit(
         True
     """
     check_call(model, train, seed=seed, batch_size=batch_size)
-    check_fingerprint(model, reduction)
+    if known is None:
+        check_fingerprint(model, reduction)
     check_positive("learning_rate", learning_rate)
     if steps < 1:
         raise ValueError(f"steps is {steps}; refit needs at least one")
@@ -155,7 +158,12 @@ def refit(
         values = replace(reduction.values, kind=REFIT)
         return replace(reduction, values=values, reference=reduction.baseline)
     start = reduction.values.tensors
-    deviations = _deviations(model, train, reduction.units, batch_size)
+    clean = interventions == NONE
+    size = len(train) if per_step is None else min(per_step, len(train))
+    many = steps * size > len(train)
+    if known is None:
+        known = known_of(model, train, reduction.units, clean=clean, many=many, batch_size=batch_size)
+    deviations, logits = known.deviations, known.logits if many else None
     sites = reduction.units.sites
     scales = [
         (s * site.by_row(gone)[:, None].to(s)).to(v)
@@ -177,17 +185,15 @@ def refit(
         values = Values(reduction.units, moved, REFIT if reduction.mixing is None else REFITTED_NEIGHBOURS)
         return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
 
-    clean = interventions == NONE
-    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed, "batch_size": batch_size}
-    judging |= {"recall": remembering() if clean else computed}
+    judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
+    judging |= {"batch_size": batch_size_for(model, validation, batch_size)}  # worked out once
+    judging |= {"recall": known.recall}
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
         return known_risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
-    size = len(train) if per_step is None else min(per_step, len(train))
     together, per_epoch = batch_size_for(model, train, batch_size), max(1, len(train) // size)
-    known = remembered(model, train, batch_size=batch_size) if clean and steps * size > len(train) else None
     every = max(1, min(steps, patience or steps) // 10)
     fell, mark = 0, lowest  # after how many steps the validation risk last fell clearly
 
@@ -197,7 +203,7 @@ def refit(
             same = (interventions, model, reduction, train, part, seed + step)
             with torch.no_grad():
                 with intervened(model, *drawn_interventions(*same)):
-                    original = answer_logits(model, batch) if known is None else known(part)
+                    original = answer_logits(model, batch) if logits is None else logits(part)
                 with intervened(model, ablate(here)):
                     drawn = drawn_interventions(*same)
             with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
@@ -224,12 +230,6 @@ def refit(
                 if patience is not None and step + 1 - fell >= patience:
                     break
     return at(best)
-
-
-def _deviations(model: Model, examples: Examples, units: Units, size: int | None) -> list[Float[Tensor, "units one"]]:
-    """Each unit's standard deviation, over its width; 0 where a removed unit never varies."""
-    moments = unit_moments(model, examples, units, batch_size=size)
-    return [part.variance.mean(-1, keepdim=True).sqrt() for part in moments]
 
 
 def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Float[Tensor, "entries"]:

@@ -25,7 +25,7 @@ from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import Recall, computed, remembered, remembering, risk
+from tl_sparsify.core.measure import Known, Recall, computed, known_of, remembered, remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import Samples, joint_moments, samples
@@ -195,6 +195,7 @@ def sparsify(
     picks, restored = state.picks, state.restored  # what has changed since the last expansion
     current = found[-1].reduction if found else current
     expansion: _Expansion | None = None
+    known: Known | None = None  # for all refits
     # at the last size once more, for exchanges alone
     goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
     for step, (target, last) in enumerate(bar(goals, "removing units", progress)):
@@ -257,7 +258,11 @@ def sparsify(
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
                 settings |= {"per_step": refitting.per_step, "batch_size": batch_size}
-                current = refit(model, current, train, judged, progress=False, **settings)
+                if known is None:
+                    size = min(refitting.per_step or len(train), len(train))
+                    many = refit_steps * size > len(train)
+                    known = known_of(model, train, units, clean=clean, many=many, batch_size=batch_size)
+                current = refit(model, current, train, judged, known=known, progress=False, **settings)
             measured = unknown if seen else risk(model, current, judged, seed=seed, **shared)
             if exchanged:
                 found.pop()
