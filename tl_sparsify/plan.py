@@ -233,12 +233,14 @@ def seconds(
     *,
     aligns: bool,
     compares: bool,
+    sharpens: bool = False,
 ) -> float:
     """About how long a run takes: the passes that it is made of, each at what one of its kind is measured to take.
 
     A pass takes a time of its own and one for each example: both are read off two batches, of a few examples and of as
     many as a step of a refit has, with all units ablated. The best of several times counts, and of passes that take
-    seconds the first. A search is taken to make half of the exchanges that it may.
+    seconds the first. A search is taken to make half of the exchanges that it may; where a mask sharpens its path
+    it refits nothing.
     """
     train, validation, test = (len(split) for split in splits)
     forward, backward = _speeds(model, splits[0], units, effort)
@@ -256,7 +258,12 @@ def seconds(
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
     total = over(train) + over(train, effort.probes)  # means and scores
     in_round = min(train, effort.per_round or train)
-    a_round = over(in_round, effort.probes + 1) + over(validation, effort.probes + 1) + refit(inner, effort.refit_batch)
+    a_round = over(in_round, effort.probes + 1) + over(validation, effort.probes + 1)
+    if sharpens:
+        step = min(effort.beside_batch, train)
+        total += effort.sharpening(train) * (over(step) + over(step, 1)) + 3 * effort.rounds * over(validation)
+    else:
+        a_round += refit(inner, effort.refit_batch)
     total += 2 * over(train) + (effort.rounds + effort.rounds // 4) * a_round
     total += 2 * over(train) + refit(last, effort.refit_batch) + _EVALUATING * over(test)
     if compares:

@@ -163,7 +163,8 @@ def _judged(here: Setting, beginning: Beginning, units: Units) -> Accuracy:
             f"[yellow]warning[/]: below {ENOUGH}: the model hardly does this task, and a circuit of it explains little"
         )
     aligns = here.request.aligning and not here.task.alignment.units
-    takes = seconds(here.model, here.splits, units, here.effort, aligns=aligns, compares=here.request.comparing)
+    parts = {"aligns": aligns, "compares": here.request.comparing, "sharpens": here.request.sharpens}
+    takes = seconds(here.model, here.splits, units, here.effort, **parts)
     here.console.print(f"effort {here.request.effort}: about {duration(takes)}\n")
     return right
 
