@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
+    "reading": "norms heard",
     "_internal": "after_import experts checks random arguments beside ranks files progress encoders directory storage "
     "processes first_tokens layouts readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
@@ -37,7 +38,8 @@ ORDER = {
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"_internal": 0, "core": 1, "gradients": 2, "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
+LEVEL = {"reading": -1, "_internal": 0, "core": 1, "gradients": 2,
+         "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
          "formats": 4, "patching": 4, "masking": 4, "tasks": 5, "comparison": 6, "stressing": 7, "discovery": 8,
          "presentation": 9, "": 10}  # fmt: skip
 HOOKS = ("core.intervene", "_internal.experts")

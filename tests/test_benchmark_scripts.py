@@ -10,7 +10,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from helpers import architectures
+from helpers.edges import by_hand, constants_of
+from helpers.native import native
+from torch import Tensor
 
+import tl_sparsify as tls
 from tl_sparsify import list_tasks
 from tl_sparsify.comparison.tables import table_of
 
@@ -56,6 +61,41 @@ def test_a_stored_page_is_that_of_the_stored_table(name: str, function: str, pag
 def test_so_are_the_pages_of_the_orders(constants: str, script: Any):
     found = script("orders").markdown(table("orders"), constants)
     assert found == (BENCHMARKS / "results" / f"orders_{constants}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["edge_truth"])
+def test_so_are_the_pages_of_cells(name: str, script: Any):
+    cells = pd.concat(map(pd.read_csv, sorted((BENCHMARKS / "results" / name).glob("*.csv"))))
+    assert script(name).page(cells) == (BENCHMARKS / "results" / f"{name}.md").read_text()
+
+
+def test_candidates_are_edges_with_two_true_ends(script: Any):
+    found = script("edge_truth").candidates(tls.edges(native()), ("L0H1", "L2N3"))
+    assert set(found.names) == {
+        *(f"embed->{reader}" for reader in ("L0H1.q", "L0H1.k", "L0H1.v", "L2MLP", "logits")),
+        *("L0H1->L2MLP", "L0H1->logits", "L2MLP->logits"),
+    }
+
+
+def test_an_edge_is_as_true_as_its_removal_from_the_circuit_changes_the_logits(script: Any):
+    """Against the forward pass that is written out reader by reader."""
+    model, units = native(), tls.edges(native())
+    examples, values = architectures.batch(n=3), constants_of(model, units)
+    circuit = tls.Circuit.of(units, ["embed->L0H1.v", "L0H1->L2MLP", "embed->L1H0.q", "L2MLP->logits"])
+    constants = dict(zip(units.sites[-1].writers, values.tensors[-1], strict=True))
+
+    def rows(kept: set[str]) -> Tensor:
+        return by_hand(model, examples.tokens, kept, constants)[:, -1][:, examples.choices]
+
+    whole = rows(set(circuit.names))
+    found = script("edge_truth").changes(model, examples, circuit, values)
+    for number, name in enumerate(units.names):
+        expected = 0.0
+        if name in circuit.names:
+            expected = float((rows(set(circuit.names) - {name}) - whole).abs().max() / whole.abs().max())
+        assert float(found[number]) == pytest.approx(expected, abs=1e-10)
+    unread = units.names.index("embed->L1H0.q")  # nobody hears that head
+    assert float(found[unread]) < script("edge_truth").ROUND_OFF < 1e-3 < float(found.max())
 
 
 def test_so_is_the_page_of_features(script: Any):

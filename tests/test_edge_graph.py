@@ -50,6 +50,15 @@ def test_what_several_heads_read_goes_to_each_of_them():
     assert arrows(tls.plot.edge_graph(single)) == {("embed", "L1H3")}
 
 
+def test_of_a_large_model_only_what_kept_edges_touch_is_drawn():
+    model = architectures.fresh("GPT-2", n_layer=5, n_head=12)
+    names = ["embed->L1ATTN", "L1H3->L4MLP", "L1H7->logits", "L4MLP->logits"]
+    figure: Any = tls.plot.edge_graph(tls.Circuit.of(tls.edges(model, "layer"), names))
+    onward = {("embed", "L1H3"), ("embed", "L1H7")}  # the other ten heads of layer 1 hear it and are not heard
+    assert arrows(figure) == onward | {("L1H3", "L4MLP"), ("L1H7", "logits"), ("L4MLP", "logits")}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"embed", "L1H3", "L1H7", "L4MLP", "logits"}
+
+
 def test_no_edges_and_too_many_are_refused():
     units = tls.edges(native())
     assert arrows(tls.plot.edge_graph(~tls.Circuit.full(units))) == set()

@@ -105,11 +105,12 @@ def test_keeping_every_edge_changes_nothing(name: str):
     assert float((logits(model, tokens, written_out) - logits(model, tokens)).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("readers", ("qkv", "head", "layer"))
 @every_sum
-def test_probes_are_the_derivatives_along_each_edges_removal(name: str):
+def test_probes_are_the_derivatives_along_each_edges_removal(name: str, readers: Any):
     """Against the derivative with respect to ``keep``, at the original model and in an ablated one."""
     model, examples = model_of(name), architectures.batch(n=3)
-    units = tls.edges(model)
+    units = tls.edges(model, readers)
     values = constants_of(model, units)
     circuit = random_circuit(units, 1, 0.8)
     for current in (None, tls.constants.reduced(model, circuit, values)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,3 +92,15 @@ def left_over(
 
 def _same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def to_read(
+    site: Any, arrived: Mapping[str, Float[Tensor, "..."]], activation: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."] | None]:
+    """Where a site's values are read: features' in activations as they were before this intervention changed any."""
+    if site.encoder is None:
+        return activation, None
+    source = site.source or site.hook
+    if source not in arrived:
+        raise ValueError(f"{site.hook} came before {source}, which its features encode: is the source a later layer's?")
+    return arrived[site.hook], arrived[source]

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify._internal.layouts import post_norm
+from tl_sparsify.reading.heard import Heard
 
 _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
@@ -94,11 +95,12 @@ def along_edges(
 @dataclass(frozen=True)
 class Written:
     """What a reader's hook is told: its name, and what has been written into the stream before it; ``stacks``: what
-    readers share that are told the same."""
+    readers share that are told the same; ``heard``: what it may give back instead of copies."""
 
     name: str
     parts: tuple[Float[Tensor, "batch pos _ d_model"], ...]
     stacks: dict[int, Float[Tensor, "batch pos writers d_model"]]
+    heard: Heard | None = None
 
     @property
     def stack(self) -> Float[Tensor, "batch pos writers d_model"]:
@@ -113,7 +115,7 @@ class Written:
 class _Pass:
     """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
     by layer; and for each reader its own copies of the stream (where somebody gave it some) and of these, the former
-    behind the reader's norm, and which of them are projected."""
+    behind the reader's norm, and which of them are projected; and what readers that need no copies project."""
 
     written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     sums: dict[int, Float[Tensor, "batch pos one d_model"]] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class _Pass:
     taken: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
+    heard: dict[str, Heard] = field(default_factory=dict)
     stacks: dict[int, Float[Tensor, "batch pos writers d_model"]] = field(default_factory=dict)
 
 
@@ -261,22 +264,30 @@ def _note_mlp(model: Any, layer: int, out: Float[Tensor, "batch pos d_model"], h
 
 
 def _acted(
-    model: Any, name: str, acts: list[Callable[..., Any]], stream: Float[Tensor, "batch pos readers d_model"]
+    model: Any,
+    name: str,
+    acts: list[Callable[..., Any]],
+    stream: Float[Tensor, "batch pos readers d_model"],
+    heard: Heard | None = None,
 ) -> Float[Tensor, "batch pos readers d_model"]:
     """A reader's copies of the stream after all that is done to them here."""
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
-    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks)
+    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks, heard)
     layers = [layer for layer in state.sums if there(f"heads.{layer}")]
     had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
     copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream
     changed = False
     for act in acts:
         new = act(copies, hook=hook)
-        if new is not None:
+        if isinstance(new, Heard):
+            state.heard[name] = new
+        elif new is not None:
             copies, changed = new, True
     if not changed:
         return stream
+    if state.heard.pop(name, None) is not None:
+        raise ValueError(f"{name} is recorded without copies, and then changed")
     stream, *kept = copies.split(stream.shape[2], 2)
     state.kept[name] = tuple(kept)
     for layer, old, new in zip(layers, had, kept, strict=True):
@@ -300,15 +311,18 @@ def _take_attention(
     stream: Float[Tensor, "batch pos d_model"],
     hook: Any,
 ) -> Float[Tensor, "batch pos d_model"] | None:
-    state, whole = _PASSES[model], None
+    state, whole, shared = _PASSES[model], None, {}
     for name, here in acts.items():
         if name.endswith("attn.edges"):
             whole = _take_whole(model, name, here, stream, hook)
             continue
-        copies = state.taken.get(name)
+        copies, heard = state.taken.get(name), None
         if copies is None:
-            copies = stream[:, :, None].expand(-1, -1, _readers(model, name), -1)
-        taken = _acted(model, name, here, copies)
+            attn, many = model.blocks[int(name.split(".")[1])].attn, _readers(model, name)
+            copies = stream[:, :, None].expand(-1, -1, many, -1)
+            if not (state.sums or whole is not None or name.split(".", 2)[2].removesuffix(".edges") in _SINGLE):
+                heard = Heard(name, stream, norm, attn, many, shared) if model not in _NORMS else None
+        taken = _acted(model, name, here, copies, heard)
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
             state.normed[name] = taken if inner is None else rows_last(_normed(model, norm, inner, rows_first(taken)))
@@ -341,6 +355,8 @@ def _project(
 ) -> Float[Tensor, "batch pos ..."] | None:
     """Queries, keys or values of copies of the stream, where these are no longer what they were."""
     state = _PASSES[model]
+    if name in state.heard:
+        return state.heard[name].note(part, own)
     normed = state.normed.get(name)
     if normed is None or (name, part) in state.projected:
         return None

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked, checked_fields
+from tl_sparsify._internal.encoders import to_read
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
@@ -31,6 +32,7 @@ from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.reading.heard import Heard
 
 
 @checked_fields
@@ -167,7 +169,7 @@ def _apply(
     hook: Any,
     arrived: Mapping[str, Float[Tensor, "..."]],
 ) -> Float[Tensor, "..."]:
-    v = site.read(*_to_read(site, arrived, activation))
+    v = site.read(*to_read(site, arrived, activation))
     check_places(site, activation)
     if keep.ndim == 2 and len(keep) != len(activation):
         raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
@@ -189,18 +191,6 @@ def _apply(
     if first is not None:
         new = torch.where(first.to(v.device)[..., None, None], v, new)
     return site.write(activation, v, new)
-
-
-def _to_read(
-    site: Site, arrived: Mapping[str, Float[Tensor, "..."]], activation: Float[Tensor, "..."]
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."] | None]:
-    """Where a site's values are read: features' in activations as they were before this intervention changed any."""
-    if site.encoder is None:
-        return activation, None
-    source = site.source or site.hook
-    if source not in arrived:
-        raise ValueError(f"{site.hook} came before {source}, which its features encode: is the source a later layer's?")
-    return arrived[site.hook], arrived[source]
 
 
 def _arrive(name: str, arrived: dict[str, Tensor], activation: Float[Tensor, "..."], hook: Any) -> None:
@@ -288,6 +278,7 @@ class Recording:
     units: Units
     activations: dict[str, Float[Tensor, "..."]]
     written: dict[str, tuple[Float[Tensor, "batch pos _ d_model"], ...]] = field(default_factory=dict)
+    heard: dict[str, Heard] = field(default_factory=dict)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -318,16 +309,22 @@ class Recording:
 
     def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
         """The gradients with respect to the units' values, per site, from those with respect to the activations."""
-        return tuple(_joined([site.pull(gradients[h]) for h in site.hook_names]) for site in self.units.sites)
+        return tuple(
+            self.heard[site.hook].joined(gradients)
+            if site.hook in self.heard
+            else _joined([site.pull(gradients[h]) for h in site.hook_names])
+            for site in self.units.sites
+        )
 
 
 @checked
 @contextmanager
-def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator[Recording]:
+def recorded(model: Model, units: Units, *, gradients: bool = False, lean: bool = False) -> Iterator[Recording]:
     """Record the units' activations in every forward pass inside the context (the last one's are kept).
 
     With ``gradients`` the graph starts at the first recorded activation, and the recorded tensors are part of it, so
-    that ``torch.autograd.grad`` can be taken with respect to them; otherwise they are detached.
+    that ``torch.autograd.grad`` can be taken with respect to them; otherwise they are detached. ``lean``: of edges into
+    attention what it projects instead (``heard``), where that says as much; nothing in the context may change these.
 
     Raises:
         ValueError: a hook point that the model lacks.
@@ -339,13 +336,16 @@ def recorded(model: Model, units: Units, *, gradients: bool = False) -> Iterator
         [(64, 5, 4, 16), (64, 5, 4, 16), (64, 5, 4, 16)]
     """
     recording = Recording(units, {})
+    placed = any(site.positions is not None for site in units.sites if site.kind == "edge")
 
-    def keep(activation: Float[Tensor, "..."], hook: Any, name: str) -> Float[Tensor, "..."] | None:
+    def keep(activation: Float[Tensor, "..."], hook: Any, name: str) -> Float[Tensor, "..."] | Heard | None:
         for site in units.sites:
             if name in site.hook_names:
                 check_places(site, activation)
         if isinstance(hook, Written):
             recording.written[name] = hook.parts if gradients else tuple(part.detach() for part in hook.parts)
+            if lean and hook.heard is not None and hook.heard.slope is not None and not placed:
+                return recording.heard.setdefault(name, hook.heard)
         if not gradients:
             recording.activations[name] = activation.detach()
             return None

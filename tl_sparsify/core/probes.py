@@ -30,7 +30,6 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify._internal.readers import rows_first, rows_last
-from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
 from tl_sparsify.core.distributions import removal as removal_of
 from tl_sparsify.core.examples import Examples
@@ -43,6 +42,7 @@ from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model
+from tl_sparsify.reading.heard import products
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,8 @@ def samples(
         same = (interventions, model, removal, examples, index, seed)
         there = removal.for_examples(index, examples.spans)
         source = paired_values(model, examples, index, there.units) if paired else None
-        removed = () if current is None else (_removed(model, current, examples, index, source),)
+        past = source if current is not None and current.values.paired else None  # of what has no constants of its own
+        removed = () if current is None else (removal_of(model, current, examples, index, past),)
         with torch.no_grad():
             z = None
             if current is not None:
@@ -243,13 +244,6 @@ def samples(
         yield part
 
 
-def _removed(
-    model: Model, current: Reduction, examples: Examples, index: Int[Tensor, "batch"], source: Values | None
-) -> Intervention:
-    """The removals made so far; ``source`` serves those that have no constants of their own."""
-    return removal_of(model, current, examples, index, source if current.values.paired else None)
-
-
 def _linearised(
     model: Model,
     batch: Examples,
@@ -264,7 +258,7 @@ def _linearised(
     """The samples of one batch; a function of its own, so that no activation outlives it."""
     with frozen(model), torch.enable_grad():
         with intervened(model, *drawn), recorded(model, removal.units) as own:
-            with intervened(model, *removed), recorded(model, removal.units, gradients=True) as recording:
+            with intervened(model, *removed), recorded(model, removal.units, gradients=True, lean=True) as recording:
                 changed = answer_logits(model, batch)
         here = changed.detach()
         vectors = output_probes(here, batch, index, **settings)
@@ -305,14 +299,27 @@ def _effects(
     mechanism gives (before the removals made so far: overlapping directions share theirs) to its replacement."""
     moved = list(zip(recording.units.sites, own.read(), values, strict=True))
     steps = _steps(moved, spared)
-    rows: list[Tensor] = []
+    heard = {i: recording.heard[site.hook] for i, (site, *_) in enumerate(moved) if site.hook in recording.heard}
+
+    def step(number: int) -> Float[Tensor, "batch _ _ _"]:
+        kept = steps[number]  # others are made when they are needed, and not kept
+        return step_to(*moved[number], spared) if kept is None else kept
+
+    rows: list[dict[int, Tensor]] = []
+    later: dict[int, list[Tensor]] = {}  # edges of which one product serves all vectors
     for gradients in pulled(recording, logits, vectors):
-        parts: list[Tensor] = []
-        for (site, v, c), g, kept in zip(moved, gradients, steps, strict=True):
-            step = step_to(site, v, c, spared) if kept is None else kept  # made when it is needed, and not kept
-            parts.append(site.along(g.to(step), step))
-        rows.append(torch.cat([part.to(parts[0].device) for part in parts], 1))
-    return torch.stack(rows)
+        rows.append({})
+        for number, ((site, _, _), g) in enumerate(zip(moved, gradients, strict=True)):
+            if number in heard or (site.kind == "edge" and g.shape[2] == 1):
+                later.setdefault(number, []).append(g)
+            else:
+                move = step(number)
+                rows[-1][number] = site.along(g.to(move), move)
+    alike = {number for number, kept in enumerate(steps) if kept is not None}
+    for number, part in products(later, heard, alike, step):
+        for row, one in zip(rows, part, strict=True):
+            row[number] = one
+    return torch.stack([torch.cat([row[i].to(row[0].device) for i in range(len(moved))], 1) for row in rows])
 
 
 def _steps(
@@ -322,10 +329,8 @@ def _steps(
     """The step of every site's values. Edges have the same writers' again and again: one step of all writers serves all
     sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``."""
     edges = [part for part in moved if part[0].kind == "edge" and part[0].positions is None]
-    if not edges:
-        return [None if site.kind == "edge" else step_to(site, v, c, spared) for site, v, c in moved]
-    most, all_v, all_c = max(edges, key=lambda part: part[0].rows)
-    whole = rows_last(rows_first(step_to(most, all_v, all_c, spared)).contiguous())
+    most, all_v, all_c = max(edges or moved, key=lambda part: part[0].rows)
+    whole = rows_last(rows_first(step_to(most, all_v, all_c, spared)).contiguous()) if edges else all_v
 
     def shares(site: Site, v: Tensor, c: Tensor) -> bool:
         if site.kind != "edge" or site.positions is not None or v.data_ptr() != all_v.data_ptr():
@@ -361,7 +366,9 @@ def pulled(
 ) -> Iterator[tuple[Float[Tensor, "batch pos some width"], ...]]:
     """For each vector on the outputs (logits, or other values of the same run) its gradient with respect to the
     recorded units' values, per site. One backward pass each; ``again``: the graph is needed afterwards."""
-    activations = recording.activations
+    activations = recording.activations | {
+        k: leaf for one in recording.heard.values() for k, leaf in one.leaves.items()
+    }
     hooks = list(activations)
     for number, xi in enumerate(vectors):
         keep = again or number < len(vectors) - 1

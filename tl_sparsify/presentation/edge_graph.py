@@ -18,6 +18,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 
 _MOST = 200  # arrows that can be told apart
+_FEW = 60  # parts of a model that is drawn whole
 _COLOURS = {"q": "#0072b2", "k": "#d55e00", "v": "#009e73", "": "0.45"}
 _NAMES = {"q": "into a query", "k": "into a key", "v": "into a value", "": "into an MLP, the logits or a whole head"}
 _BEND = {"q": -0.12, "k": 0.0, "v": 0.12, "": -0.1}
@@ -26,8 +27,9 @@ _BEND = {"q": -0.12, "k": 0.0, "v": 0.12, "": -0.1}
 @checked
 def edge_graph(of: Reduction | Circuit) -> Figure:
     """The kept edges as arrows from writer to reader, the embedding at the bottom and the logits at the top; coloured
-    by what they go into. Parts that no kept edge touches are faint. What a group of heads or a whole layer reads goes
-    to each of its heads.
+    by what they go into. Parts that no kept edge touches are faint; of a model of more than 60 parts they are left out,
+    and rows stand closer. What a group of heads or a whole layer reads goes to each of its heads: of those from which a
+    kept edge leads on, where there are such.
 
     Raises:
         ValueError: there is no edge among the units, or more than 200 are kept (:func:`edge_map` has room for them).
@@ -49,14 +51,17 @@ def edge_graph(of: Reduction | Circuit) -> Figure:
     if many > _MOST:
         raise ValueError(f"of keeps {many:,} edges, more than can be told apart: draw {_MOST} or fewer, or edge_map")
     writers = max((site.writers for site, _ in sites), key=len)
-    places = _places(writers)
-    links = [link for site, kept in sites for link in _links(site, kept.tolist(), writers)]
+    sending = {w for site, kept in sites for w, there in zip(site.writers, kept.any(0).tolist(), strict=True) if there}
+    links = [link for site, kept in sites for link in _links(site, kept.tolist(), writers, sending)]
+    used = {name for writer, owner, _ in links for name in (writer, owner)}
+    shown = writers if len(writers) <= _FEW else tuple(name for name in writers if name in used)
+    places = _places(shown)
     wide, high = max(x for x, _ in places.values()), max(y for _, y in places.values())
-    figure = Figure(figsize=(min(14.0, 2.5 + 1.1 * wide), min(14.0, 1.4 + 1.05 * high)), layout="constrained")
+    tall = min(14.0, 1.4 + 1.05 * high) if len(writers) <= _FEW else min(24.0, 1.4 + 0.6 * high)
+    figure = Figure(figsize=(min(14.0, 2.5 + 1.1 * wide), tall), layout="constrained")
     axes = figure.subplots()
     for writer, owner, part in links:
         _arrow(axes, places[writer], places[owner], part)
-    used = {name for writer, owner, _ in links for name in (writer, owner)}
     for name, (x, y) in places.items():
         here = name in used
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "0.2" if here else "0.85"}
@@ -86,7 +91,9 @@ def _places(writers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _links(site: Site, kept: list[list[bool]], writers: tuple[str, ...]) -> list[tuple[str, str, str]]:
+def _links(
+    site: Site, kept: list[list[bool]], writers: tuple[str, ...], sending: set[str]
+) -> list[tuple[str, str, str]]:
     """Writer, who reads, and through what, of each kept edge."""
     found: list[tuple[str, str, str]] = []
     for reader, there in zip(site.readers, kept, strict=True):
@@ -96,7 +103,7 @@ def _links(site: Site, kept: list[list[bool]], writers: tuple[str, ...]) -> list
         if shared is not None and shared[2] is not None:
             each = len(heads) // len(site.readers)
             heads = heads[int(shared[2]) * each : (int(shared[2]) + 1) * each]
-        owners = heads or [name]
+        owners = [head for head in heads if head in sending] or heads or [name]
         found += [(w, owner, part) for w, here in zip(site.writers, there, strict=True) if here for owner in owners]
     return found
 
