@@ -99,7 +99,7 @@ class Known:
         recall: the original's at the validation examples, from the first time on that they are asked for.
     """
 
-    deviations: tuple[Float[Tensor, "units one"], ...]
+    deviations: tuple[Float[Tensor, "_ one"], ...]
     logits: Callable[[Int[Tensor, "batch"]], Float[Tensor, "rows choices"]] | None
     recall: Recall
 
