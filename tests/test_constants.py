@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from tl_sparsify import constants
 from tl_sparsify.comparison.cost import counted
+from tl_sparsify.core import measure
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import computed, risk
@@ -233,8 +234,8 @@ def test_a_refit_knows_the_originals_answers(monkeypatch: pytest.MonkeyPatch):
     n, v = len(train()), len(validation())
     # the deviations and the original's answers, a batch a step; on validation the answers, before, and after each step
     assert passes == {"forward": 2 * n + 8 * 5 + (1 + 1 + 8) * v, "backward": 8 * 5}
-    monkeypatch.setattr(constants, "remembered", lambda *_, **__: None)
-    monkeypatch.setattr(constants, "remembering", lambda: computed)
+    monkeypatch.setattr(measure, "remembered", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "remembering", lambda: computed)
     again = refit(start, **settings)
     for mine, other in zip(found.values.tensors, again.values.tensors, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
