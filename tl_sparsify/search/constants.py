@@ -77,7 +77,8 @@ def zero(model: Model, examples: Examples, units: Units) -> Values:
         >>> tls.constants.zero(model, train, units).tensors[0].abs().max().item()
         0.0
     """
-    return Values(units, tuple(map(torch.zeros_like, mean(model, examples[:1], units).tensors)), "zero")
+    shown = mean_of(unit_moments(model, examples[:1], units, batch_size=1), model, units)
+    return Values(units, tuple(map(torch.zeros_like, shown.tensors)), "zero")
 
 
 def reduced(model: Model, circuit: Circuit, values: Values, kind: str | None = None) -> Reduction:
