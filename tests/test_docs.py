@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.code_blocks import blocks
+from helpers.code_blocks import blocks, few_examples
 
 import tl_sparsify as tls
 
@@ -33,6 +33,8 @@ def test_code_is_in_blocks_that_are_run():
 @pytest.mark.parametrize("name", sorted(CODE - ELSEWHERE))
 def test_the_pages_code_runs_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    if name == "tour":  # its searches take minutes on all of them
+        few_examples(monkeypatch, 128)
     namespace: dict[str, Any] = {"__name__": name}
     with torch.random.fork_rng():
         for line, code in blocks(PAGES[name].read_text(), "python"):
