@@ -90,6 +90,28 @@ def test_a_search_stopped_after_a_round_ends_in_the_same_path(
     assert same(search(folder, variant), expected)  # of a search that is complete
 
 
+@pytest.mark.parametrize("writes", [2, None])
+def test_circuits_that_a_killed_search_left_behind_go(
+    writes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    variant = "means alone, with exchanges"
+    search(tmp_path / "whole", variant)
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        # a kill after the last state was renamed leaves the circuits of the one before
+        patch.setattr(checkpoints, "_tidy", lambda folder, named: None)
+        if writes is None:
+            search(folder, variant)
+        else:
+            stopped_after(writes, patch)
+            with pytest.raises(Stopped):
+                search(folder, variant)
+    assert {path.name for path in folder.iterdir()} - names, "nothing was left behind"
+    search(folder, variant)
+    assert {path.name for path in folder.iterdir()} == names
+
+
 @pytest.mark.slow
 def test_a_search_killed_at_ten_moments_ends_in_the_same_path(tmp_path: Path):
     variant = "some examples in a round"

@@ -8,7 +8,7 @@ goes on from another one's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.files import read_tensors, reading, versions, write_tensors
-from tl_sparsify._internal.ranks import on_main
+from tl_sparsify._internal.ranks import is_main, on_main
 from tl_sparsify._internal.storage import checksum
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.moments import Estimate
@@ -114,8 +114,13 @@ def _write(folder: Path, described: Mapping[str, str], state: State) -> None:
         ],
     }
     write_tensors(folder / STATE, _KIND, header, {"left": state.left, "picks": state.picks, "restored": state.restored})
+    _tidy(folder, {*names, before})
+
+
+def _tidy(folder: Path, named: Collection[str]) -> None:
+    """Remove the circuits that no state names."""
     for file in folder.glob("*.reduction"):
-        if file.name not in (*names, before):
+        if file.name not in named:
             file.unlink(missing_ok=True)
 
 
@@ -125,7 +130,7 @@ def _name(reduction: Reduction) -> str:
 
 
 def read(folder: Path, described: Mapping[str, str], units: Units) -> State | None:
-    """The state in a folder; ``None`` where there is none.
+    """The state in a folder; ``None`` where there is none. Circuits that a killed process left beside it go.
 
     Raises:
         ValueError: a search with other arguments, which are named; a damaged file.
@@ -142,6 +147,8 @@ def read(folder: Path, described: Mapping[str, str], units: Units) -> State | No
                 f"{path} belongs to a search with another {other[0]}: give the same arguments to go on from it, or "
                 "another folder"
             )
+        if is_main():  # killed between the state and the end of its writing
+            _tidy(folder, {header["before"], *(one["file"] for one in header["rounds"])})
 
         def kept(name: str) -> Reduction:
             found = Reduction.load(folder / Path(name).name)
