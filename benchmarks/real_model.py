@@ -26,6 +26,7 @@ import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison import baselines
 from tl_sparsify.comparison.cost import cost_of
+from tl_sparsify.core.measure import known_of
 
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
@@ -101,6 +102,8 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     found, cost = cost_of(model, len(train), lambda: find(model, train, units, values, seed))
     seconds = time.perf_counter() - started
     rows: list[dict[str, Any]] = []
+    same = {"clean": True, "many": True, "batch_size": options.batch_size}
+    known = known_of(model, train, units, **same) if options.refit else None
     for size in SIZES:
         circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
@@ -111,6 +114,7 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
                 "per_step": options.batch_size,
                 "batch_size": options.batch_size,
                 "seed": seed,
+                "known": known,
             }
             both.append(("refitted", tls.refit_until_converged(model, reduction, train, validation, **fitting)))
         for constants, one in both:

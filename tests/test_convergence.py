@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 
 import tl_sparsify as tls
 from tl_sparsify.comparison import baselines
+from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.comparison.methods import Method
 from tl_sparsify.comparison.tables import markdown
+from tl_sparsify.core.measure import known_of, known_risk
 
 SMALL: dict[str, Any] = {"examples": 64, "refit_patience": 5, "bootstrap": 0, "progress": False}
 
@@ -47,6 +50,25 @@ def test_it_is_two_refits_the_first_of_which_ends_by_itself(most: int):
     assert found == last and judged(last) <= judged(first) < judged(start)
 
 
+def test_what_refits_have_in_common_is_worked_out_once():
+    model, train, validation, start = parts()
+    settings: dict[str, Any] = {"patience": 20, "most": 7, "per_step": 64}
+
+    def fitted(**known: Any) -> tls.Reduction:
+        return tls.refit_until_converged(model, start, train, validation, **settings, **known)
+
+    expected, alone = cost_of(model, len(train), fitted)
+    known = known_of(model, train, start.units, clean=True, many=True, batch_size=None)
+    known_risk(model, start, validation, recall=known.recall)
+    found, together = cost_of(model, len(train), lambda: fitted(known=known))
+    assert found == expected and together.backward == alone.backward
+    # deviations, logits, and the original's answers on validation examples
+    assert alone.forward - together.forward == pytest.approx(2 + len(validation) / len(train))
+    other = replace(start, fingerprint="0" * len(start.fingerprint or ""))
+    with pytest.raises(ValueError, match="made for the model 000"):
+        tls.refit_until_converged(model, other, train, validation, known=known, **settings)
+
+
 def test_a_fit_with_patience_stops_where_nothing_falls_and_goes_on_where_it_does(monkeypatch: pytest.MonkeyPatch):
     model, train, validation, start = parts()
     steps: list[int] = []
@@ -68,8 +90,9 @@ def test_a_fit_with_patience_stops_where_nothing_falls_and_goes_on_where_it_does
 @pytest.mark.parametrize("name", ["patience", "most"])
 def test_no_step_is_refused(name: str):
     model, train, validation, start = parts()
+    none: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        tls.refit_until_converged(model, start, train, validation, **{name: 0})
+        tls.refit_until_converged(model, start, train, validation, **none)
 
 
 @cache

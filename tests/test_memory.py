@@ -50,7 +50,7 @@ def test_a_batch_of_gpt2_small_takes_at_most_what_it_may():
     numbers = 2.5 * 20 * 149_248 + 8 * 50_257 + 4 * 400 * 144
     assert example_bytes(model, prompts(2, 20), narrow=True) == 4 * numbers
     rows = rows_for(model, prompts(192, 20), narrow=True)
-    assert rows == 2**30 // (4 * numbers) == rows_for(model, prompts(384, 20), narrow=True)
+    assert rows == 5 * 2**28 // (4 * numbers) == rows_for(model, prompts(384, 20), narrow=True)
     assert rows_for(model, prompts(192, 20, answers=20), narrow=True) < rows
     assert rows_for(model, prompts(192, 20), narrow=False) < rows
     assert rows_for(model, prompts(4, 1000), narrow=True) == 1
@@ -69,7 +69,7 @@ def test_defaults_fall_to_pieces_and_the_numbers_stay(monkeypatch: pytest.Monkey
     before = score.risk(model, data, units)
     one = example_bytes(model, data, narrow=True)
     monkeypatch.setattr(memory, "ON_CPU", 5 * one)
-    assert batch_size_for(model, data, None) == 5
+    assert batch_size_for(model, data, None) == 4  # three batches of the twelve, as even as can be
     after = score.risk(model, data, units)
     torch.testing.assert_close(after.scores, before.scores, rtol=1e-10, atol=1e-16)
     torch.testing.assert_close(after.stderr, before.stderr, rtol=1e-9, atol=1e-14)

@@ -29,7 +29,7 @@ from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for
 from tl_sparsify.core.intervene import ablate, intervened
-from tl_sparsify.core.measure import compared
+from tl_sparsify.core.measure import compared, known_of, remembering
 from tl_sparsify.core.metrics import by_example, correct, kl
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units
@@ -261,15 +261,17 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
         "gradient attribution": score.gradient(model, train, found.units, values=values, **shared).absolute,
     }
     circuits = {name: scores.top(found.fraction) for name, scores in orders.items()} | {"found circuit": found}
+    size = here.effort.batch_size
+    known, recall = known_of(model, train, found.units, clean=True, many=True, batch_size=size), remembering()
     rows: list[dict[str, Any]] = []
     for name, circuit in circuits.items():
         plain = constants.reduced(model, circuit, values, here.task.ablation)
         plain = replace(plain, first_token=here.request.rule)
         fitting: dict[str, Any] = {"patience": here.effort.patience, "most": here.effort.most}
-        fitting |= {"per_step": here.effort.beside_batch, **shared}
+        fitting |= {"per_step": here.effort.beside_batch, "known": known, **shared}
         again = refit_until_converged(model, plain, train, validation, **fitting)
         for reduction in (plain, again):
-            moments = compared(model, reduction, test, _risk_and_right, batch_size=here.effort.batch_size)
+            moments = compared(model, reduction, test, _risk_and_right, batch_size=size, recall=recall)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
             row = {"method": name, "found": circuit is found, "as_saved": False, "replacements": reduction.kind}
             row |= {"refitted": reduction is again, "kept": len(circuit)}

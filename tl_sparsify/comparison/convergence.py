@@ -11,7 +11,8 @@ from typing import Any
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.core.measure import Known, known_of
+from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
 from tl_sparsify.search import constants
 
@@ -30,6 +31,7 @@ def refit_until_converged(
     per_step: int | None = 128,
     batch_size: int | None = None,
     seed: int = 0,
+    known: Known | None = None,
     progress: bool = False,
 ) -> Reduction:
     """Refit all replacements (:func:`constants.refit`) until ``patience`` steps have not lowered the validation risk by
@@ -42,12 +44,14 @@ def refit_until_converged(
     Args:
         most: steps before the learning rate falls, converged or not.
         per_step: examples in a step; ``None``: all of ``train``.
+        known: what such refits of the same model, on the same examples and units, have in common
+            (:func:`measure.known_of`); worked out here where not given.
 
     Raises:
         ValueError: no step, and what :func:`constants.refit` raises.
 
-    Passes: those of :func:`constants.refit` for the steps that were taken, and one forward pass over ``validation`` for
-    every tenth of ``patience`` steps.
+    Passes: those of the steps that were taken (a forward and a backward pass over ``per_step`` examples), one forward
+    pass over ``validation`` for every tenth of ``patience`` steps, and where nothing is ``known`` two over ``train``.
 
     Example:
         >>> fitted = tls.refit_until_converged(model, reduction, train, validation, patience=2, most=20)
@@ -56,7 +60,10 @@ def refit_until_converged(
     """
     check_count("patience", patience, most=_MOST)
     check_count("most", most, most=_MOST)
-    shared: dict[str, Any] = {"per_step": per_step, "batch_size": batch_size, "progress": progress}
+    check_fingerprint(model, reduction)
+    if known is None:
+        known = known_of(model, train, reduction.units, clean=True, many=True, batch_size=batch_size)
+    shared: dict[str, Any] = {"per_step": per_step, "batch_size": batch_size, "known": known, "progress": progress}
     found = constants.refit(model, reduction, train, validation, steps=most, patience=patience, seed=seed, **shared)
     last = max(1, min(patience, most) // 2)
     return constants.refit(model, found, train, validation, steps=last, seed=seed + 1, **shared)

@@ -267,7 +267,7 @@ def acting(model: Model, acts: list[tuple[str, Callable[..., Any]]]) -> Iterator
         yield
 
 
-def _joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
+def joined(parts: list[Float[Tensor, "batch pos some one"]]) -> Float[Tensor, "batch pos some width"]:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
 
 
@@ -301,7 +301,7 @@ class Recording:
         # what readers are told is a beginning of this
         stacked = rows_last(torch.cat([rows_first(part) for part in most])) if most else None
         return tuple(
-            _joined([site.read(self.activations[h], self.activations[site.source or h]) for h in site.hook_names])
+            joined([site.read(self.activations[h], self.activations[site.source or h]) for h in site.hook_names])
             if site.kind != "edge" or stacked is None
             else site.read(stacked[:, :, : site.rows])
             for site in self.units.sites
@@ -312,7 +312,7 @@ class Recording:
         return tuple(
             self.heard[site.hook].joined(gradients)
             if site.hook in self.heard
-            else _joined([site.pull(gradients[h]) for h in site.hook_names])
+            else joined([site.pull(gradients[h]) for h in site.hook_names])
             for site in self.units.sites
         )
 

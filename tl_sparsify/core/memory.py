@@ -18,8 +18,8 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.units import Units
 
-ON_CPU = 2**30
-"""Bytes that a batch may take on the CPU."""
+ON_CPU = 5 * 2**28
+"""Bytes that a batch may take on the CPU: 1.25 GiB."""
 
 SHARE = 1 / 4
 """Of what the model leaves of a GPU's memory."""
@@ -78,8 +78,8 @@ def physical() -> int:
 
 
 def budget(model: Any) -> int:
-    """Bytes that a batch may take on the model's device: 1 GiB on the CPU, on a GPU a quarter of what the model leaves
-    of its whole memory; of several GPUs of the one with the least."""
+    """Bytes that a batch may take on the model's device: 1.25 GiB on the CPU, on a GPU a quarter of what the model
+    leaves of its whole memory; of several GPUs of the one with the least."""
     first = _runs_on(model)
     if first.type != "cuda":
         return ON_CPU
@@ -109,6 +109,9 @@ def _shapes(model: Any) -> list[tuple[int, ...]]:
     """Of all parameters; of a packed weight (quantised) what its layer says."""
     found = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
     for module in _modules(model):
+        if {"q", "k", "v", "qkv"} <= module._modules.keys():  # the whole is there beside its parts, which run
+            for parameter in module._modules["qkv"].parameters():
+                found.pop(id(parameter), None)
         said, weight = (
             (vars(module).get("out_features"), vars(module).get("in_features")),
             module._parameters.get("weight"),

@@ -11,9 +11,9 @@ the moments of three coefficients. For wider units ``a0`` and ``G`` of every exa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from tl_sparsify._internal.ranks import gathered, share, totalled
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, shared_batches, unit_positions
-from tl_sparsify.core.intervene import recorded
+from tl_sparsify.core.intervene import Recording, joined, recorded
 from tl_sparsify.core.moments import Moments, added, batch_moments, mean_of
-from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.probes import output_probes
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 
@@ -49,7 +49,10 @@ class _Parabolas:
         a, g = torch.stack(effects).double(), torch.stack(slopes)[..., 0].double()
         found = torch.stack([(g * g).sum(0), (a * g).sum(0), (a * a).sum(0)])
         centred = found - found.mean(1, keepdim=True)
-        return _Parabolas(float(found.shape[1]), found.mean(1), torch.einsum("xbu,ybu->xyu", centred, centred))
+        spread = centred.new_empty(3, *centred.shape[::2])
+        for x, y in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)):  # faster than as many small matrix products
+            spread[x, y] = spread[y, x] = (centred[x] * centred[y]).sum(0)
+        return _Parabolas(float(found.shape[1]), found.mean(1), spread)
 
     def __add__(self, other: _Parabolas) -> _Parabolas:
         count = self.count + other.count
@@ -152,36 +155,86 @@ def _batch(
     with frozen(model), torch.enable_grad(), recorded(model, units, gradients=True) as recording:
         logits = answer_logits(model, batch)
     values = [v.detach() for v in recording.read()]
+    values = [v if v.dtype == torch.float64 else v.float() for v in values]
     moments = tuple(
-        Moments.of(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
+        _mean(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
     )
     vectors = output_probes(logits.detach(), batch, index, **settings)
     wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
-    if room is not None and n * len(vectors) * sum(wide) * max(4, values[0].element_size()) > room:
+    if room is not None and n * len(vectors) * sum(wide) * values[0].element_size() > room:
         return moments, (), [], 0
     center = center or mean_of(moments, model, units).tensors
     effects: list[list[Tensor]] = [[] for _ in values]
     slopes: list[list[Tensor]] = [[] for _ in values]
-    values = [v if v.dtype == torch.float64 else v.float() for v in values]
     spared = first_tokens(model, batch.tokens, batch.attention_mask, "bos")
     masks = [_left_alone(site, v, spared) for site, v in zip(units.sites, values, strict=True)]
-    steps = [(c.to(v) - v).masked_fill(mask, 0) for v, c, mask in zip(values, center, masks, strict=True)]
-    for gradients in pulled(recording, logits, vectors):
-        for number, (gradient, step, mask) in enumerate(zip(gradients, steps, masks, strict=True)):
-            g = gradient.to(step)
-            effects[number].append((g * step).sum((1, 3)))
-            slopes[number].append(g.masked_fill(mask, 0).sum(1))
+
+    def take(number: int, gradient: Float[Tensor, "batch pos some width"]) -> None:
+        v, mask = values[number], masks[number]
+        g = gradient.to(v)
+        g = g if mask is None else g.masked_fill(mask, 0)
+        effects[number].append((center[number].to(v) - v).mul_(g).sum((1, 3)))
+        slopes[number].append(g.sum(1))
+
+    _backward(recording, logits, vectors, take)
     terms = [
-        (_Parabolas if step.shape[-1] == 1 else _Kept).of(a, g)
-        for a, g, step in zip(effects, slopes, steps, strict=True)
+        (_Parabolas if v.shape[-1] == 1 else _Kept).of(a, g) for a, g, v in zip(effects, slopes, values, strict=True)
     ]
     return moments, center, terms, len(vectors)
 
 
+def _mean(samples: Float[Tensor, "n some width"]) -> Moments:
+    """Of the moments what a mean is taken from; no spread."""
+    mean = samples.mean(0) if len(samples) else samples.new_zeros(samples.shape[1:])
+    return Moments(torch.full_like(mean, len(samples)).double(), mean.double(), torch.zeros_like(mean).double())
+
+
 def _left_alone(
     site: Site, v: Float[Tensor, "batch pos some width"], spared: Bool[Tensor, "batch pos"] | None
-) -> Bool[Tensor, "rows pos one one"]:
-    """Where removing a site's units changes nothing: outside their positions, and at first tokens."""
+) -> Bool[Tensor, "rows pos one one"] | None:
+    """Where removing a site's units changes nothing: outside their positions, and at first tokens; ``None`` for no
+    place."""
     where = site.position_mask(v.shape[0], v.shape[1])
+    if where is None and spared is None:
+        return None
     kept = torch.zeros(v.shape[:2], dtype=torch.bool) if where is None else ~where
     return (kept if spared is None else kept.to(spared.device) | spared).to(v.device)[..., None, None]
+
+
+def _backward(
+    recording: Recording,
+    logits: Float[Tensor, "*shape"],
+    vectors: list[Float[Tensor, "*shape"]],
+    take: Callable[[int, Float[Tensor, "batch pos some width"]], None],
+) -> None:
+    """A backward pass for each vector on the logits, in which ``take(site, gradient)`` is called for every site as its
+    gradient is made: none is held. In place of those of hook points that the logits do not depend on there are zeros.
+    """
+    activations, sites = recording.activations, recording.units.sites
+    came: dict[str, Tensor] = {}
+    left: set[int] = set()
+
+    def note(hook: str, gradient: Tensor) -> None:
+        came[hook] = gradient
+        for number in sorted(left):
+            names = sites[number].hook_names
+            if hook in names and all(name in came for name in names):
+                left.discard(number)
+                take(number, joined([sites[number].pull(came[name]) for name in names]))
+        for name in [name for name in came if not any(name in sites[number].hook_names for number in left)]:
+            del came[name]
+
+    # what the graph starts at: every recorded activation that the logits depend on lies on the way there
+    leaves = [activation for activation in activations.values() if activation.is_leaf]
+    handles = [activation.register_hook(partial(note, hook)) for hook, activation in activations.items()]
+    try:
+        for number, xi in enumerate(vectors):
+            left.update(range(len(sites)))
+            more = number < len(vectors) - 1
+            torch.autograd.grad(logits, leaves, xi.to(logits), retain_graph=more, allow_unused=True)
+            for hook in [name for number in sorted(left) for name in sites[number].hook_names]:
+                if hook not in came and any(hook in sites[number].hook_names for number in left):
+                    note(hook, torch.zeros_like(activations[hook]))
+    finally:
+        for handle in handles:
+            handle.remove()
