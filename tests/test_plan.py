@@ -54,9 +54,21 @@ def test_a_small_model_has_the_packages_own_settings_by_default():
 
 
 def test_a_large_model_has_many_examples_with_one_probe():
-    for name, train in (("quick", 256), ("standard", 512), ("thorough", 1024)):
+    for name, train, rounds in (("quick", 192, 10), ("standard", 512, 20), ("thorough", 1024, 20)):
         found = Request(effort=name).effort_for(Large())
-        assert (found.train, found.probes, found.rounds) == (train, 1, 20)
+        assert (found.train, found.probes, found.rounds) == (train, 1, rounds)
+
+
+def test_a_quick_search_of_a_large_model_refits_at_its_end_only(timed: list[int]):
+    model = bridge("GPT-2")
+    some = Examples.from_prompts(model, PROMPTS * 4, ANSWERS * 4)
+    assert Request(effort="quick").effort_for(Large()).inner == 0
+    effort = Effort(rounds=4, pairs=1, steps=1, inner=1, patience=1)
+    inside, after = (
+        seconds(model, (some, some, some), heads(model), one, aligns=False, compares=False)
+        for one in (effort, replace(effort, inner=0))
+    )
+    assert inside - after == pytest.approx((4 + 1) * ((8 + 3) + 12 * 8))
 
 
 def test_steps_reach_every_refit_and_the_batch_size_too():
@@ -117,7 +129,7 @@ def test_time_is_that_of_the_passes(timed: list[int]):
     alone = search + 2 * 8 + (11 + 12 * 5) + 9 * 3 + 60 * 2.5
     assert seconds(model, splits, units, effort, aligns=False, compares=False) == pytest.approx(alone)
     assert seconds(model, splits, units, effort, aligns=True, compares=False) == pytest.approx(alone + 30 * 2.5)
-    others = 4 * (2 * 8 + (4 * 11 + 40 * 5) + (11 + 12 * 5) + 4 * 3)
+    others = 2 * 8 + 4 * ((4 * 11 + 4 * 5) + (11 + 5) + 2 * 3) + 3
     assert seconds(model, splits, units, effort, aligns=False, compares=True) == pytest.approx(alone + others)
     assert set(timed) == {4, 12}
 

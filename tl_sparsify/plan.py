@@ -102,7 +102,9 @@ _SMALL = {
 # At equal cost many examples with one probe give a better path than few with four, and fresh ones in each round than
 # always the same.
 _OF_LARGE = {
-    "quick": Effort(256, 32, 64, 32, per_round=48, probes=1, steps=30, inner=2, patience=10, most=10, batch_size=_FEW),
+    "quick": Effort(
+        192, 24, 64, 32, rounds=10, per_round=48, probes=1, steps=20, inner=0, patience=5, most=5, batch_size=_FEW
+    ),
     "standard": Effort(
         512, 64, 256, 128, per_round=128, probes=1, steps=100, inner=4, patience=20, most=100, batch_size=_FEW
     ),
@@ -262,15 +264,17 @@ def seconds(
     if sharpens:
         step = min(effort.beside_batch, train)
         total += effort.sharpening(train) * (over(step) + over(step, 1)) + 3 * effort.rounds * over(validation)
-    else:
+    elif inner:
         a_round += refit(inner, effort.refit_batch)
     total += 2 * over(train) + (effort.rounds + effort.rounds // 4) * a_round
     total += 2 * over(train) + refit(last, effort.refit_batch) + _EVALUATING * over(test)
     if compares:
         steps = min(effort.most, _PATIENT * effort.patience)
-        one = refit(steps, effort.beside_batch, 10 * math.ceil(steps / effort.patience))
-        one += refit(max(1, min(effort.patience, effort.most) // 2), effort.beside_batch)
-        total += 4 * (2 * over(train) + one + 4 * over(test))
+        often = max(1, min(effort.most, effort.patience) // 10)  # steps between two looks at validation examples
+        one = refit(steps, effort.beside_batch, math.ceil(steps / often))
+        last = max(1, min(effort.patience, effort.most) // 2)
+        one += refit(last, effort.beside_batch, min(last, 10))
+        total += 2 * over(train) + 4 * (one + 2 * over(test)) + over(test)
     return total + (_VERIFYING + _ALIGNING * aligns) * over(effort.pairs)
 
 

@@ -34,6 +34,8 @@ from tl_sparsify.core.units import Model, Units
 ROOM = 2**28
 """Bytes for the effects of wide units."""
 
+_FEW = 64  # examples at a time, at the end
+
 
 @dataclass(frozen=True)
 class _Parabolas:
@@ -45,8 +47,8 @@ class _Parabolas:
     spread: Float[Tensor, "three three some"]
 
     @staticmethod
-    def of(effects: list[Float[Tensor, "batch some"]], slopes: list[Float[Tensor, "batch some one"]]) -> _Parabolas:
-        a, g = torch.stack(effects).double(), torch.stack(slopes)[..., 0].double()
+    def of(effects: Float[Tensor, "probes batch some"], slopes: Float[Tensor, "probes batch some one"]) -> _Parabolas:
+        a, g = effects.double(), slopes[..., 0].double()
         found = torch.stack([(g * g).sum(0), (a * g).sum(0), (a * a).sum(0)])
         centred = found - found.mean(1, keepdim=True)
         spread = centred.new_empty(3, *centred.shape[::2])
@@ -69,23 +71,27 @@ class _Parabolas:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The effects and slopes of wide units, for each batch and probe."""
+class _Room:
+    """Where a site's effects and slopes go: those of wide units for all examples, those of units of one number for a
+    batch at a time. Taken once, so that no memory is lost between the activations that come and go."""
 
-    effects: tuple[Float[Tensor, "probes _ some"], ...]
-    slopes: tuple[Float[Tensor, "probes _ some width"], ...]
+    effects: Float[Tensor, "probes examples some"]
+    slopes: Float[Tensor, "probes examples some width"]
 
     @staticmethod
-    def of(effects: list[Float[Tensor, "batch some"]], slopes: list[Float[Tensor, "batch some width"]]) -> _Kept:
-        return _Kept((torch.stack(effects),), (torch.stack(slopes),))
+    def of(values: Float[Tensor, "batch pos some width"], probes: int, examples: int) -> _Room:
+        rows = examples if values.shape[-1] > 1 else len(values)
+        slopes = values.new_empty(probes, rows, *values.shape[2:])
+        return _Room(values.new_empty(slopes.shape[:3]), slopes)
 
-    def __add__(self, other: _Kept) -> _Kept:
-        return _Kept(self.effects + other.effects, self.slopes + other.slopes)
+    @property
+    def wide(self) -> bool:
+        return self.slopes.shape[-1] > 1
 
     def at(self, move: Float[Tensor, "some width"]) -> Moments:
         """The moments of half the squared effects with the constants moved by so much."""
         parts: list[Moments] = []
-        for a, g in zip(self.effects, self.slopes, strict=True):
+        for a, g in zip(self.effects.split(_FEW, 1), self.slopes.split(_FEW, 1), strict=True):
             effects = a.double() + torch.einsum("kbuw,uw->kbu", g, move.to(g)).double()
             parts.append(Moments.of(effects.square().sum(0) / 2))
         return Moments.merge(parts)
@@ -107,23 +113,27 @@ def alone(
     """
     check_model(model)
     center: tuple[Tensor, ...] = ()
-    found: list[_Parabolas | _Kept] = []
+    found: list[_Parabolas | None] = []
+    rooms: list[_Room] = []
     probes, wide = 0, False
+    mine = len(range(len(examples))[share(len(examples))])
 
     def parts() -> Iterator[tuple[Moments, ...]]:
         nonlocal center, found, probes, wide
-        batches = shared_batches(model, examples, batch_size)
+        batches, begin = shared_batches(model, examples, batch_size), 0
         for index, batch in batches:
-            left = room if not found and len(batch) < len(range(len(examples))[share(len(examples))]) else None
+            left = room if not rooms and len(batch) < mine else None
             here = units.for_examples(index, examples.spans)
-            moments, center, terms, probes = _batch(model, batch, index, here, center, len(examples), left, settings)
+            settled = _Settled(len(examples), mine, left, settings)
+            moments, center, terms, probes = _batch(model, batch, index, here, center, rooms, begin, settled)
             yield moments
-            if not terms:
+            if not rooms:
                 wide = True
                 rest = (batch_moments(model, part, units.for_examples(i, examples.spans)) for i, part in batches)
                 yield reduce(added, rest)
                 return
-            found = [a + b for a, b in zip(found, terms, strict=True)] if found else terms  # type: ignore[operator]
+            found = [a + b if a and b else None for a, b in zip(found, terms, strict=True)] if found else terms
+            begin += len(batch)
 
     moments = totalled(parts(), added, len(examples))
     if any(gathered([wide], len(examples))):
@@ -132,12 +142,24 @@ def alone(
         if not bool(torch.isfinite(part.mean).all()):
             raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
     values = mean_of(moments, model, units)
-    risks = [one.at(c.double() - start.double()) for one, c, start in zip(found, values.tensors, center, strict=True)]
+    moves = [c.double() - start.double() for c, start in zip(values.tensors, center, strict=True)]
+    risks = [(one or kept).at(move) for one, kept, move in zip(found, rooms, moves, strict=True)]
     whole = [torch.cat([getattr(r, name).to(risks[0].mean.device) for r in risks]) for name in _FIELDS]
     return values, Moments.over([Moments(*whole)], len(examples)), probes
 
 
 _FIELDS = ("count", "mean", "spread")
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The same for all batches: how many examples there are, in all and in this process, how many bytes their terms may
+    take (``None``: that has been asked), and the settings of the probes."""
+
+    n: int
+    mine: int
+    room: int | None
+    probing: dict[str, Any]
 
 
 def _batch(
@@ -146,12 +168,12 @@ def _batch(
     index: Int[Tensor, "batch"],
     units: Units,
     center: tuple[Tensor, ...],
-    n: int,
-    room: int | None,
-    settings: dict[str, Any],
-) -> tuple[tuple[Moments, ...], tuple[Tensor, ...], list[_Parabolas | _Kept], int]:
-    """One batch; a function of its own, so that no activation outlives it. No terms where those of ``n`` examples would
-    need more than ``room``."""
+    rooms: list[_Room],
+    begin: int,
+    settled: _Settled,
+) -> tuple[tuple[Moments, ...], tuple[Tensor, ...], list[_Parabolas | None], int]:
+    """One batch; a function of its own, so that no activation outlives it. ``rooms`` is made by the first one, unless
+    it would be too much; what wide units give stays there, from row ``begin``."""
     with frozen(model), torch.enable_grad(), recorded(model, units, gradients=True) as recording:
         logits = answer_logits(model, batch)
     values = [v.detach() for v in recording.read()]
@@ -159,26 +181,29 @@ def _batch(
     moments = tuple(
         _mean(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
     )
-    vectors = output_probes(logits.detach(), batch, index, **settings)
+    vectors = output_probes(logits.detach(), batch, index, **settled.probing)
     wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
-    if room is not None and n * len(vectors) * sum(wide) * values[0].element_size() > room:
+    needed = settled.n * len(vectors) * sum(wide) * values[0].element_size()
+    if settled.room is not None and needed > settled.room:
         return moments, (), [], 0
     center = center or mean_of(moments, model, units).tensors
-    effects: list[list[Tensor]] = [[] for _ in values]
-    slopes: list[list[Tensor]] = [[] for _ in values]
+    if not rooms:
+        rooms += [_Room.of(v, len(vectors), settled.mine) for v in values]
+    rows = [slice(begin, begin + len(v)) if one.wide else slice(len(v)) for one, v in zip(rooms, values, strict=True)]
     spared = first_tokens(model, batch.tokens, batch.attention_mask, "bos")
     masks = [_left_alone(site, v, spared) for site, v in zip(units.sites, values, strict=True)]
 
-    def take(number: int, gradient: Float[Tensor, "batch pos some width"]) -> None:
+    def take(probe: int, number: int, gradient: Float[Tensor, "batch pos some width"]) -> None:
         v, mask = values[number], masks[number]
         g = gradient.to(v)
         g = g if mask is None else g.masked_fill(mask, 0)
-        effects[number].append((center[number].to(v) - v).mul_(g).sum((1, 3)))
-        slopes[number].append(g.sum(1))
+        torch.sum((center[number].to(v) - v).mul_(g), (1, 3), out=rooms[number].effects[probe, rows[number]])
+        torch.sum(g, 1, out=rooms[number].slopes[probe, rows[number]])
 
     _backward(recording, logits, vectors, take)
     terms = [
-        (_Parabolas if v.shape[-1] == 1 else _Kept).of(a, g) for a, g, v in zip(effects, slopes, values, strict=True)
+        None if one.wide else _Parabolas.of(one.effects[:, some], one.slopes[:, some])
+        for one, some in zip(rooms, rows, strict=True)
     ]
     return moments, center, terms, len(vectors)
 
@@ -205,14 +230,15 @@ def _backward(
     recording: Recording,
     logits: Float[Tensor, "*shape"],
     vectors: list[Float[Tensor, "*shape"]],
-    take: Callable[[int, Float[Tensor, "batch pos some width"]], None],
+    take: Callable[[int, int, Float[Tensor, "batch pos some width"]], None],
 ) -> None:
-    """A backward pass for each vector on the logits, in which ``take(site, gradient)`` is called for every site as its
-    gradient is made: none is held. In place of those of hook points that the logits do not depend on there are zeros.
-    """
+    """A backward pass for each vector on the logits, in which ``take(vector, site, gradient)`` is called for every site
+    as its gradient is made: none is held. In place of those of hook points that the logits do not depend on there are
+    zeros."""
     activations, sites = recording.activations, recording.units.sites
     came: dict[str, Tensor] = {}
     left: set[int] = set()
+    probe = 0
 
     def note(hook: str, gradient: Tensor) -> None:
         came[hook] = gradient
@@ -220,7 +246,7 @@ def _backward(
             names = sites[number].hook_names
             if hook in names and all(name in came for name in names):
                 left.discard(number)
-                take(number, joined([sites[number].pull(came[name]) for name in names]))
+                take(probe, number, joined([sites[number].pull(came[name]) for name in names]))
         for name in [name for name in came if not any(name in sites[number].hook_names for number in left)]:
             del came[name]
 
@@ -228,9 +254,9 @@ def _backward(
     leaves = [activation for activation in activations.values() if activation.is_leaf]
     handles = [activation.register_hook(partial(note, hook)) for hook, activation in activations.items()]
     try:
-        for number, xi in enumerate(vectors):
+        for probe, xi in enumerate(vectors):
             left.update(range(len(sites)))
-            more = number < len(vectors) - 1
+            more = probe < len(vectors) - 1
             torch.autograd.grad(logits, leaves, xi.to(logits), retain_graph=more, allow_unused=True)
             for hook in [name for number in sorted(left) for name in sites[number].hook_names]:
                 if hook not in came and any(hook in sites[number].hook_names for number in left):
