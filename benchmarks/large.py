@@ -1,17 +1,15 @@
 """Scores at the size of real models: time and memory against the bare passes, with everything at its default.
 
 ``bare`` is one forward pass of GPT-2 small's shape with all its logits and ``k`` backward passes to the embeddings
-(:mod:`score_speed`); ``score.risk`` takes the means as well. Memory is what a step adds to the process at its peak.
-Each step runs in a process of its own; times are the median of the repeats, and only ratios of one run are compared.
-Writes ``benchmarks/results/large.csv`` and ``large.md``.
+(:mod:`score_speed`); ``score.risk`` takes the means as well. Memory is what a step adds to the process at its peak,
+when it is made for the first time. Each step runs in a process of its own; times are the median of the repeats, and
+only ratios of one run are compared. Writes ``benchmarks/results/large.csv`` and ``large.md``.
 
     python benchmarks/large.py [--repeats 3] [--prompts 32] [--pos 20]
 """
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from score_speed import bare, gpt2_small, prompts
 from shared import in_processes, write
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.comparison.tables import table_of
 
 MANY = 6  # times the prompts: 192
@@ -56,14 +55,9 @@ def measured(name: str, repeats: int, n: int, pos: int) -> dict[str, float]:
     """Median seconds of one step, and what it adds to the memory of this process."""
     model = gpt2_small()
     run = steps(model, n, pos)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: list[float] = []
-    for _ in range(1 if "many" in name else repeats + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": float(pd.Series(times[1:] or times).median()), "added_mb": (after - before) / 1024}
+    found = [cost_of(model, 1, run)[1] for _ in range(1 if "many" in name else repeats + 1)]
+    times = [cost.seconds for cost in found]
+    return {"seconds": float(pd.Series(times[1:] or times).median()), "added_mb": found[0].peak_mb}
 
 
 def markdown(frame: pd.DataFrame) -> str:
