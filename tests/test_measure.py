@@ -19,7 +19,7 @@ from helpers.models import (
     unchecked,
     units_of,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def logits(rows: int, choices: int, seed: int, scale: float = 3.0) -> Tensor:
 # Divergences
 
 
+@example(seed=219, scale=22.0)  # rounding alone makes -1.4e-20 of it
 @given(SEEDS, st.floats(0.1, 50))
 def test_kl_is_that_of_two_categorical_distributions(seed: int, scale: float):
     z, w = logits(5, 7, seed, scale), logits(5, 7, seed + 1, scale)

@@ -132,7 +132,8 @@ def cross_entropy_slope(logits: Float[Tensor, "rows choices"], batch: Examples) 
 def kl(original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"]) -> Float[Tensor, "rows"]:
     """KL(original || reduced) in nats for each row of logits, in float64: confident answers differ by very little."""
     p = original.double().log_softmax(1)
-    return (p.exp() * (p - reduced.double().log_softmax(1))).sum(1)
+    found = (p.exp() * (p - reduced.double().log_softmax(1))).sum(1)
+    return found - found.detach().clamp_max(0)  # rounding may leave it below 0; gradients stay what they are
 
 
 def divergence(
