@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_one_pass_gives_what_two_give(size: int, settings: dict[str, Any]):
     with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: passes.append(len(value)))]):
         found = score.risk(model, data, units, batch_size=size, **settings)
     assert sum(passes) == 12 and found.forward_passes == 1
+    torch.testing.assert_close(found.scores, mean, rtol=1e-9, atol=1e-16)
+    torch.testing.assert_close(found.stderr, stderr, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("first", [True, False])
+def test_batches_with_other_numbers_of_answers(size: int, first: bool):
+    model, data = bridge(), examples(12, answers=2, choices=(1, 4, 7))
+    single = torch.arange(12) < 5 if first else torch.arange(12) >= 5  # two probes for these, four for the others
+    data = replace(data, labels=data.labels.masked_fill(single[:, None] & (torch.arange(5) == 3), -100))
+    mean, stderr = by_hand(model, data, constants.mean(model, data, every_kind(model)))
+    found = score.risk(model, data, every_kind(model), batch_size=size)
     torch.testing.assert_close(found.scores, mean, rtol=1e-9, atol=1e-16)
     torch.testing.assert_close(found.stderr, stderr, rtol=1e-8, atol=1e-14)
 

@@ -272,8 +272,8 @@ def seconds(
         steps = min(effort.most, _PATIENT * effort.patience)
         often = max(1, min(effort.most, effort.patience) // 10)  # steps between two looks at validation examples
         one = refit(steps, effort.beside_batch, math.ceil(steps / often))
-        last = max(1, min(effort.patience, effort.most) // 2)
-        one += refit(last, effort.beside_batch, min(last, 10))
+        falling = max(1, min(effort.patience, effort.most) // 2)  # steps in which the learning rate falls
+        one += refit(falling, effort.beside_batch, min(falling, 10))
         total += 2 * over(train) + 4 * (one + 2 * over(test)) + over(test)
     return total + (_VERIFYING + _ALIGNING * aligns) * over(effort.pairs)
 

@@ -27,7 +27,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import Recording, joined, recorded
 from tl_sparsify.core.moments import Moments, added, batch_moments, mean_of
-from tl_sparsify.core.probes import output_probes
+from tl_sparsify.core.probes import most_answers, output_probes
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 
@@ -116,16 +116,16 @@ def alone(
     found: list[_Parabolas | None] = []
     rooms: list[_Room] = []
     probes, wide = 0, False
-    mine = len(range(len(examples))[share(len(examples))])
+    mine = range(len(examples))[share(len(examples))]
+    # as many probes in every batch, whatever its examples' numbers of answers
+    settled = _Settled(len(examples), mine, room, settings | {"most": most_answers(examples)})
 
     def parts() -> Iterator[tuple[Moments, ...]]:
         nonlocal center, found, probes, wide
-        batches, begin = shared_batches(model, examples, batch_size), 0
+        batches = shared_batches(model, examples, batch_size)
         for index, batch in batches:
-            left = room if not rooms and len(batch) < mine else None
             here = units.for_examples(index, examples.spans)
-            settled = _Settled(len(examples), mine, left, settings)
-            moments, center, terms, probes = _batch(model, batch, index, here, center, rooms, begin, settled)
+            moments, center, terms, probes = _batch(model, batch, index, here, center, rooms, settled)
             yield moments
             if not rooms:
                 wide = True
@@ -133,7 +133,6 @@ def alone(
                 yield reduce(added, rest)
                 return
             found = [a + b if a and b else None for a, b in zip(found, terms, strict=True)] if found else terms
-            begin += len(batch)
 
     moments = totalled(parts(), added, len(examples))
     if any(gathered([wide], len(examples))):
@@ -153,12 +152,12 @@ _FIELDS = ("count", "mean", "spread")
 
 @dataclass(frozen=True)
 class _Settled:
-    """The same for all batches: how many examples there are, in all and in this process, how many bytes their terms may
-    take (``None``: that has been asked), and the settings of the probes."""
+    """The same for all batches: how many examples there are, which of them this process has, how many bytes their terms
+    may take where they are several batches, and the settings of the probes."""
 
     n: int
-    mine: int
-    room: int | None
+    mine: range
+    room: int
     probing: dict[str, Any]
 
 
@@ -169,11 +168,10 @@ def _batch(
     units: Units,
     center: tuple[Tensor, ...],
     rooms: list[_Room],
-    begin: int,
     settled: _Settled,
 ) -> tuple[tuple[Moments, ...], tuple[Tensor, ...], list[_Parabolas | None], int]:
     """One batch; a function of its own, so that no activation outlives it. ``rooms`` is made by the first one, unless
-    it would be too much; what wide units give stays there, from row ``begin``."""
+    it would be too much; what wide units give stays there."""
     with frozen(model), torch.enable_grad(), recorded(model, units, gradients=True) as recording:
         logits = answer_logits(model, batch)
     values = [v.detach() for v in recording.read()]
@@ -182,13 +180,14 @@ def _batch(
         _mean(v[unit_positions(model, batch, site, v)]) for site, v in zip(units.sites, values, strict=True)
     )
     vectors = output_probes(logits.detach(), batch, index, **settled.probing)
-    wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
-    needed = settled.n * len(vectors) * sum(wide) * values[0].element_size()
-    if settled.room is not None and needed > settled.room:
-        return moments, (), [], 0
-    center = center or mean_of(moments, model, units).tensors
     if not rooms:
-        rooms += [_Room.of(v, len(vectors), settled.mine) for v in values]
+        wide = [v[0, 0].numel() + v.shape[2] for v in values if v.shape[-1] > 1]
+        needed = settled.n * len(vectors) * sum(wide) * values[0].element_size()
+        if len(batch) < len(settled.mine) and needed > settled.room:
+            return moments, (), [], 0
+        center = mean_of(moments, model, units).tensors
+        rooms += [_Room.of(v, len(vectors), len(settled.mine)) for v in values]
+    begin = int(index[0]) - settled.mine.start
     rows = [slice(begin, begin + len(v)) if one.wide else slice(len(v)) for one, v in zip(rooms, values, strict=True)]
     spared = first_tokens(model, batch.tokens, batch.attention_mask, "bos")
     masks = [_left_alone(site, v, spared) for site, v in zip(units.sites, values, strict=True)]
@@ -236,31 +235,29 @@ def _backward(
     as its gradient is made: none is held. In place of those of hook points that the logits do not depend on there are
     zeros."""
     activations, sites = recording.activations, recording.units.sites
-    came: dict[str, Tensor] = {}
-    left: set[int] = set()
+    parts: list[dict[str, Tensor]] = [{} for _ in sites]
+    came: set[str] = set()
     probe = 0
 
     def note(hook: str, gradient: Tensor) -> None:
-        came[hook] = gradient
-        for number in sorted(left):
-            names = sites[number].hook_names
-            if hook in names and all(name in came for name in names):
-                left.discard(number)
-                take(probe, number, joined([sites[number].pull(came[name]) for name in names]))
-        for name in [name for name in came if not any(name in sites[number].hook_names for number in left)]:
-            del came[name]
+        came.add(hook)
+        for number, (site, part) in enumerate(zip(sites, parts, strict=True)):
+            if hook in site.hook_names:
+                part[hook] = site.pull(gradient)
+                if len(part) == len(site.hook_names):
+                    take(probe, number, joined([part[name] for name in site.hook_names]))
+                    part.clear()
 
     # what the graph starts at: every recorded activation that the logits depend on lies on the way there
     leaves = [activation for activation in activations.values() if activation.is_leaf]
     handles = [activation.register_hook(partial(note, hook)) for hook, activation in activations.items()]
     try:
         for probe, xi in enumerate(vectors):
-            left.update(range(len(sites)))
             more = probe < len(vectors) - 1
             torch.autograd.grad(logits, leaves, xi.to(logits), retain_graph=more, allow_unused=True)
-            for hook in [name for number in sorted(left) for name in sites[number].hook_names]:
-                if hook not in came and any(hook in sites[number].hook_names for number in left):
-                    note(hook, torch.zeros_like(activations[hook]))
+            for hook in [hook for hook in activations if hook not in came]:
+                note(hook, torch.zeros_like(activations[hook]))
+            came.clear()
     finally:
         for handle in handles:
             handle.remove()
