@@ -54,21 +54,17 @@ NAMES = (
 
 
 def measured(name: str, repeats: int, n: int, pos: int) -> dict[str, float]:
-    """What one step adds to the memory of this process when it is first made, and its median seconds; of a score those
-    of the bare passes as well, made in turn with it, so that both meet the same machine."""
+    """What one step adds to the memory of this process when it is first made, and its seconds; of a score the medians
+    of its own and of the bare passes' in turn, so that both meet the same machine."""
     model = gpt2_small()
     runs = steps(model, n, pos)
-    found = {"added_mb": cost_of(model, 1, runs[name])[1].peak_mb}
-    times: dict[str, list[float]] = {name: []}
-    if name in BESIDE:
-        times[BESIDE[name]] = []
-    for number in range(1 if "many" in name else repeats + 1):
-        for one, seconds in times.items():
-            took = cost_of(model, 1, runs[one])[1].seconds
-            if number or "many" in name:  # the first bare passes of a process take longer
-                seconds.append(took)
-    medians = [float(pd.Series(seconds).median()) for seconds in times.values()]
-    return found | dict(zip(("seconds", "bare_seconds"), medians, strict=False))
+    first = cost_of(model, 1, runs[name])[1]
+    if name not in BESIDE:
+        return {"seconds": first.seconds, "added_mb": first.peak_mb}
+    pair = (runs[name], runs[BESIDE[name]])
+    times = [[cost_of(model, 1, run)[1].seconds for run in pair] for _ in range(repeats + 1)]
+    mine, bare = pd.DataFrame(times[1:]).median()  # the first bare passes of a process take longer
+    return {"seconds": float(mine), "bare_seconds": float(bare), "added_mb": first.peak_mb}
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -154,14 +154,7 @@ def together(size: int, folder: Path, *groups: str) -> list[Any]:
 
 
 def launched(size: int, command: Sequence[str]) -> list[tuple[int, str]]:
-    """Exit status and output of each of ``size`` processes of one thread; with another port where somebody else took
-    the one that was free."""
-    found = _launched(size, command)
-    taken = any("EADDRINUSE" in output or "ddress already in use" in output for _, output in found)
-    return _launched(size, command) if taken else found
-
-
-def _launched(size: int, command: Sequence[str]) -> list[tuple[int, str]]:
+    """Exit status and output of each of ``size`` processes of one thread."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
