@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -42,13 +43,14 @@ def sharpen(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CircuitPath:
-    """Train the gates of :func:`top_k_gate` from the order of a path, and return the best of three paths: for few,
+    """Train the gates of :func:`top_k_gate` from the order of a path, and return the best of four paths: for few,
     large units (heads, edges, whole MLPs), which an expansion of second order says little about.
 
-    Logits start evenly spaced from -1 to 1 in the path's order. The given path, that of the trained logits and the
-    first of them down to the size from where on the second has the lower risks, and then in its order, are measured
-    on ``held_out`` at the sizes of the path's rounds; the one with the lowest geometric mean of its risks is returned,
-    with these.
+    Logits start evenly spaced from -1 to 1 in the path's order. The given path and that of the trained logits are
+    measured on ``held_out`` at the sizes of the path's rounds. Where the second is better from some size on, so are two
+    that join them there: the given circuit before that size, taken apart in the trained order, and the trained circuit
+    of that size, with the other units before it in the given order. The one with the lowest geometric mean of its risks
+    is returned, with these.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
@@ -58,7 +60,7 @@ def sharpen(
         learning_rate, temperature, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
-    three forward passes over ``held_out`` for each round, and one of the original model.
+    at most three forward passes over ``held_out`` for each round, and one of the original model.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -92,6 +94,8 @@ def sharpen(
     if always_keep is not None:
         logits = logits.masked_fill(always_keep.mask, float("inf"))
     judged, recall = train if held_out is None else held_out, remembering()
+    measuring: dict[str, Any] = {"metric": metric, "seed": seed, "recall": recall, "batch_size": batch_size}
+    known: dict[Circuit, Estimate] = {}
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
 
     def measured(order: Int[Tensor, "units"]) -> CircuitPath:
@@ -99,10 +103,11 @@ def sharpen(
         ordered, rounds = replace(path, order=order), list[Round]()
         for step in path.rounds:
             reduction = ordered.at(step.reduction.circuit.fraction)
-            found = risk(model, reduction, judged, metric=metric, seed=seed, recall=recall, batch_size=batch_size)
-            same = reduction.circuit == step.reduction.circuit
+            if (circuit := reduction.circuit) not in known:
+                known[circuit] = risk(model, reduction, judged, **measuring)
+            same = circuit == step.reduction.circuit
             predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
-            rounds.append(Round(reduction, predicted[0], found, predicted[1]))
+            rounds.append(Round(reduction, predicted[0], known[circuit], predicted[1]))
         return replace(ordered, rounds=tuple(rounds))
 
     trained_order = logits.argsort(stable=True)
@@ -110,11 +115,11 @@ def sharpen(
     gains = torch.tensor([a - b for a, b in zip(_logs(first), _logs(second), strict=True)])
     rest = gains.flip(0).cumsum(0).flip(0)  # what the second path gains from this round on
     paths = [first, second]
-    start_at = int(rest.argmax())
-    if 0 < start_at and bool(rest[start_at] > 0):
-        inside = path.rounds[start_at - 1].reduction.circuit.mask
-        outside = path.order[~inside[path.order]]
-        paths.append(measured(torch.cat([outside, trained_order[inside[trained_order]]])))
+    joint = int(rest.argmax())
+    if joint > 0 and bool(rest[joint] > 0):
+        before, there = path.rounds[joint - 1].reduction.circuit.mask, second.rounds[joint].reduction.circuit.mask
+        for inside in (before, there):
+            paths.append(measured(torch.cat([path.order[~inside[path.order]], trained_order[inside[trained_order]]])))
     return min(paths, key=lambda one: sum(_logs(one)))
 
 
