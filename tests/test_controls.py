@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -168,6 +169,9 @@ def test_directions_of_two_bases_are_told_apart():
 def test_a_stream_for_each_layer():
     assert [site.hook for site in streams(bridge())] == [f"blocks.{layer}.hook_resid_post" for layer in range(2)]
     assert streams(exclusive_or()) == ()
+    layers = [site.layer for site in streams(fresh(n_layers=30))]
+    assert len(layers) == 12 and layers[0] == 0 and layers[-1] == 29
+    assert {after - before for before, after in pairwise(layers)} == {2, 3}
 
 
 def pairs(n: int = 40) -> Pairs:

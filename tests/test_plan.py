@@ -126,9 +126,12 @@ def test_time_is_that_of_the_passes(timed: list[int]):
     effort = Effort(rounds=4, pairs=1, steps=1, inner=1, patience=1)
     # a pass over train is 8 and over validation 5; each backward 3
     search = 8 + (8 + 4 * 3) + 2 * 8 + (4 + 1) * ((8 + 5 * 3) + (5 + 5 * 3) + (11 + 12 * 5))
-    alone = search + 2 * 8 + (11 + 12 * 5) + 9 * 3 + 60 * 2.5
+    alone = search + 2 * 8 + (11 + 12 * 5) + 9 * 3 + 38 * 2.5
     assert seconds(model, splits, units, effort, aligns=False, compares=False) == pytest.approx(alone)
     assert seconds(model, splits, units, effort, aligns=True, compares=False) == pytest.approx(alone + 30 * 2.5)
+    verified = alone + 3 * (2 * (7 + 3) + 2) * 2.5  # of three layers
+    told = seconds(model, splits, units, effort, aligns=False, compares=False, variables=3)
+    assert told == pytest.approx(verified)
     others = 2 * 8 + 4 * ((4 * 11 + 4 * 5) + (11 + 5) + 2 * 3) + 3
     assert seconds(model, splits, units, effort, aligns=False, compares=True) == pytest.approx(alone + others)
     assert set(timed) == {4, 12}

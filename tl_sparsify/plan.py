@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tl_sparsify.abstraction.controls import streams
 from tl_sparsify.core.circuit import FIRST_TOKENS, FirstToken, Values
 from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
@@ -33,7 +34,7 @@ _FEW = 32  # examples at a time of a large model
 _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
 _PATIENT = 4  # a refit has converged after about so many times its patience
-_ALIGNING, _VERIFYING = 30, 60  # passes over the pairs
+_ALIGNING = 30  # passes over the pairs
 _EVALUATING = 9  # over the test examples
 _LITTLE = 4  # examples in the smaller of two batches that are timed
 _TIMES, _MOMENT = 5, 1.0  # a pass is timed so often, while that takes no more seconds
@@ -236,13 +237,15 @@ def seconds(
     aligns: bool,
     compares: bool,
     sharpens: bool = False,
+    variables: int = 0,
 ) -> float:
     """About how long a run takes: the passes that it is made of, each at what one of its kind is measured to take.
 
     A pass takes a time of its own and one for each example: both are read off two batches, of a few examples and of as
     many as a step of a refit has, with all units ablated. The best of several times counts, and of passes that take
     seconds the first. A search is taken to make half of the exchanges that it may; where a mask sharpens its path
-    it refits nothing.
+    it refits nothing. Verification is of an original and a reduced model, with five random draws and so many
+    ``variables``.
     """
     train, validation, test = (len(split) for split in splits)
     forward, backward = _speeds(model, splits[0], units, effort)
@@ -275,7 +278,8 @@ def seconds(
         falling = max(1, min(effort.patience, effort.most) // 2)  # steps in which the learning rate falls
         one += refit(falling, effort.beside_batch, min(falling, 10))
         total += 2 * over(train) + 4 * (one + 2 * over(test)) + over(test)
-    return total + (_VERIFYING + _ALIGNING * aligns) * over(effort.pairs)
+    verifying = 2 * (13 + variables * (7 + len(streams(model)))) + 2 * variables + 12
+    return total + (verifying + _ALIGNING * aligns) * over(effort.pairs)
 
 
 @dataclass(frozen=True)

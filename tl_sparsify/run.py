@@ -162,9 +162,11 @@ def _judged(here: Setting, beginning: Beginning, units: Units) -> Accuracy:
         here.console.print(
             f"[yellow]warning[/]: below {ENOUGH}: the model hardly does this task, and a circuit of it explains little"
         )
-    aligns = here.request.aligning and not here.task.alignment.units
+    given = bool(here.task.alignment.units)
+    aligns = here.request.aligning and not given
+    variables = len(here.task.causal_model.variables) if given or aligns else 0
     parts = {"aligns": aligns, "compares": here.request.comparing, "sharpens": here.request.sharpens}
-    takes = seconds(here.model, here.splits, units, here.effort, **parts)
+    takes = seconds(here.model, here.splits, units, here.effort, variables=variables, **parts)
     here.console.print(f"effort {here.request.effort}: about {duration(takes)}\n")
     return right
 

@@ -37,6 +37,8 @@ from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Unit, Units, residuals, select
 
+_LAYERS = 12  # whose whole stream is interchanged
+
 
 def random_weights(model: Any, seed: int) -> Any:
     """The same architecture, untrained: by TransformerLens, or as Hugging Face initialises it; where neither knows how
@@ -143,8 +145,11 @@ def outside(model: Any, alignment: Alignment) -> list[Unit]:
 
 
 def streams(model: Any) -> tuple[Site, ...]:
-    """The residual stream after each layer; none for a model without blocks."""
-    return residuals(model).sites if hasattr(model, "blocks") else ()
+    """The residual stream after each layer, or after twelve evenly spaced ones of a deeper model; none for a model
+    without blocks."""
+    sites = residuals(model).sites if hasattr(model, "blocks") else ()
+    some = torch.linspace(0, len(sites) - 1, min(_LAYERS, len(sites))).round().long().tolist()
+    return tuple(sites[layer] for layer in some)
 
 
 def placebo(

@@ -93,8 +93,9 @@ def verify(
     same sites at the same positions, of those that the model has and no variable is aligned with there; fewer where
     there are fewer, no line where there are none), ``norm-matched random subspace`` (for directions at one position:
     TransformerLens's placebo), ``arbitrary labels`` (the aligned units held against made-up answers), ``whole residual
-    stream`` (the best layer's, at the alignment's positions; for models with blocks; it takes whatever else is there
-    along, so that it is no ceiling for one variable of several), and the alignment on a model with ``random weights``.
+    stream`` (the best of its layers', or of twelve evenly spaced ones of a deeper model, at the alignment's positions;
+    for models with blocks; it takes whatever else is there along, so that it is no ceiling for one variable of
+    several), and the alignment on a model with ``random weights``.
     With the variable ``(none)`` the answer should stay: ``unaligned units, at random`` (as many as the alignment has,
     at all positions) and ``all unaligned units`` (what feeds an aligned unit is among them: only a model whose every
     step is aligned passes). ``random kept units`` holds the reduced model against the original's own answers, with risk
@@ -102,10 +103,11 @@ def verify(
     positions are taken where both inputs have one, counted from the end.
 
     Forward passes over the pairs, for the original and the reduced model each: two; for each variable two, one for each
-    draw and each layer, and for directions at one position one more and one for each draw; jointly two, and with a
-    source each, over one pair for as many as there are variables, one and one for each variable; for unaligned units
-    two and one for each draw; two to compare the models. For random weights: two, two for each variable, and jointly as
-    before. With ``goal``, for the original and the reduced model, three and one for each variable come first.
+    draw and each of these layers, and for directions at one position one more and one for each draw; jointly two, and
+    with a source each, over one pair for as many as there are variables, one and one for each variable; for unaligned
+    units two and one for each draw; two to compare the models. For random weights: two, two for each variable, and
+    jointly as before. With ``goal``, for the original and the reduced model, three and one for each variable come
+    first.
 
     Raises:
         ValueError: a model in training mode, a variable that the causal model lacks, units that the model lacks, an
