@@ -251,7 +251,8 @@ def _compared(here: Setting, reduction: Reduction, values: Values, found: Evalua
     last |= {"accuracy": found.accuracy}
     frame = pd.DataFrame([*rows, last])
     here.csv(frame, "baselines.csv")
-    here.console.print(printed.table(f"Circuits of {found.kept:,} units: risk in nats on test examples", frame))
+    shown = frame[["method", "replacements", "risk", "risk_stderr", "accuracy"]]  # fits into a terminal of 80 columns
+    here.console.print(printed.table(f"Circuits of {found.kept:,} units: risk in nats on test examples", shown))
 
 
 def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]]:
