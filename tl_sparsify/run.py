@@ -251,7 +251,7 @@ def _compared(here: Setting, reduction: Reduction, values: Values, found: Evalua
     last |= {"accuracy": found.accuracy}
     frame = pd.DataFrame([*rows, last])
     here.csv(frame, "baselines.csv")
-    shown = frame[["method", "replacements", "risk", "risk_stderr", "accuracy"]]  # fits into a terminal of 80 columns
+    shown = frame.drop(columns=["found", "as_saved", "refitted", "kept"])  # fits into a terminal of 80 columns
     here.console.print(printed.table(f"Circuits of {found.kept:,} units: risk in nats on test examples", shown))
 
 

@@ -147,7 +147,9 @@ def outside(model: Any, alignment: Alignment) -> list[Unit]:
 def streams(model: Any) -> tuple[Site, ...]:
     """The residual stream after each layer, or after twelve evenly spaced ones of a deeper model; none for a model
     without blocks."""
-    sites = residuals(model).sites if hasattr(model, "blocks") else ()
+    if not hasattr(model, "blocks"):
+        return ()
+    sites = residuals(model).sites
     some = torch.linspace(0, len(sites) - 1, min(_LAYERS, len(sites))).round().long().tolist()
     return tuple(sites[layer] for layer in some)
 
