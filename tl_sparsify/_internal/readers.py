@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tl_sparsify._internal.layouts import post_norm
 from tl_sparsify.reading.heard import Heard
+from tl_sparsify.reading.written import Ledger, Written
 
 _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
@@ -92,25 +93,6 @@ def along_edges(
     return found.flatten(1)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a reader's hook is told: its name, and what has been written into the stream before it; ``stacks``: what
-    readers share that are told the same; ``heard``: what it may give back instead of copies."""
-
-    name: str
-    parts: tuple[Float[Tensor, "batch pos _ d_model"], ...]
-    stacks: dict[int, Float[Tensor, "batch pos writers d_model"]]
-    heard: Heard | None = None
-
-    @property
-    def stack(self) -> Float[Tensor, "batch pos writers d_model"]:
-        """All that was written, one beside the other."""
-        if len(self.parts) not in self.stacks:
-            self.stacks.clear()  # of what earlier readers were told none is needed again
-            self.stacks[len(self.parts)] = rows_last(torch.cat([rows_first(part) for part in self.parts]))
-        return self.stacks[len(self.parts)]
-
-
 @dataclass
 class _Pass:
     """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
@@ -124,7 +106,7 @@ class _Pass:
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
     heard: dict[str, Heard] = field(default_factory=dict)
-    stacks: dict[int, Float[Tensor, "batch pos writers d_model"]] = field(default_factory=dict)
+    ledgers: dict[int, Ledger] = field(default_factory=dict)
 
 
 Norm = Callable[[Any, Float[Tensor, "..."], Float[Tensor, "..."]], Float[Tensor, "..."]]
@@ -273,7 +255,7 @@ def _acted(
     """A reader's copies of the stream after all that is done to them here."""
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
-    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.stacks, heard)
+    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.ledgers, heard)
     layers = [layer for layer in state.sums if there(f"heads.{layer}")]
     had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
     copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream

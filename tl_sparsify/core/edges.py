@@ -24,10 +24,11 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.layouts import blocks_that_read, check_apart
-from tl_sparsify._internal.readers import Written, rows_first, rows_last, terms
+from tl_sparsify._internal.readers import rows_first, rows_last, terms
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Units, blocks_of
+from tl_sparsify.reading.written import Written
 
 Readers = Literal["qkv", "head", "layer"]
 _READERS: tuple[Readers, ...] = ("qkv", "head", "layer")
@@ -118,11 +119,17 @@ def apply_to_edges(
         raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
     if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
-    written = rows_first(hook.stack.to(stream))
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
-    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
-    parts = [_shared(gone[..., some], value[some]) - _shared(gone[..., some], written[some]) for some in groups]
-    change = parts[0] if len(parts) == 1 else torch.cat(parts)
+    widths = [part.shape[2] for part in hook.parts]
+    columns = torch.arange(site.rows).split(widths)  # each part's
+    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (list(range(site.rows)),)
+    changes: list[Tensor] = []
+    for term, some in enumerate(groups):
+        numbers = [number for number, mine in enumerate(columns) if int(mine[0]) in some]
+        share = gone[..., some] if len(groups) > 1 else gone
+        left = _shared(share, value[some] if len(groups) > 1 else value)
+        changes.append(left - hook.sums(share, stream, term, numbers))
+    change = changes[0] if len(changes) == 1 else torch.cat(changes)
     where = site.position_mask(stream.shape[0], stream.shape[1])
     if where is not None:
         change = change * where.to(change)[..., None]

@@ -26,13 +26,14 @@ from tl_sparsify._internal.encoders import to_read
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
-from tl_sparsify._internal.readers import Written, first_hooks, reader_hooks, reads, rows_first, rows_last
+from tl_sparsify._internal.readers import first_hooks, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.reading.heard import Heard
+from tl_sparsify.reading.written import Written
 
 
 @checked_fields
@@ -294,9 +295,7 @@ class Recording:
         """
         for hook in self.hooks:
             if hook not in self.activations:
-                raise ValueError(
-                    f"hook point {hook} did not fire: the model does not compute it, or it is switched off"
-                )
+                raise ValueError(f"hook point {hook} did not fire: the model does not compute it, or it is off")
         most = max(self.written.values(), key=len, default=())
         # what readers are told is a beginning of this
         stacked = rows_last(torch.cat([rows_first(part) for part in most])) if most else None
