@@ -1,4 +1,4 @@
-"""Circuits of edges: the joint search beside edge attribution in its forms, one-shot risk and masks, on text tasks.
+r"""Circuits of edges: the joint search beside edge attribution in its forms, one-shot risk and masks, on text tasks.
 
 One cell for each task, ablation, method and seed: a CSV of its own, so that a run that was stopped goes on where it
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
@@ -10,7 +10,8 @@ better on induction's test examples than the default, 2. Sharpened is half of th
 that starts from their order. Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
-    python benchmarks/edges.py --model smollm2 --tasks ioi --examples 64
+    python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
+        --examples 64 --per-round 32 --rounds 12 --probes 1 --test 128
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pandas as pd
+import torch
 from shared import RESULTS, geometric_mean, nats, parser
+from torch import Tensor
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison.cost import cost_of
+from tl_sparsify.core.measure import compared, remembering
+from tl_sparsify.core.metrics import by_example, correct, kl
 
 SIZES = (0.2, 0.1, 0.05, 0.02, 0.01)
 TASKS = ("ioi", "docstring", "greater_than", "induction", "multi_task")
@@ -39,21 +43,25 @@ ONE_SHOT = (
 Method = Callable[..., Any]
 
 
-def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
-    """By name: a function of model, examples, units, ``values`` and ``seed``. ``steps``: of integrated gradients, and
-    examples in a step of a mask."""
+def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) -> dict[str, Method]:
+    """By name: a function of model, examples, units, ``values`` and ``seed``. ``steps``: of integrated gradients;
+    ``per_round``: examples in a round of the joint search, all where ``None``."""
     quiet = {"progress": False}
-    backward = (rounds + rounds // 2) * (probes + 1)  # passes over the examples, in all rounds and exchanges
+    probing = tls.Probing(probes, examples=per_round)
+
+    def backward(train: tls.Examples) -> int:
+        """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
+        return (rounds + rounds // 2) * (probes + 1) * min(len(train), per_round or len(train))
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": tls.Probing(probes)}
+        settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": probing}
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
 
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        half: dict[str, Any] = {"rounds": rounds // 2, "smallest": SIZES[-1], "probing": tls.Probing(probes)}
+        half: dict[str, Any] = {"rounds": rounds // 2, "smallest": SIZES[-1], "probing": probing}
         found = tls.sparsify(model, train, units, values=values, seed=seed, **half, **quiet)
         many = min(32, len(train))
-        steps = -(-(backward // 2) * len(train) // many)
+        steps = -(-backward(train) // (2 * many))
         return tls.sharpen(model, found, train, steps=steps, per_step=many, seed=seed, **quiet)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:
@@ -64,17 +72,21 @@ def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
         return order
 
     def again(scorer: Method, each: int, **settings: Any) -> Method:
-        some = {"rounds": max(rounds, -(-backward // each)), "smallest": SIZES[-1], "absolute": True, **quiet}
-        return partial(tls.baselines.in_rounds, scorer, **some, **settings)
+        def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+            many = max(rounds, -(-backward(train) // (each * len(train))))
+            some: dict[str, Any] = {"rounds": many, "smallest": SIZES[-1], "absolute": True, **quiet, **settings}
+            return tls.baselines.in_rounds(scorer, model, train, units, values=values, seed=seed, **some)
+
+        return order
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
-        given = {"steps": -(-backward * len(train) // many), "per_step": many, **quiet}
+        given = {"steps": -(-backward(train) // many), "per_step": many, **quiet}
         return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
-        given = {"steps": -(-backward * len(train) // many), "per_step": many, "penalty": 20.0, **quiet}
+        given = {"steps": -(-backward(train) // many), "per_step": many, "penalty": 20.0, **quiet}
         return tls.baselines.hard_concrete(model, train, units, values=values, seed=seed, **given)
 
     def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -99,22 +111,30 @@ def methods(rounds: int, probes: int, steps: int) -> dict[str, Method]:
     }
 
 
+def risk_and_right(original: Tensor, reduced: Tensor, batch: tls.Examples) -> Tensor:
+    """Both, example by example."""
+    columns = (kl(original, reduced), correct(reduced, batch).double())
+    return torch.stack([by_example(column, batch) for column in columns], 1)
+
+
 def cell(options: Any, task: str, ablation: str, method: str, seed: int) -> pd.DataFrame:
     """One method on one task under one ablation: a row a size."""
     loaded = tls.load_task(task) if options.model is None else tls.load_task(task, model=options.model)
     model = loaded.model()
     train, _, test = loaded.examples(seed)
     train, test = train.sample(options.examples, seed=seed), test.sample(options.test, seed=seed)
-    units = tls.edges(model)
+    units = tls.edges(model, options.readers)
     values = getattr(tls.constants, ablation)(model, train, units)
-    find = methods(options.rounds, options.probes, options.steps)[method]
+    find = methods(options.rounds, options.probes, options.steps, options.per_round)[method]
     started = time.perf_counter()
     found, cost = cost_of(model, len(train), lambda: find(model, train, units, values=values, seed=seed))
     seconds = time.perf_counter() - started
-    rows: list[dict[str, Any]] = []
+    rows, recall = list[dict[str, Any]](), remembering()
     for size in SIZES:
         circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
-        judged = tls.evaluate(model, tls.constants.reduced(model, circuit, values), test, seed=seed)
+        reduction = tls.constants.reduced(model, circuit, values)
+        judged = compared(model, reduction, test, risk_and_right, recall=recall)
+        (risk, right), (error, _) = judged.mean.tolist(), judged.stderr.tolist()
         row = {
             "task": task,
             "ablation": ablation,
@@ -124,7 +144,7 @@ def cell(options: Any, task: str, ablation: str, method: str, seed: int) -> pd.D
             "kept": len(circuit),
             "edges": len(units),
         }
-        row |= {"risk": judged.risk.mean, "risk_stderr": judged.risk.stderr, "accuracy": judged.accuracy}
+        row |= {"risk": risk, "risk_stderr": error, "accuracy": right}
         rows.append(row | {"forward": cost.forward, "backward": cost.backward, "seconds": seconds})
     return pd.DataFrame(rows)
 
@@ -177,15 +197,19 @@ def main() -> None:
     options.add_argument("--model", help="a real language model; the shipped one where not given")
     options.add_argument("--tasks", nargs="+", default=TASKS)
     options.add_argument("--ablations", nargs="+", default=ABLATIONS, choices=ABLATIONS)
+    options.add_argument("--readers", default="qkv", choices=("qkv", "head", "layer"))
+    options.add_argument("--per-round", type=int, help="examples in a round of the joint search; all where not given")
     options.add_argument("--methods", nargs="+")
     options.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     for name, value in (("examples", 128), ("test", 256), ("rounds", 20), ("probes", 4), ("steps", 5)):
         options.add_argument(f"--{name}", type=int, default=value)
     chosen = options.parse_args()
     setting = f"{chosen.model or 'shipped'}-{chosen.examples}-{chosen.rounds}-{chosen.probes}"
+    setting += "" if chosen.readers == "qkv" else f"-{chosen.readers}"
+    setting += "" if chosen.per_round is None else f"-{chosen.per_round}"
     folder = RESULTS / "edges" / setting
     folder.mkdir(parents=True, exist_ok=True)
-    names = chosen.methods or tuple(methods(chosen.rounds, chosen.probes, chosen.steps))
+    names = chosen.methods or tuple(methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round))
     for seed, task, ablation, method in itertools.product(chosen.seeds, chosen.tasks, chosen.ablations, names):
         file = folder / f"{task}-{ablation}-{method.replace(', ', '-').replace(' ', '_')}-{seed}.csv"
         if not file.is_file():

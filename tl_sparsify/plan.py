@@ -33,6 +33,7 @@ _REFIT_BATCH = 512
 _FEW = 32  # examples at a time of a large model
 _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
+_EXPANSIONS = 1.8  # for each round: exchanges, and rounds of which half is taken back, need their own
 _PATIENT = 4  # a refit has converged after about so many times its patience
 _ALIGNING = 30  # passes over the pairs
 _EVALUATING = 9  # over the test examples
@@ -243,7 +244,7 @@ def seconds(
 
     A pass takes a time of its own and one for each example: both are read off two batches, of a few examples and of as
     many as a step of a refit has, with all units ablated. The best of several times counts, and of passes that take
-    seconds the first. A search is taken to make half of the exchanges that it may; where a mask sharpens its path
+    seconds the first. A search is taken to make nearly all of the exchanges that it may; where a mask sharpens its path
     it refits nothing. Verification is of an original and a reduced model, with five random draws and so many
     ``variables``.
     """
@@ -269,7 +270,7 @@ def seconds(
         total += effort.sharpening(train) * (over(step) + over(step, 1)) + 3 * effort.rounds * over(validation)
     elif inner:
         a_round += refit(inner, effort.refit_batch)
-    total += 2 * over(train) + (effort.rounds + effort.rounds // 4) * a_round
+    total += 2 * over(train) + _EXPANSIONS * effort.rounds * a_round
     total += 2 * over(train) + refit(last, effort.refit_batch) + _EVALUATING * over(test)
     if compares:
         steps = min(effort.most, _PATIENT * effort.patience)
