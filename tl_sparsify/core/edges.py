@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -120,15 +121,13 @@ def apply_to_edges(
     if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
-    widths = [part.shape[2] for part in hook.parts]
-    columns = torch.arange(site.rows).split(widths)  # each part's
-    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (list(range(site.rows)),)
+    starts = list(accumulate((part.shape[2] for part in hook.parts), initial=0))[:-1]
+    groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
     changes: list[Tensor] = []
     for term, some in enumerate(groups):
-        numbers = [number for number, mine in enumerate(columns) if int(mine[0]) in some]
-        share = gone[..., some] if len(groups) > 1 else gone
-        left = _shared(share, value[some] if len(groups) > 1 else value)
-        changes.append(left - hook.sums(share, stream, term, numbers))
+        numbers = [number for number, start in enumerate(starts) if isinstance(some, slice) or start in some]
+        share = gone[..., some]
+        changes.append(_shared(share, value[some]) - hook.sums(share, stream, term, numbers))
     change = changes[0] if len(changes) == 1 else torch.cat(changes)
     where = site.position_mask(stream.shape[0], stream.shape[1])
     if where is not None:
