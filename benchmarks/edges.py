@@ -22,15 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-import torch
 from shared import RESULTS, geometric_mean, nats, parser
-from torch import Tensor
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.core.measure import compared, remembering
-from tl_sparsify.core.metrics import by_example, correct, kl
+from tl_sparsify.core.metrics import risk_and_right
 
 SIZES = (0.2, 0.1, 0.05, 0.02, 0.01)
 TASKS = ("ioi", "docstring", "greater_than", "induction", "multi_task")
@@ -109,12 +107,6 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         "top-k mask": mask,
         "edge pruning": pruning,
     }
-
-
-def risk_and_right(original: Tensor, reduced: Tensor, batch: tls.Examples) -> Tensor:
-    """Both, example by example."""
-    columns = (kl(original, reduced), correct(reduced, batch).double())
-    return torch.stack([by_example(column, batch) for column in columns], 1)
 
 
 def cell(options: Any, task: str, ablation: str, method: str, seed: int) -> pd.DataFrame:

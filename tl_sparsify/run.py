@@ -12,10 +12,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from tl_sparsify._internal.files import versions, write_text
 from tl_sparsify._internal.progress import duration, step
@@ -30,7 +28,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import compared, known_of, remembering
-from tl_sparsify.core.metrics import by_example, correct, kl
+from tl_sparsify.core.metrics import risk_and_right
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units
 from tl_sparsify.folding.bridge import FOLDED, save_folded
@@ -274,19 +272,12 @@ def beside(here: Setting, found: Circuit, values: Values) -> list[dict[str, Any]
         fitting |= {"per_step": here.effort.beside_batch, "known": known, **shared}
         again = refit_until_converged(model, plain, train, validation, **fitting)
         for reduction in (plain, again):
-            moments = compared(model, reduction, test, _risk_and_right, batch_size=size, recall=recall)
+            moments = compared(model, reduction, test, risk_and_right, batch_size=size, recall=recall)
             (mean, right), (error, _) = moments.mean.tolist(), moments.stderr.tolist()
             row = {"method": name, "found": circuit is found, "as_saved": False, "replacements": reduction.kind}
             row |= {"refitted": reduction is again, "kept": len(circuit)}
             rows.append(row | {"risk": mean, "risk_stderr": error, "accuracy": right})
     return rows
-
-
-def _risk_and_right(
-    original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"], batch: Examples
-) -> Float[Tensor, "batch measures"]:
-    columns = (kl(original, reduced), correct(reduced, batch).double())
-    return torch.stack([by_example(column, batch) for column in columns], 1)
 
 
 def _about(

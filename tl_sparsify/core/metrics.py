@@ -174,3 +174,11 @@ def by_example(rows: Float[Tensor, "rows"], batch: Examples) -> Float[Tensor, "b
     example = answer_rows(batch)[0].to(rows.device)
     total = rows.new_zeros(len(batch)).index_add(0, example, rows)
     return total / torch.bincount(example, minlength=len(batch))
+
+
+def risk_and_right(
+    original: Float[Tensor, "rows choices"], reduced: Float[Tensor, "rows choices"], batch: Examples
+) -> Float[Tensor, "batch measures"]:
+    """Each example's divergence, and whether the reduced model is right there: what tables of circuits show."""
+    columns = (kl(original, reduced), correct(reduced, batch).double())
+    return torch.stack([by_example(column, batch) for column in columns], 1)

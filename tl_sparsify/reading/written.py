@@ -27,7 +27,8 @@ Part = Float[Tensor, "batch pos _ d_model"]
 
 @dataclass(frozen=True)
 class _Note:
-    """The gradients that some readers got, with their shares, and how many parts they had read."""
+    """The gradients that some readers got, with their shares, and how many parts they had read; of one
+    that came alone also its row among these."""
 
     parts: int
     slopes: Float[Tensor, "readers batch pos d_model"]
@@ -115,10 +116,13 @@ class Written:
         return _Read.apply(share, token, ledger.notes, place, like.new_empty(0), *parts)
 
 
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
 def _by_writer(part: Part, like: Tensor) -> Float[Tensor, "writers batch entries"]:
     """Of no less than single precision: sums are taken one part after the other."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return part.to(like.device, wide).permute(2, 0, 1, 3).flatten(2)
+    return part.to(like.device, _wide(like)).permute(2, 0, 1, 3).flatten(2)
 
 
 class _Read(torch.autograd.Function):
@@ -137,7 +141,7 @@ class _Read(torch.autograd.Function):
         ctx.save_for_backward(share, *parts)
         ctx.notes, ctx.place = notes, place
         batch, pos, _, width = parts[0].shape
-        wide = share.to(torch.promote_types(like.dtype, torch.float32))
+        wide = share.to(_wide(like))
         total = wide.new_zeros(share.shape[-2], batch, pos * width)
         for part, start in zip(parts, notes.starts, strict=False):
             x, some = _by_writer(part, like), wide[..., start : start + part.shape[2]]
@@ -155,7 +159,7 @@ class _Read(torch.autograd.Function):
             ctx.notes.add(*ctx.place, _Note(len(parts), slope, share))
         found = None
         if ctx.needs_input_grad[0]:
-            own = slope.to(torch.promote_types(slope.dtype, torch.float32)).flatten(2)
+            own = slope.to(_wide(slope)).flatten(2)
             xs = [_by_writer(part, own) for part in parts]
             if share.ndim == 2:
                 products = [own.flatten(1) @ x.flatten(1).T for x in xs]
