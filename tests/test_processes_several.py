@@ -136,6 +136,19 @@ def test_the_command_line_under_torchrun(tiny: Path, tmp_path: Path):
     assert set(tiny_task.results_in(tmp_path / "out")) == set(tiny_task.FILES)
 
 
+@pytest.mark.slow
+def test_a_group_joined_here_is_left_before_the_interpreter_ends():
+    # what is registered first runs last at exit
+    script = """if True:
+        import atexit
+        from torch import distributed
+        atexit.register(lambda: print("at exit:", distributed.is_initialized()))
+        from tl_sparsify._internal.ranks import ranks
+        print("joined:", ranks()[1], distributed.is_initialized())"""
+    for code, out in several.launched(2, [sys.executable, "-c", script]):
+        assert code == 0 and "joined: 2 True" in out and "at exit: False" in out, out
+
+
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_shares_are_even_and_cover_all_examples(n: int, size: int):
     with pytest.MonkeyPatch.context() as patch:

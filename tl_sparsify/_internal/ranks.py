@@ -11,6 +11,7 @@ that differ end with a sentence rather than waiting for ever.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ def ranks() -> tuple[int, int]:
     """This process's number and how many there are: ``(0, 1)`` where nothing was launched together.
 
     The group is joined at the first call (by ``accelerate.PartialState``), and only by a launched process itself: one
-    that it started in turn has its environment and no part in the group.
+    that it started in turn has its environment and no part in the group. Who joined it here leaves it at exit.
     """
     if _APART.get() or not group.is_available():
         return 0, 1
@@ -51,7 +52,15 @@ def ranks() -> tuple[int, int]:
         from accelerate import PartialState  # a second to import, for those who need it
 
         PartialState()
+        atexit.register(_leave)
     return group.get_rank(), group.get_world_size()
+
+
+def _leave() -> None:
+    """Leave the group while the interpreter still runs: gloo's threads may hold tensors, and a process that ends with
+    those is aborted now and then after all is done."""
+    if group.is_initialized():
+        group.destroy_process_group()
 
 
 def is_main() -> bool:
