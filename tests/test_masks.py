@@ -36,7 +36,7 @@ from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, heads
-from tl_sparsify.masking.gates import soft_top_k
+from tl_sparsify.masking.gates import relative_to_size, soft_top_k
 from tl_sparsify.masking.hard_concrete import hard_concrete
 from tl_sparsify.masking.top_k_gate import top_k_gate
 from tl_sparsify.search.scores import Scores
@@ -124,6 +124,25 @@ def test_top_k_gates_have_sizes_from_the_smallest_to_all_evenly_by_logarithm():
     assert torch.equal(first[:8], first[8:16]) and len(first[:8].sum(1).unique()) == 8
 
 
+@given(st.integers(0, 2**31), st.integers(1, 40), st.floats(1e-3, 1e3))
+def test_relative_weights_are_those_of_the_logarithms(seed: int, n: int, scale: float):
+    """Of a first step: examples take eight sizes in turn, and each size's mean counts by its logarithm."""
+    found = torch.rand(n, generator=seeded(seed), dtype=torch.float64) * scale + 0.1 * scale
+    found.requires_grad_()
+    size = torch.arange(n) % 8
+    logs = [(size == one).sum() * found[size == one].mean().log() for one in size.unique()]
+    (slope,) = torch.autograd.grad(torch.stack(logs).sum(), found)
+    assert torch.allclose(relative_to_size()(found), slope, rtol=1e-12)
+
+
+def test_relative_weights_follow_a_running_level_and_stay_finite():
+    weights = relative_to_size()
+    levels = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.0])
+    assert torch.allclose(1 / weights(levels), torch.cat([levels[:7], torch.tensor([8e-5])]))
+    assert torch.allclose(1 / weights(2 * levels)[:7], 1.1 * levels[:7])
+    assert bool((relative_to_size()(torch.zeros(3)) * 0 == 0).all())
+
+
 # Training
 
 
@@ -163,6 +182,13 @@ def test_one_step_follows_the_gradient():
         for penalty in (1e6, 0.0)
     )
     assert bool((more < 0).all()) and bool((less > 0).any())  # the penalty closes gates
+
+
+def test_divergence_relative_to_its_size_is_another_training_and_finds_the_same_planted_units():
+    model, batch = planted(("L0H0", "L1N2")), examples(32)
+    units, settings = units_of(model), {"steps": 50, "learning_rate": 0.2}
+    plain, relative = (top_k_gate(model, batch, units, relative=given, **settings) for given in (False, True))
+    assert plain.top(2 / 14) == relative.top(2 / 14) and not torch.equal(plain.scores, relative.scores)
 
 
 def test_the_penalty_sets_how_many_gates_close():

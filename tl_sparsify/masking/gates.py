@@ -14,7 +14,10 @@ from tl_sparsify._internal.arguments import checked
 
 Gates = Callable[[Float[Tensor, "units"], Int[Tensor, "batch"], int], Float[Tensor, "batch units"]]
 """From the logits, the examples of a step and its number: each example's gates."""
+Weighting = Callable[[Float[Tensor, "batch"]], Float[Tensor, "batch"]]
+"""From the divergences of a step's examples: how much each counts."""
 _STRATA = 8  # sizes in a step
+_SMOOTH, _FLOOR = 0.9, 1e-5  # of the levels of the sizes: a running mean; beside the highest none counts as less
 
 
 def of_random_sizes(least: int, most: int, temperature: float, seed: int) -> Gates:
@@ -26,6 +29,24 @@ def of_random_sizes(least: int, most: int, temperature: float, seed: int) -> Gat
         return soft_top_k(logits, k.to(logits), temperature)[torch.arange(len(index)) % _STRATA]
 
     return gates
+
+
+def relative_to_size() -> Weighting:
+    """Each example counts by one over the level of divergence at its size, a running mean over steps: the gradient is
+    that of the logarithms. Divergence at the smallest sizes is thousands of times that at the largest, and these would
+    learn nothing beside it."""
+    levels = torch.full((_STRATA,), float("nan"), dtype=torch.float64)
+
+    def weights(divergences: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        found, size = divergences.detach().double().cpu(), torch.arange(len(divergences)) % _STRATA
+        seen = torch.bincount(size, minlength=_STRATA)
+        now = torch.zeros(_STRATA, dtype=torch.float64).index_add(0, size, found) / seen
+        blended = torch.where(levels.isnan(), now, _SMOOTH * levels + (1 - _SMOOTH) * now)
+        levels.copy_(torch.where(seen > 0, blended, levels))
+        least = max(_FLOOR * float(levels[seen > 0].max()), torch.finfo(torch.float32).tiny)
+        return (1 / levels.clamp_min(least)[size]).to(divergences)
+
+    return weights
 
 
 @checked

@@ -18,7 +18,7 @@ from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.units import Model
-from tl_sparsify.masking.gates import of_random_sizes
+from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import PER_STEP, trained
 from tl_sparsify.search.path import CircuitPath, Round
 
@@ -35,6 +35,7 @@ def sharpen(
     steps: int | None = None,
     learning_rate: float = 0.15,
     temperature: float = 0.2,
+    relative: bool = True,
     per_step: int = PER_STEP,
     always_keep: Circuit | None = None,
     held_out: Examples | None = None,
@@ -57,7 +58,7 @@ def sharpen(
         steps: of Adam, with a cosine schedule; where not given as many as make 20 passes over ``train``.
         always_keep: units that stay in every circuit.
         held_out: where they are measured; ``train`` where not given.
-        learning_rate, temperature, per_step, metric, batch_size: as in :func:`top_k_gate`.
+        learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
     at most three forward passes over ``held_out`` for each round, and one of the original model.
@@ -90,6 +91,7 @@ def sharpen(
     settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": last.values}
     settings |= {"held_out": None, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     settings |= {"first_token": last.first_token}
+    settings |= {"weighting": relative_to_size() if relative else None}
     logits = trained(model, train, units, start, gates, None, name="sharpened", **settings).scores.cpu().double()
     if always_keep is not None:
         logits = logits.masked_fill(always_keep.mask, float("inf"))

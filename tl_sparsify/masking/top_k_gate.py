@@ -10,7 +10,7 @@ from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.masking.gates import of_random_sizes
+from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import PER_STEP, trained
 from tl_sparsify.search.scores import Scores, kept_count
 
@@ -25,6 +25,7 @@ def top_k_gate(
     learning_rate: float = 0.15,
     temperature: float = 0.2,
     smallest: float = 0.01,
+    relative: bool = False,
     per_step: int = PER_STEP,
     values: Values | None = None,
     held_out: Examples | None = None,
@@ -46,6 +47,8 @@ def top_k_gate(
         steps: of Adam, with a cosine schedule; where not given as many as make 80 passes over the data.
         temperature: of the gates. The lower, the nearer to a set of whole units.
         smallest: the smallest size, as a fraction of the units.
+        relative: divide each size's divergence by its own level, a running mean, so that large circuits, which diverge
+            little, count as much as small ones.
         per_step, values, held_out, metric, batch_size: as in :func:`hard_concrete`.
 
     By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
@@ -64,4 +67,5 @@ def top_k_gate(
     start = torch.zeros(len(units))
     settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": values}
     settings |= {"held_out": held_out, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
-    return trained(model, examples, units, start, gates, None, name="top-k gate", **settings)
+    weighting = relative_to_size() if relative else None
+    return trained(model, examples, units, start, gates, None, name="top-k gate", weighting=weighting, **settings)

@@ -35,7 +35,7 @@ from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.masking.gates import Gates
+from tl_sparsify.masking.gates import Gates, Weighting
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
@@ -68,8 +68,10 @@ def trained(
     name: str,
     first_token: FirstToken = "bos",
     replaced: Replacements | None = None,
+    weighting: Weighting | None = None,
 ) -> Scores:
-    """The logits after training; where ``replaced`` is given closed gates set units to that, not to ``values``."""
+    """The logits after training; where ``replaced`` is given closed gates set units to that, not to ``values``. All
+    examples of a step count alike unless a ``weighting`` says otherwise."""
     check_call(model, examples, seed=seed)
     for what, given in (("steps", steps), ("per_step", per_step)):
         if given is not None and check_count(what, given, least=None, most=MOST) < 1:
@@ -90,7 +92,7 @@ def trained(
 
     def slopes(
         index: Int[Tensor, "some"], keep: Float[Tensor, "some units"], step: int
-    ) -> Iterator[Float[Tensor, "rows units"]]:
+    ) -> Iterator[tuple[Float[Tensor, "rows units"], Float[Tensor, "rows"]]]:
         for rows in torch.arange(len(index))[share(len(index))].split(together):
             batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
             mine = keep.detach()[rows].requires_grad_()
@@ -102,8 +104,9 @@ def trained(
                     values_here = paired_values(model, examples, index[rows], here) if constants.paired else constants
             removal = Intervention(here, mine, Values(here, values_here.tensors), first_token=first_token)
             with torch.enable_grad(), intervened(model, removal):
-                loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
-            yield torch.autograd.grad(loss, mine)[0]
+                found = divergence(original, answer_logits(model, batch), batch, metric)
+                loss = found.sum() / len(index)
+            yield torch.autograd.grad(loss, mine)[0], found.detach()
 
     with frozen(model):
         for step in bar(range(steps), "training a mask", progress):
@@ -111,7 +114,10 @@ def trained(
             index = order[(step % per_epoch) * size :][:size].sort().values
             with torch.enable_grad():
                 keep = gates(logits, index, step)
-            slope = torch.cat(gathered(slopes(index, keep, step), len(index)))
+            rows = gathered(slopes(index, keep, step), len(index))
+            slope = torch.cat([one for one, _ in rows])
+            if weighting is not None:
+                slope = slope * weighting(torch.cat([found for _, found in rows])).to(slope)[:, None]
             with torch.enable_grad():
                 loss = (keep * slope).sum() + (0 if penalty is None else penalty(logits))
             (logits.grad,) = torch.autograd.grad(loss, logits)
