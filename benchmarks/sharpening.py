@@ -1,0 +1,97 @@
+"""How a mask is best trained from a search's order: with each size's divergence as it is, or relative to its own level.
+
+Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. Every row
+takes the same backward passes: a search of 20 rounds, a mask from nothing, and a search of ten rounds that is sharpened
+by as many passes of training. What was done before is kept, so that an interrupted run goes on. Writes
+``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
+
+    python benchmarks/sharpening.py [--seeds 2]
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import torch
+from shared import RESULTS, geometric_mean, marked, parser, write
+
+import tl_sparsify as tls
+from tl_sparsify.comparison.tables import table_of
+
+TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
+ABLATIONS = ("counterfactual", "mean")
+SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
+TRAIN, VALIDATION = 64, 256  # examples
+ROUNDS, PROBES = 20, 4
+PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
+LEAST = 1e-4  # nats; risks below it count as this
+METHODS = ("search", "mask", "mask, relative", "sharpened", "sharpened, relative")
+
+
+def order_of(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+    """Scores or a path: anything whose ``scores`` order the units."""
+    relative, kind = method.endswith("relative"), method.split(",")[0]
+    quiet: dict[str, Any] = {"seed": seed, "progress": False}
+    if kind == "mask":
+        given = quiet | {"per_step": TRAIN, "smallest": SIZES[-1], "values": values, "relative": relative}
+        return tls.baselines.top_k_gate(model, train, units, steps=PASSES, **given)
+    rounds = ROUNDS if kind == "search" else ROUNDS // 2
+    searching: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "values": values}
+    searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
+    path = tls.sparsify(model, train, units, **searching, **quiet)
+    if kind == "search":
+        return path
+    return tls.sharpen(model, path, train, steps=PASSES // 2, per_step=TRAIN, relative=relative, **quiet)
+
+
+def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any]]:
+    """One for each size."""
+    task = tls.load_task(name)
+    model = task.model()
+    train, validation, _ = task.examples(seed)
+    train, validation = train.sample(TRAIN, seed=seed), validation.sample(VALIDATION, seed=seed)
+    units = tls.edges(model)
+    make = tls.constants.counterfactual if ablation == "counterfactual" else tls.constants.mean
+    values = make(model, train, units)
+    order = order_of(method, model, train, units, values, seed).scores.argsort(stable=True)
+    found: list[dict[str, Any]] = []
+    for size in SIZES:
+        mask = torch.zeros(len(units), dtype=torch.bool)
+        mask[order[len(units) - max(1, round(size * len(units))) :]] = True
+        measured = tls.risk(model, tls.constants.reduced(model, tls.Circuit(units, mask), values), validation)
+        row = {"task": name, "ablation": ablation, "seed": seed, "method": method, "size": size}
+        found.append(row | {"kept": int(mask.sum()), "risk": measured.mean})
+    print(f"{name}, {ablation}, seed {seed}: {method} " + ", ".join(f"{r['risk']:.3g}" for r in found), flush=True)
+    return found
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """One row a task and ablation, one column a method: the geometric mean of the risk over sizes and seeds (risks
+    below 1e-4 nats count as that); at the end that over the rows."""
+    risks = frame.assign(risk=frame.risk.clip(lower=LEAST))
+    lines: list[list[str]] = []
+    kept: dict[str, list[float]] = {method: [] for method in METHODS}
+    for (task, ablation), part in risks.groupby(["task", "ablation"], sort=False):
+        for method, found in kept.items():
+            found.append(geometric_mean(list(part[part.method == method].risk)))
+        lines.append([f"{task}, {ablation}", *marked([found[-1] for found in kept.values()])])
+    lines.append(["geometric mean", *marked([geometric_mean(found) for found in kept.values()])])
+    return table_of(["task, ablation", *METHODS], lines)
+
+
+def main() -> None:
+    arguments = parser(__doc__, seeds=2).parse_args()
+    file = RESULTS / "sharpening.csv"
+    done = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["task", "ablation", "seed", "method"])
+    for seed, name, ablation, method in product(range(arguments.seeds), TASKS, ABLATIONS, METHODS):
+        same = (done.task == name) & (done.ablation == ablation) & (done.seed == seed) & (done.method == method)
+        if not bool(same.any()):
+            done = pd.concat([done, pd.DataFrame(rows(name, ablation, method, seed))], ignore_index=True)
+            write("sharpening", done, {}, show=False)
+    write("sharpening", done, {"sharpening": markdown})
+
+
+if __name__ == "__main__":
+    main()
