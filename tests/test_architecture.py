@@ -18,7 +18,7 @@ ORDER = {
     "distributions measure probes basis",
     "gradients": "rules backward",
     "patching": "atp_star second_order connections",
-    "search": "linearisation affine constants alone scores attribution score curvature path selection settings "
+    "search": "settings linearisation affine constants alone scores attribution score curvature path selection "
     "shrinkage checkpoint joint compensating exchanges",
     "dictionaries": "dictionary activity units files removal",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",

@@ -9,32 +9,30 @@ many leave. Selecting happens on the training split, choosing a size on validati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.progress import progress as bar
-from tl_sparsify._internal.ranks import agreed, summed
+from tl_sparsify._internal.ranks import agreed
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import Known, Recall, computed, known_of, remembered, remembering, risk
+from tl_sparsify.core.measure import Known, computed, known_of, remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
-from tl_sparsify.core.probes import Samples, joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.units import Model, Units
-from tl_sparsify.gradients.backward import modified
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
-from tl_sparsify.search.linearisation import Linearisation, linearise_folds, merged
+from tl_sparsify.search.linearisation import Expansion, expanding, noting, predicted_change
 from tl_sparsify.search.path import CircuitPath, Round
 from tl_sparsify.search.scores import kept_count
 from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
@@ -105,11 +103,13 @@ def sparsify(
 
     Cost in passes over the data: per round one forward and ``probes + 1`` backward on ``train``, and as many again on
     the examples where risk is predicted; one forward for the means, one for the last measured risk (in every round
-    where it is on other examples than all this), and one of the original model (in every round where its logits
-    are more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and
-    each ``interchange`` two more a pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for
-    each round whose circuit lacks a unit that was taken back later one forward pass. With ``probing.examples`` a pass
-    of a round is over so many examples, and risk is measured on those of the last round where it is not on others.
+    where it is on other examples than all this), and one of the original model (in every round where its logits are
+    more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and each
+    ``interchange`` two more a pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for each
+    round whose circuit lacks a unit that was taken back later one forward pass. A round that did worse than the next
+    smaller one, by more than its standard error, is grown from that one, for a round's passes. With
+    ``probing.examples`` a pass of a round is over so many examples, and risk is measured on those of the last round
+    where it is not on others.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
@@ -160,12 +160,26 @@ def sparsify(
     shared: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
     of_train = remembering() if clean else computed
     of_judged = of_train if held_out is None else remembering() if clean else computed
-    look = _looking(model, train, probing, carry_deviation, seed, of_train, shared)
+    look = expanding(model, train, probing, carry_deviation, seed, of_train, shared)
     unit = "nats" if metric is None else "squared units"
     seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
     most = rounds // 2 if exchanges is None else exchanges
     trading = shrinkage is None and costs is None
     nothing = torch.zeros(0, dtype=torch.long)
+    unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
+
+    def foretold(
+        here: Reduction, removed: Int[Tensor, "some"], restored: Int[Tensor, "others"], number: int
+    ) -> tuple[Estimate, float, list[Moments]]:
+        """The predicted risk after a change, its additivity, and the divergence made before; else unknown."""
+        if not predict:
+            return unknown, float("nan"), []
+        made: list[Moments] = []
+        given = {"current": None if len(here.circuit) == len(units) else here, "restorable": True}
+        given |= {"probes": probing.probes, "seed": seed + number, "recall": of_judged}
+        parts = samples(model, judged, here, temperature=1.0, **given, **shared)
+        return *predicted_change(noting(parts, made), removed, restored, len(judged), unit), made
+
     state = State(
         step=0,
         pending=(),
@@ -194,7 +208,7 @@ def sparsify(
     believed, promised, trade, spare = state.believed, state.promised, state.trade, state.spare
     picks, restored = state.picks, state.restored  # what has changed since the last expansion
     current = found[-1].reduction if found else current
-    expansion: _Expansion | None = None
+    expansion: Expansion | None = None
     known: Known | None = None  # for all refits
     # at the last size once more, for exchanges alone
     goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
@@ -228,7 +242,7 @@ def sparsify(
             if trading and reached and (settling or spare > reserved) and bool(gone.any()):
                 trade, promise = traded(expansion.halves, kept, gone, near=trade)
                 exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
-            picks = restored = torch.zeros(0, dtype=torch.long)
+            picks = restored = nothing
             if exchanged:
                 count = min(trade.count(int(kept.sum())), int(gone.sum()))
                 restored, picks = exchange(sketch, kept, gone, 0, count, shrinkage=trade.shrinkage)
@@ -244,16 +258,9 @@ def sparsify(
             left[restored] = torch.inf
             left[picks] = clock + torch.arange(len(picks), dtype=torch.float64)
             clock += len(picks)
-            unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
-            predicted, additivity = unknown, float("nan")
-            if predict:
-                made: list[Moments] = []
-                here = {"current": None if len(current.circuit) == len(units) else current, "restorable": True}
-                here |= {"probes": probing.probes, "seed": seed + number - 1, "recall": of_judged}
-                parts = samples(model, judged, current, temperature=1.0, **here, **shared)
-                predicted, additivity = _predicted(_noting(parts, made), picks, restored, len(judged), unit)
-                if seen and reached:
-                    found[-1] = replace(found[-1], measured=Estimate.of(Moments.over(made, len(judged)), unit))
+            predicted, additivity, made = foretold(current, picks, restored, number - 1)
+            if predict and seen and reached:
+                found[-1] = replace(found[-1], measured=Estimate.of(Moments.over(made, len(judged)), unit))
             current = current.with_circuit(Circuit(units, left.isinf()))
             if refit_steps:
                 settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
@@ -286,21 +293,35 @@ def sparsify(
     index = expansion.index if held_out is None and seen and not predict else None
     recall = of_judged if index is None else remembering()
 
-    def checked(step: Round) -> Round:
-        """Nested: a unit that was taken back is in every larger circuit, too."""
+    def remeasured(step: Round, mask: Bool[Tensor, "units"], reduction: Reduction) -> Round:
+        """The round with this circuit in place of its own."""
+        made = reduction.with_circuit(Circuit(units, mask))
+        here, examples = (made, judged) if index is None else (made.for_examples(index), judged[index])
+        measured = risk(model, here, examples, seed=seed, recall=recall, **shared)
+        return replace(step, reduction=made, measured=measured)
+
+    for place, step in enumerate(found):  # a unit that was taken back is in every larger circuit, too
         mask = torch.zeros(len(units), dtype=torch.bool)
         mask[order[len(units) - len(step.reduction.circuit) :]] = True
         same = bool((mask == step.reduction.circuit.mask).all())
-        if same and step.measured.mean == step.measured.mean:
-            return step
-        reduction = step.reduction.with_circuit(Circuit(units, mask))
-        here, examples = (reduction, judged) if index is None else (reduction.for_examples(index), judged[index])
-        return replace(
-            step, reduction=reduction, measured=risk(model, here, examples, seed=seed, recall=recall, **shared)
-        )
-
-    found = [checked(step) for step in found]
-    return CircuitPath(units, order, tuple(found), costs)
+        if not same or step.measured.mean != step.measured.mean:
+            found[place] = remeasured(step, mask, step.reduction)
+    for place in reversed(range(len(found) - 1 if trading else 0)):  # nor does a larger one do worse than a smaller one
+        larger, smaller = found[place], found[place + 1]
+        if larger.measured.mean - smaller.measured.mean <= max(_LEAST, larger.measured.stderr):
+            continue
+        around = found[place - 1].reduction.circuit.mask if place else first.mask
+        inside, missing = smaller.reduction.circuit.mask, len(larger.reduction.circuit) - len(smaller.reduction.circuit)
+        sketch = look(smaller.reduction, False, number).sketch
+        for belief in (believed, Shrinkage(0.0, 0.0)):  # what helps most, or what does least of all
+            back, _ = exchange(sketch, inside, around & ~inside, -missing, missing, shrinkage=belief)
+            grown = remeasured(larger, inside.index_fill(0, back, True), smaller.reduction)
+            if grown.measured.mean < found[place].measured.mean:
+                predicted, additivity, _ = foretold(smaller.reduction, nothing, back, number)
+                found[place] = replace(grown, predicted=predicted, additivity=additivity)
+        number += 1
+    within = torch.stack([step.reduction.circuit.mask for step in found]).sum(0)
+    return CircuitPath(units, order[within[order].argsort(stable=True)], tuple(found), costs)
 
 
 @checked
@@ -314,82 +335,3 @@ def schedule(rounds: int, smallest: float, sizes: Sequence[float] | None, start:
     if not sizes or list(sizes) != sorted(sizes, reverse=True):
         raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
     return list(sizes)
-
-
-@dataclass(frozen=True, eq=False)
-class _Expansion:
-    """The divergence around a circuit: halves of its samples, both together, the divergence already made at temperature
-    1, and the examples (all where ``None``)."""
-
-    halves: tuple[Linearisation, ...]
-    sketch: Linearisation
-    made: Moments
-    index: Int[Tensor, "some"] | None
-
-
-def _looking(
-    model: Model,
-    train: Examples,
-    probing: Probing,
-    carry_deviation: bool,
-    seed: int,
-    of_train: Recall,
-    shared: dict[str, Any],
-) -> Callable[[Reduction, bool, int], _Expansion]:
-    """The function that expands the divergence around a reduction, with a number of its own for what is random."""
-    some = None if probing.examples is None or probing.examples >= len(train) else probing.examples
-    clean = shared["interventions"] == NONE
-    known = remembered(model, train, batch_size=shared["batch_size"]) if some is not None and clean else None
-
-    def look(current: Reduction, whole: bool, number: int) -> _Expansion:
-        examples, here, recall, index = train, current, of_train, None
-        if some is not None:
-            index = _random.permutation(len(train), seed, 97, number)[:some].sort().values
-            examples, here, recall = train[index], current.for_examples(index), _for_some(known, index)
-        made: list[Moments] = []
-        settings = {"temperature": probing.temperature, "probes": probing.probes, "seed": seed + number}
-        before = None if whole else here
-        parts = samples(model, examples, here, current=before, restorable=True, recall=recall, **settings, **shared)
-        with modified(model, probing.backward):
-            halves = linearise_folds(_noting(parts, made), len(examples), seed=seed + number)
-        if not carry_deviation:
-            halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
-        return _Expansion(halves, merged(halves), Moments.over(made, len(examples)), index)
-
-    return look
-
-
-def _for_some(known: Callable[[Int[Tensor, "batch"]], Tensor] | None, some: Int[Tensor, "some"]) -> Recall:
-    """From logits that are known for all examples those of some."""
-    return computed if known is None else lambda index, _: known(some[index])
-
-
-def _noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:
-    """The same samples; notes the divergence already made on the way."""
-    for part in parts:
-        made.append(Moments.of(part.made.double()))
-        yield part
-
-
-def _predicted(
-    parts: Iterator[Samples], removed: Int[Tensor, "some"], restored: Int[Tensor, "others"], n: int, unit: str
-) -> tuple[Estimate, float]:
-    """The predicted joint risk after a change, and how far its own part of it is from a sum over units."""
-    sums = torch.zeros(2, dtype=torch.float64)
-
-    def watched() -> Iterator[Samples]:
-        for part in parts:
-            half, linear = part.effects.double().square().sum(0) / 2, part.linear.double()
-            sums[0] += float(part.offset.double().sum()) / n
-            sums[1] += float((half + linear)[:, removed.to(half.device)].sum()) / n
-            sums[1] += float((half - linear)[:, restored.to(half.device)].sum()) / n
-            yield part
-
-    with agreed(f"the prediction for {n} examples"):
-        mine = joint_moments(watched(), removed, restored)
-    total = Moments.over([mine], n)
-    made, alone = summed([(sums,)], n)[0].tolist()
-    joint = float(total.mean) - made
-    found = Estimate.of(total, unit)
-    found = replace(found, mean=max(0.0, found.mean))  # a divergence is never negative
-    return found, (joint - alone) / joint if joint else 0.0
