@@ -42,7 +42,7 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
     [
         *((name, "markdown", name) for name in ("algorithms", "behaviours", "folding_speed", "neighbours")),
         *((name, "markdown", name) for name in ("other_methods", "overlap", "perceptron")),
-        *((name, "markdown", name) for name in ("score_speed", "stress", "truth", "variants")),
+        *((name, "markdown", name) for name in ("score_speed", "sharpening", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("feature_connections", "markdown", "feature_connections"),
         ("stress", "groups_markdown", "stress_mechanisms"),

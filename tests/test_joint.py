@@ -394,12 +394,14 @@ def test_the_reductions_of_a_path_belong_to_its_model():
         path.within(other, data, 1.0)
 
 
-@pytest.mark.parametrize("n", [8, 30])
-def test_no_larger_circuit_of_a_path_does_worse_than_a_smaller_one(n: int):
-    """Beyond the error of measuring it; and all stay nested, at the sizes that were asked for."""
+@pytest.mark.parametrize(("n", "some"), [(8, None), (30, None), (30, 10)])
+def test_no_larger_circuit_of_a_path_does_worse_than_a_smaller_one(n: int, some: int | None):
+    """Beyond the error of measuring it, where all are measured on the same examples; all stay nested, at the sizes that
+    were asked for."""
     model = bridge()
     for seed in range(12):
-        asked: dict[str, Any] = {"rounds": 6, "smallest": 0.1, "probing": Probing(1), "seed": seed, "progress": False}
+        probing = Probing(1, examples=some)
+        asked: dict[str, Any] = {"rounds": 6, "smallest": 0.1, "probing": probing, "seed": seed, "progress": False}
         path = sparsify(model, examples(n, seed=seed), units_of(model), **asked)
         assert [len(step.reduction.circuit) for step in path.rounds] == [9, 6, 4, 2, 1]
         for step in path.rounds:
@@ -407,4 +409,4 @@ def test_no_larger_circuit_of_a_path_does_worse_than_a_smaller_one(n: int):
         for larger, smaller in itertools.pairwise(path.rounds):
             rise = larger.measured.mean - smaller.measured.mean
             assert smaller.reduction.circuit <= larger.reduction.circuit
-            assert rise <= max(1e-3, larger.measured.stderr)
+            assert some is not None or rise <= max(1e-3, larger.measured.stderr)

@@ -306,9 +306,17 @@ def sparsify(
         same = bool((mask == step.reduction.circuit.mask).all())
         if not same or step.measured.mean != step.measured.mean:
             found[place] = remeasured(step, mask, step.reduction)
+
+    def worse(larger: Round, smaller: Round) -> bool:
+        """By more than the error of measuring it."""
+        return larger.measured.mean - smaller.measured.mean > max(_LEAST, larger.measured.stderr)
+
     for place in reversed(range(len(found) - 1 if trading else 0)):  # nor does a larger one do worse than a smaller one
-        larger, smaller = found[place], found[place + 1]
-        if larger.measured.mean - smaller.measured.mean <= max(_LEAST, larger.measured.stderr):
+        if worse(*found[place : place + 2]) and index is not None:  # each on other examples
+            for at in (place, place + 1):
+                found[at] = remeasured(found[at], found[at].reduction.circuit.mask, found[at].reduction)
+        larger, smaller = found[place : place + 2]
+        if not worse(larger, smaller):
             continue
         around = found[place - 1].reduction.circuit.mask if place else first.mask
         inside, missing = smaller.reduction.circuit.mask, len(larger.reduction.circuit) - len(smaller.reduction.circuit)
