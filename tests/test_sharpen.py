@@ -98,7 +98,7 @@ def test_a_better_small_circuit_need_not_lie_in_the_larger_ones_of_the_path():
         good = sparsify(model, data, units, sizes=(0.8, 0.6), exchanges=0, progress=False).order
         wrong = torch.cat([good[:3], good[3:].flip(0)])
         path = path_of(model, data, units, wrong, (9, 7, 4, 3, 2))
-        better = sharpen(model, path, data, steps=8, learning_rate=2.0, relative=False, seed=seed, progress=False)
+        better = sharpen(model, path, data, steps=8, learning_rate=2.0, seed=seed, progress=False)
         seven = better.rounds[1].reduction.circuit
         around = wrong[~seven.mask[wrong]].tolist()  # the others, in the given order
         grown += int(not seven <= path.rounds[1].reduction.circuit and better.order[:-7].tolist() == around)

@@ -35,7 +35,7 @@ def sharpen(
     steps: int | None = None,
     learning_rate: float = 0.15,
     temperature: float = 0.2,
-    relative: bool = True,
+    relative: bool = False,
     per_step: int = PER_STEP,
     always_keep: Circuit | None = None,
     held_out: Examples | None = None,
