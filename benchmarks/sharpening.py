@@ -14,7 +14,6 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-import torch
 from shared import RESULTS, geometric_mean, marked, parser, write
 
 import tl_sparsify as tls
@@ -30,8 +29,8 @@ LEAST = 1e-4  # nats; risks below it count as this
 METHODS = ("search", "mask", "mask, relative", "sharpened", "sharpened, relative")
 
 
-def order_of(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-    """Scores or a path: anything whose ``scores`` order the units."""
+def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+    """Scores of a mask, or a path."""
     relative, kind = method.endswith("relative"), method.split(",")[0]
     quiet: dict[str, Any] = {"seed": seed, "progress": False}
     if kind == "mask":
@@ -55,14 +54,13 @@ def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any
     units = tls.edges(model)
     make = tls.constants.counterfactual if ablation == "counterfactual" else tls.constants.mean
     values = make(model, train, units)
-    order = order_of(method, model, train, units, values, seed).scores.argsort(stable=True)
+    order = found_by(method, model, train, units, values, seed)
     found: list[dict[str, Any]] = []
     for size in SIZES:
-        mask = torch.zeros(len(units), dtype=torch.bool)
-        mask[order[len(units) - max(1, round(size * len(units))) :]] = True
-        measured = tls.risk(model, tls.constants.reduced(model, tls.Circuit(units, mask), values), validation)
+        circuit = order.at(size).circuit if isinstance(order, tls.CircuitPath) else order.top(size)
+        measured = tls.risk(model, tls.constants.reduced(model, circuit, values), validation)
         row = {"task": name, "ablation": ablation, "seed": seed, "method": method, "size": size}
-        found.append(row | {"kept": int(mask.sum()), "risk": measured.mean})
+        found.append(row | {"kept": len(circuit), "risk": measured.mean})
     print(f"{name}, {ablation}, seed {seed}: {method} " + ", ".join(f"{r['risk']:.3g}" for r in found), flush=True)
     return found
 

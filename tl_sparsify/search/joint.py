@@ -107,9 +107,9 @@ def sparsify(
     more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and each
     ``interchange`` two more a pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for each
     round whose circuit lacks a unit that was taken back later one forward pass. A round that did worse than the next
-    smaller one, by more than its standard error, is grown from that one, for a round's passes. With
-    ``probing.examples`` a pass of a round is over so many examples, and risk is measured on those of the last round
-    where it is not on others.
+    smaller one, by more than its standard error, is grown from that one, for a round's passes and two measured risks
+    (not with ``costs``, nor with a ``shrinkage`` of your own). With ``probing.examples`` a pass of a round is over so
+    many examples, and risk is measured on those of the last round where it is not on others.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
@@ -321,12 +321,15 @@ def sparsify(
         around = found[place - 1].reduction.circuit.mask if place else first.mask
         inside, missing = smaller.reduction.circuit.mask, len(larger.reduction.circuit) - len(smaller.reduction.circuit)
         sketch = look(smaller.reduction, False, number).sketch
-        for belief in (believed, Shrinkage(0.0, 0.0)):  # what helps most, or what does least of all
-            back, _ = exchange(sketch, inside, around & ~inside, -missing, missing, shrinkage=belief)
-            grown = remeasured(larger, inside.index_fill(0, back, True), smaller.reduction)
-            if grown.measured.mean < found[place].measured.mean:
-                predicted, additivity, _ = foretold(smaller.reduction, nothing, back, number)
-                found[place] = replace(grown, predicted=predicted, additivity=additivity)
+        backs = [  # what helps most, or what does least of all
+            exchange(sketch, inside, around & ~inside, -missing, missing, shrinkage=belief)[0]
+            for belief in (believed, Shrinkage(0.0, 0.0))
+        ]
+        grown = [remeasured(larger, inside.index_fill(0, back, True), smaller.reduction) for back in backs]
+        best, back = min(zip(grown, backs, strict=True), key=lambda pair: pair[0].measured.mean)
+        if best.measured.mean < larger.measured.mean:
+            predicted, additivity, _ = foretold(smaller.reduction, nothing, back, number)
+            found[place] = replace(best, predicted=predicted, additivity=additivity)
         number += 1
     within = torch.stack([step.reduction.circuit.mask for step in found]).sum(0)
     return CircuitPath(units, order[within[order].argsort(stable=True)], tuple(found), costs)
