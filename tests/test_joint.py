@@ -200,11 +200,11 @@ def test_a_search_takes_the_passes_that_it_says(size: int):
     settings: dict[str, Any] = {"rounds": 4, "smallest": 0.2, "batch_size": size, "progress": False, "exchanges": 0}
     with counted(model) as passes:
         sparsify(model, data, units_of(model), **settings)
-    # means, a forward pass a round, the original, the last measured risk; three exact probes and the slope
-    assert passes == {"forward": (1 + 4 + 1 + 1) * 10, "backward": (3 + 3 * 4) * 10}
+    # means, a forward pass a round, the original, the last measured risk; three exact probes, which hold the slope
+    assert passes == {"forward": (1 + 4 + 1 + 1) * 10, "backward": 4 * 3 * 10}
     with counted(model) as passes:
         sparsify(model, data, units_of(model), held_out=data, refitting=Refitting(0), **settings)
-    assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 1) * 10, "backward": 2 * (3 + 3 * 4) * 10}
+    assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 1) * 10, "backward": 2 * 4 * 3 * 10}
 
 
 def test_what_is_remembered_is_bounded():
@@ -292,7 +292,7 @@ def test_a_search_by_a_metric_is_measured_in_its_units():
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
     model, data = bridge(), examples(10, answers=2)  # eleven answers and four probes: sampled
     contents = []
-    for number, seed in enumerate([5, 5, 7]):
+    for number, seed in enumerate([5, 5, 6]):
         path = sparsify(
             model,
             data,

@@ -124,8 +124,8 @@ def test_time_is_that_of_the_passes(timed: list[int]):
     some = Examples.from_prompts(model, PROMPTS * 4, ANSWERS * 4)
     splits, units = (some, some[:6], some[:2]), heads(model) + neurons(model)
     effort = Effort(rounds=4, pairs=1, steps=1, inner=1, patience=1)
-    # a pass over train is 8 and over validation 5; each backward 3
-    search = 8 + (8 + 4 * 3) + 2 * 8 + 1.8 * 4 * ((8 + 5 * 3) + (5 + 5 * 3) + (11 + 12 * 5))
+    # a pass over train is 8 and over validation 5; each backward 3, of four probes that hold the slope
+    search = 8 + (8 + 4 * 3) + 2 * 8 + 1.8 * 4 * ((8 + 4 * 3) + (5 + 4 * 3) + (11 + 12 * 5))
     alone = search + 2 * 8 + (11 + 12 * 5) + 9 * 3 + 38 * 2.5
     assert seconds(model, splits, units, effort, aligns=False, compares=False) == pytest.approx(alone)
     assert seconds(model, splits, units, effort, aligns=True, compares=False) == pytest.approx(alone + 30 * 2.5)

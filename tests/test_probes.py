@@ -29,10 +29,10 @@ from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits
+from tl_sparsify.core.forward import answer_logits, answer_rows
 from tl_sparsify.core.intervene import ablate, intervened
-from tl_sparsify.core.metrics import divergence, kl, log_odds
-from tl_sparsify.core.probes import Samples, fisher_probes, joint_moments, metric_probe, samples
+from tl_sparsify.core.metrics import divergence, fisher_probes, kl, log_odds, metric_probe
+from tl_sparsify.core.probes import Derivatives, Samples, joint_moments, output_derivatives, samples, vectors_of
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.search.linearisation import linearise
 
@@ -108,6 +108,91 @@ def test_sampled_answers_have_a_probability():
     logits[:, [2, 5]] = 3.0
     found = fisher_probes(logits, batch, rows_of(batch), probes=2, temperature=1.0, seed=0)
     assert {int(xi.argmax()) for probe in found for xi in probe} == {2, 5}
+
+
+# The slope and the Hessian in as few vectors as hold both
+
+
+def held(found: Derivatives, batch: Examples) -> Tensor:
+    """The slope that the vectors add up to, one row for each labelled position."""
+    example, _ = answer_rows(batch)
+    return sum(w[example, None] * v.double() for w, v in zip(found.slope, found.vectors, strict=True))
+
+
+def derivatives(z: Tensor, here: Tensor, batch: Examples, probes: int, temperature: float = 1.0, **more: Any) -> Any:
+    settings: dict[str, Any] = {"temperature": temperature, "metric": None, "seed": 3} | more
+    return output_derivatives(z, here, batch, rows_of(batch), probes=probes, **settings)
+
+
+@given(st.integers(2, 9), st.integers(1, 5), st.floats(0.1, 3), st.floats(0.5, 4), SEEDS)
+def test_the_vectors_hold_the_slope(k: int, probes: int, scale: float, temperature: float, seed: int):
+    batch = inputs(4, choices=k)
+    z, here = scale * torch.randn(2, 4, k, generator=seeded(seed), dtype=torch.float64)
+    found = derivatives(z, here, batch, probes, temperature)
+    slope = temperature * ((here / temperature).softmax(1) - (z / temperature).softmax(1))
+    torch.testing.assert_close(held(found, batch), slope, rtol=1e-9, atol=1e-12)
+    assert len(found.vectors) == (k - 1 if k - 1 <= probes else max(2, probes)) == vectors_of(k, probes)
+    assert found.probes == (1 if k - 1 > probes == 1 else len(found.vectors))
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e-3, 0.0])
+def test_a_sampled_round_has_the_slope_as_a_probe_and_the_fisher_matrix_on_average(shift: float):
+    batch, n = inputs(4000, choices=7), 4000
+    one_z, one_here = torch.randn(2, 1, 7, generator=seeded(1), dtype=torch.float64)
+    here = one_here.expand(n, 7)
+    found = derivatives(one_here + shift * (one_z - one_here), here, batch, 3)
+    first, *others = found.vectors
+    f = fisher(one_here[0])
+    part = first[0][:, None] * first[0][None]
+    assert float(torch.linalg.eigvalsh(f - part)[0]) > -1e-12  # a part of the Fisher matrix, and no more
+    assert (first == first[0]).all() and len(others) == 2
+    moments = sum(xi[:, :, None] * xi[:, None, :] for xi in found.vectors)
+    error = (moments.mean(0) - f).abs() / (moments.std(0) / n**0.5).clamp_min(1e-12)
+    assert error.max() < 5
+    dual = torch.linalg.pinv(f)
+    whole = float(first[0] @ dual @ first[0])
+    assert whole == pytest.approx(1.0 if shift else 0.0, abs=1e-5 if shift != 1e-3 else 0.9)
+    assert all((xi @ dual @ first[0]).abs().max() < 1e-2 for xi in others) or shift == 1e-3
+
+
+def test_a_slope_of_rounding_is_no_direction():
+    batch = inputs(50, choices=9)
+    z = torch.randn(50, 9, generator=seeded(0))
+    plain = fisher_probes(z, batch, rows_of(batch), probes=3, temperature=1.0, seed=3)
+    found = derivatives(z, z + 1e-7 * torch.randn(50, 9, generator=seeded(1)), batch, 4)
+    for xi, expected in zip(found.vectors[1:], plain, strict=True):
+        torch.testing.assert_close(xi, expected, rtol=1e-5, atol=1e-6)
+    assert float(found.vectors[0].abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("probes", [2, 4])
+def test_vanishing_probabilities_take_a_vector_for_the_slope(dtype: torch.dtype, probes: int):
+    batch = inputs(2, choices=3)
+    here = torch.tensor([[0.0, -300.0, -900.0], [0.0, 1.0, 2.0]], dtype=dtype)
+    z = here.flip(1)
+    found = derivatives(z, here, batch, probes)
+    assert (len(found.vectors), found.probes) == (3, 2)
+    torch.testing.assert_close(held(found, batch), (here.softmax(1) - z.softmax(1)).double(), rtol=1e-6, atol=1e-7)
+    many = derivatives(z.repeat(1, 3), here.repeat(1, 3), inputs(2, choices=9), probes)  # sampled
+    assert all(xi.isfinite().all() for xi in many.vectors)
+    expected = here.repeat(1, 3).double().softmax(1) - z.repeat(1, 3).double().softmax(1)
+    torch.testing.assert_close(held(many, batch), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("probes", "vectors"), [(2, 3), (3, 3), (9, 3)])
+@pytest.mark.parametrize("metric", [None, log_odds])
+def test_several_answers_hold_the_slope(probes: int, vectors: int, metric: Any):
+    data = examples(12, answers=3, choices=(3, 6))
+    z, here = torch.randn(2, 36, 2, generator=seeded(2), dtype=torch.float64)
+    found = derivatives(z, here, data, probes, metric=metric, most=3)
+    slope = (here.softmax(1) - z.softmax(1)) / 3
+    if metric is not None:
+        change = log_odds(here, data) - log_odds(z, data)
+        slope = torch.autograd.functional.jacobian(lambda logits: (change * log_odds(logits, data)).sum() / 3, here)
+    torch.testing.assert_close(held(found, data), slope)
+    assert (len(found.vectors), found.probes) == (vectors, min(probes, 3))
+    assert vectors == vectors_of(2, probes, 3)
 
 
 # Effects, linear terms and predicted risks against the explicit Jacobian

@@ -22,6 +22,8 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.memory import device_of
+from tl_sparsify.core.metrics import most_answers
+from tl_sparsify.core.probes import vectors_of
 from tl_sparsify.core.units import Units, attentions, experts, heads, mlps, neurons
 from tl_sparsify.search import constants
 
@@ -90,8 +92,8 @@ class Effort:
         return min(BESIDE_BATCH, self.refit_batch)
 
     def sharpening(self, train: int) -> int:
-        """Steps of the mask that sharpens a path: half as many backward passes as the search took, at most 20 over all
-        training examples."""
+        """Steps of the mask that sharpens a path: half as many backward passes as a search takes at most, and no more
+        than 20 over all training examples."""
         searched = (self.rounds + self.rounds // 2) * (self.probes + 1) * min(train, self.per_round or train)
         return math.ceil(min(searched / 2, _SHARPENED * train) / min(self.beside_batch, train))
 
@@ -264,7 +266,9 @@ def seconds(
     inner, last = 20 if effort.inner is None else effort.inner, effort.steps or 300
     total = over(train) + over(train, effort.probes)  # means and scores
     in_round = min(train, effort.per_round or train)
-    a_round = over(in_round, effort.probes + 1) + over(validation, effort.probes + 1)
+    answers = model.cfg.d_vocab if splits[0].choices is None else len(splits[0].choices)
+    vectors = vectors_of(answers, effort.probes, most_answers(splits[0]))
+    a_round = over(in_round, vectors) + over(validation, vectors)
     if sharpens:
         step = min(effort.beside_batch, train)
         total += effort.sharpening(train) * (over(step) + over(step, 1)) + 3 * effort.rounds * over(validation)

@@ -1,4 +1,5 @@
-"""Metrics: one number for each answer or example, from logits. Per example, never a batch mean.
+"""Metrics: one number for each answer or example, from logits. Per example, never a batch mean. And the divergence's
+derivatives by the logits: its slope, and probes that factor its Hessian.
 
 Where examples have several right and wrong answers (``right_answers``, ``wrong_answers``), :func:`mean_difference` and
 :func:`probability_difference` take means and sums over them: that a later year is named, whichever, is the second.
@@ -6,12 +7,14 @@ Where examples have several right and wrong answers (``right_answers``, ``wrong_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal import random as _random
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_index, answer_rows
 from tl_sparsify.core.prompts import NO_LABEL
@@ -182,3 +185,142 @@ def risk_and_right(
     """Each example's divergence, and whether the reduced model is right there: what tables of circuits show."""
     columns = (kl(original, reduced), correct(reduced, batch).double())
     return torch.stack([by_example(column, batch) for column in columns], 1)
+
+
+def fisher_probes(
+    logits: Float[Tensor, "rows choices"],
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    *,
+    probes: int,
+    temperature: float,
+    seed: int,
+    most: int = 1,
+) -> list[Float[Tensor, "rows choices"]]:
+    """Probes on the logits whose second moments sum to the Fisher matrix of ``softmax(logits / temperature)``.
+
+    Up to ``probes + 1`` answers the Fisher matrix is factored exactly (its Cholesky columns in closed form: Tanabe
+    and Sagae, 1992). Several labelled positions of an example are kept apart by probes of their own where ``probes``
+    are enough for that, which is exact too, and else by random signs, drawn as often as ``probes`` allow. ``most`` is
+    the largest number of positions of any example, also of other batches, so that all have as many probes. With more
+    answers a probe is the gradient of ``log p(y)`` at a sampled ``y``. With ``temperature`` other than 1 the risk that
+    they give is ``temperature**2`` times the risk at that temperature.
+    """
+    example, _ = answer_rows(batch)
+    # An example's divergence is the mean over its answers. Probes are squared, so each takes the root of that share.
+    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
+    scale = scale.to(logits)[:, None]
+    p = (logits / temperature).softmax(1)
+    if logits.shape[1] - 1 <= probes:
+        columns = _covariance_root(p)
+        draws = probes // max(1, len(columns))
+        return [
+            scale * sign[:, None].to(logits) * column
+            for number, column in enumerate(columns)
+            for sign in _kept_apart(example, index, draws=draws, most=most, column=number, seed=seed)
+        ]
+    place = (index[example], _number(example))
+    found: list[Float[Tensor, "rows choices"]] = []
+    for probe in range(probes):
+        u = _random.uniform(seed, 7, *place, probe).to(logits)[:, None]
+        total = p.cumsum(1)  # its last entry is 1 only up to rounding
+        answer = torch.searchsorted(total, u * total[:, -1:]).clamp_max(p.shape[1] - 1)
+        # p - e_y has mean 0 and covariance diag(p) - p p', which is the Fisher matrix, where y is drawn from p
+        found.append(-p.scatter_add(1, answer, -torch.ones_like(u)) * scale / math.sqrt(probes))
+    return found
+
+
+def most_answers(examples: Examples) -> int:
+    """The largest number of labelled positions of any example."""
+    return int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
+
+
+def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+    """Which of its example's answers each row is: draws by this and not by position know nothing of padding."""
+    return torch.arange(len(example)) - torch.searchsorted(example, example)
+
+
+def _kept_apart(
+    example: Int[Tensor, "rows"], index: Int[Tensor, "batch"], *, draws: int, most: int, column: int, seed: int
+) -> list[Float[Tensor, "rows"]]:
+    """Factors of the rows in each of at most ``draws`` probes, whose products sum to one for a row with itself and to
+    zero for two rows of an example: exactly where it has at most ``draws``, else on average over random signs."""
+    number, rows = _number(example), torch.bincount(example, minlength=len(index))[example]
+    signs = [
+        _random.signs(seed, 5, index[example], number, column, *([draw] if draw else []))
+        for draw in range(min(draws, max(most, int(rows.max()))))
+    ]
+    own = [signs[0] * (number == draw) for draw in range(len(signs))]
+    return [torch.where(rows <= draws, one, sign / math.sqrt(draws)) for one, sign in zip(own, signs, strict=True)]
+
+
+def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "rows choices"]]:
+    """Columns ``l_j`` with ``sum_j l_j l_j' = diag(p) - p p'`` for each row."""
+    rest = p.flip(1).cumsum(1).flip(1)  # rest[j] = p[j] + p[j+1] + ...
+    columns: list[Float[Tensor, "rows choices"]] = []
+    for j in range(p.shape[1] - 1):
+        before, after = rest[:, j].clamp_min(1e-30), rest[:, j + 1]
+        diagonal = (p[:, j] / before * after).clamp_min(0).sqrt()
+        # in this order no two small numbers are multiplied
+        below = -(p[:, j + 1 :] / after.clamp_min(1e-30)[:, None]) * diagonal[:, None]
+        columns.append(torch.cat([p.new_zeros(len(p), j), diagonal[:, None], below], 1))
+    return columns
+
+
+def metric_probe(
+    logits: Float[Tensor, "rows choices"],
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    *,
+    metric: Metric,
+    seed: int,
+    probes: int = 1,
+    most: int = 1,
+) -> list[Float[Tensor, "rows choices"]]:
+    """The one probe of a scalar metric, its gradient; of several labelled positions as :func:`fisher_probes`."""
+    example, _ = answer_rows(batch)
+    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(measured_by(metric, z, batch).sum(), z)
+    signs = _kept_apart(example, index, draws=probes, most=most, column=0, seed=seed)
+    return [(scale * sign).to(logits)[:, None] * gradient for sign in signs]
+
+
+def output_probes(
+    logits: Float[Tensor, "rows choices"],
+    batch: Examples,
+    index: Int[Tensor, "batch"],
+    *,
+    probes: int,
+    temperature: float,
+    metric: Metric | None,
+    seed: int,
+    most: int = 1,
+) -> list[Float[Tensor, "rows choices"]]:
+    """The probes of the divergence: Fisher probes for KL, the one exact probe for a scalar metric."""
+    if metric is not None:
+        return metric_probe(logits, batch, index, metric=metric, seed=seed, probes=probes, most=most)
+    return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed, most=most)
+
+
+def divergence_at(
+    original: Tensor, here: Tensor, batch: Examples, metric: Metric | None, temperature: float
+) -> Float[Tensor, "batch"]:
+    """The divergence at a temperature, times its square; a metric's has none."""
+    t = temperature
+    return (
+        divergence(original, here, batch, metric)
+        if metric is not None
+        else t * t * divergence(original / t, here / t, batch)
+    )
+
+
+def divergence_slope(
+    original: Tensor, here: Tensor, batch: Examples, metric: Metric | None, temperature: float
+) -> Float[Tensor, "rows choices"]:
+    """The gradient of each example's divergence with respect to the logits ``here``."""
+    with torch.enable_grad():
+        here = here.detach().clone().requires_grad_()
+        total = divergence_at(original, here, batch, metric, temperature).sum()
+        return torch.autograd.grad(total, here)[0]

@@ -18,7 +18,6 @@ An expansion says nothing about large steps: it has a third-order remainder. Mea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify._internal.readers import rows_first, rows_last
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
@@ -36,13 +34,25 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, shared_batches
 from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
-from tl_sparsify.core.metrics import Metric, divergence, measured_by
+from tl_sparsify.core.metrics import (
+    Metric,
+    divergence,
+    divergence_at,
+    divergence_slope,
+    most_answers,
+    output_probes,
+)
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model
 from tl_sparsify.reading.heard import products
+
+_LEAST = 1e-6
+"""Of a slope's square: below it a slope is mostly rounding, which must not become a direction."""
+
+_VANISHING = 1e-16
+"""A probability below which exact probes lose what they say of the slope."""
 
 
 @dataclass(frozen=True)
@@ -65,108 +75,24 @@ class Samples:
     made: Float[Tensor, "batch"]
 
 
-def fisher_probes(
-    logits: Float[Tensor, "rows choices"],
-    batch: Examples,
-    index: Int[Tensor, "batch"],
-    *,
-    probes: int,
-    temperature: float,
-    seed: int,
-    most: int = 1,
-) -> list[Float[Tensor, "rows choices"]]:
-    """Probes on the logits whose second moments sum to the Fisher matrix of ``softmax(logits / temperature)``.
+@dataclass(frozen=True)
+class Derivatives:
+    """Vectors on the logits, a backward pass each, that hold the slope and the Hessian of every example's divergence.
 
-    Up to ``probes + 1`` answers the Fisher matrix is factored exactly (its Cholesky columns in closed form: Tanabe
-    and Sagae, 1992). Several labelled positions of an example are kept apart by probes of their own where ``probes``
-    are enough for that, which is exact too, and else by random signs, drawn as often as ``probes`` allow. ``most`` is
-    the largest number of positions of any example, also of other batches, so that all have as many probes. With more
-    answers a probe is the gradient of ``log p(y)`` at a sampled ``y``. With ``temperature`` other than 1 the risk that
-    they give is ``temperature**2`` times the risk at that temperature.
+    Attributes:
+        vectors: the probes, and where need be the slope itself.
+        probes: how many of the vectors, the first ones, are probes: factors of the Hessian.
+        slope: ``[vectors, batch]``, the combination of an example's vectors that is its slope.
     """
-    example, _ = answer_rows(batch)
-    # An example's divergence is the mean over its answers. Probes are squared, so each takes the root of that share.
-    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
-    scale = scale.to(logits)[:, None]
-    p = (logits / temperature).softmax(1)
-    if logits.shape[1] - 1 <= probes:
-        columns = _covariance_root(p)
-        draws = probes // max(1, len(columns))
-        return [
-            scale * sign[:, None].to(logits) * column
-            for number, column in enumerate(columns)
-            for sign in _kept_apart(example, index, draws=draws, most=most, column=number, seed=seed)
-        ]
-    place = (index[example], _number(example))
-    found: list[Float[Tensor, "rows choices"]] = []
-    for probe in range(probes):
-        u = _random.uniform(seed, 7, *place, probe).to(logits)[:, None]
-        total = p.cumsum(1)  # its last entry is 1 only up to rounding
-        answer = torch.searchsorted(total, u * total[:, -1:]).clamp_max(p.shape[1] - 1)
-        # p - e_y has mean 0 and covariance diag(p) - p p', which is the Fisher matrix, where y is drawn from p
-        found.append(-p.scatter_add(1, answer, -torch.ones_like(u)) * scale / math.sqrt(probes))
-    return found
+
+    vectors: list[Float[Tensor, "rows choices"]]
+    probes: int
+    slope: Float[Tensor, "vectors batch"]
 
 
-def most_answers(examples: Examples) -> int:
-    """The largest number of labelled positions of any example."""
-    return int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
-
-
-def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
-    """Which of its example's answers each row is: draws by this and not by position know nothing of padding."""
-    return torch.arange(len(example)) - torch.searchsorted(example, example)
-
-
-def _kept_apart(
-    example: Int[Tensor, "rows"], index: Int[Tensor, "batch"], *, draws: int, most: int, column: int, seed: int
-) -> list[Float[Tensor, "rows"]]:
-    """Factors of the rows in each of at most ``draws`` probes, whose products sum to one for a row with itself and to
-    zero for two rows of an example: exactly where it has at most ``draws``, else on average over random signs."""
-    number, rows = _number(example), torch.bincount(example, minlength=len(index))[example]
-    signs = [
-        _random.signs(seed, 5, index[example], number, column, *([draw] if draw else []))
-        for draw in range(min(draws, max(most, int(rows.max()))))
-    ]
-    own = [signs[0] * (number == draw) for draw in range(len(signs))]
-    return [torch.where(rows <= draws, one, sign / math.sqrt(draws)) for one, sign in zip(own, signs, strict=True)]
-
-
-def _covariance_root(p: Float[Tensor, "rows choices"]) -> list[Float[Tensor, "rows choices"]]:
-    """Columns ``l_j`` with ``sum_j l_j l_j' = diag(p) - p p'`` for each row."""
-    rest = p.flip(1).cumsum(1).flip(1)  # rest[j] = p[j] + p[j+1] + ...
-    columns: list[Float[Tensor, "rows choices"]] = []
-    for j in range(p.shape[1] - 1):
-        before, after = rest[:, j].clamp_min(1e-30), rest[:, j + 1]
-        diagonal = (p[:, j] / before * after).clamp_min(0).sqrt()
-        # in this order no two small numbers are multiplied
-        below = -(p[:, j + 1 :] / after.clamp_min(1e-30)[:, None]) * diagonal[:, None]
-        columns.append(torch.cat([p.new_zeros(len(p), j), diagonal[:, None], below], 1))
-    return columns
-
-
-def metric_probe(
-    logits: Float[Tensor, "rows choices"],
-    batch: Examples,
-    index: Int[Tensor, "batch"],
-    *,
-    metric: Metric,
-    seed: int,
-    probes: int = 1,
-    most: int = 1,
-) -> list[Float[Tensor, "rows choices"]]:
-    """The one probe of a scalar metric, its gradient; of several labelled positions as :func:`fisher_probes`."""
-    example, _ = answer_rows(batch)
-    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
-    with torch.enable_grad():
-        z = logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(measured_by(metric, z, batch).sum(), z)
-    signs = _kept_apart(example, index, draws=probes, most=most, column=0, seed=seed)
-    return [(scale * sign).to(logits)[:, None] * gradient for sign in signs]
-
-
-def output_probes(
-    logits: Float[Tensor, "rows choices"],
+def output_derivatives(
+    original: Float[Tensor, "rows choices"],
+    here: Float[Tensor, "rows choices"],
     batch: Examples,
     index: Int[Tensor, "batch"],
     *,
@@ -175,11 +101,59 @@ def output_probes(
     metric: Metric | None,
     seed: int,
     most: int = 1,
-) -> list[Float[Tensor, "rows choices"]]:
-    """The probes of the divergence: Fisher probes for KL, the one exact probe for a scalar metric."""
-    if metric is not None:
-        return metric_probe(logits, batch, index, metric=metric, seed=seed, probes=probes, most=most)
-    return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed, most=most)
+) -> Derivatives:
+    """The slope ``s`` and probes of the Hessian ``F`` at the logits ``here``, in as few vectors as hold both.
+
+    Where probes factor ``F`` exactly, the slope is a combination of them: with ``F w = s`` it is
+    ``sum_k (xi_k . w) xi_k``. Where they are sampled, the first is ``s`` itself, at a length at which it is a part of
+    ``F``, and the others are drawn from what is left of it: two or more of them are as many as without a slope. Only
+    with one probe, with more labelled positions than exact probes can keep apart, or with probabilities that vanish
+    is the slope a vector more.
+    """
+    settings = {"temperature": temperature, "metric": metric, "seed": seed, "most": most}
+    slope = divergence_slope(original, here, batch, metric, temperature)
+    example = answer_rows(batch)[0].to(here.device)
+
+    def along(
+        vectors: list[Float[Tensor, "rows choices"]], others: Float[Tensor, "*vectors rows choices"]
+    ) -> Float[Tensor, "vectors batch"]:
+        """Inner products over the rows of each example."""
+        rows = (torch.stack(vectors).double() * others).sum(-1)
+        return rows.new_zeros(len(rows), len(batch)).index_add(1, example, rows)
+
+    drawn = metric is None and here.shape[1] - 1 > probes > 1
+    vectors = output_probes(here, batch, index, probes=probes - drawn, **settings)
+    p = (here.double() / temperature).softmax(1)
+    answers = torch.bincount(example, minlength=len(batch))[example][:, None]
+    dual = slope.double() * answers / p.clamp_min(_VANISHING)  # w: a slope sums to zero
+    if drawn:
+        square = along([slope], dual)[0]
+        length = (square + _LEAST).sqrt()
+        # E xi xi' = F, so that the second moments of xi - c (xi . w) s are F - (2 c - c^2 s . w) s s'
+        c = (1 - (_LEAST / (square + _LEAST)).sqrt()) / square.clamp_min(1e-300)
+        rest = torch.stack(vectors) - ((c * along(vectors, dual))[:, example, None] * slope).to(slope)
+        first = (slope / length[example, None]).to(slope)
+        weights = torch.cat([length[None], torch.zeros_like(length).expand(len(vectors), -1)])
+        return Derivatives([first, *rest], len(weights), weights)
+    columns = 1 if metric is not None else here.shape[1] - 1
+    if 0 < columns <= probes and most <= probes // columns:  # exact, and each labelled position has its own
+        if metric is not None:
+            weights = along(vectors, slope.double()) / along(vectors, torch.stack(vectors)).clamp_min(1e-300)
+            return Derivatives(vectors, len(vectors), weights)
+        if bool((p > _VANISHING).all()):
+            return Derivatives(vectors, len(vectors), along(vectors, dual))
+    weights = slope.new_zeros(len(vectors) + 1, len(batch), dtype=torch.float64)
+    weights[-1] = 1
+    return Derivatives([*vectors, slope], len(vectors), weights)
+
+
+def vectors_of(answers: int, probes: int, most: int = 1) -> int:
+    """How many vectors the KL divergence over so many answers takes, of examples with ``most`` labelled positions."""
+    exact = max(0, answers - 1)
+    if exact > probes:
+        return max(2, probes)
+    draws = probes // max(1, exact)
+    return exact * min(draws, most) + (most > draws)
 
 
 def samples(
@@ -203,10 +177,11 @@ def samples(
     Units that are already removed have no effect; with ``restorable``, minus that of taking them back. ``recall`` may
     know the original's logits from an earlier call (:func:`remembering`).
 
-    One forward and ``probes`` backward passes over the data (fewer where fewer are exact); with ``current``
-    one forward and one backward pass more; for each ``interchange`` in the distribution one forward pass more for each
-    model; one more for values of counterfactual inputs. Memory does not grow with the number of examples. With
-    ``temperature`` other than 1 everything is ``temperature**2`` times the divergence at that temperature.
+    One forward and ``probes`` backward passes over the data (fewer where fewer are exact); with ``current`` one forward
+    pass more, and a backward pass where probes do not hold the slope (:func:`output_derivatives`); for each
+    ``interchange`` in the distribution one forward pass more for each model; one more for values of counterfactual
+    inputs. Memory does not grow with the number of examples. With ``temperature`` other than 1 everything is
+    ``temperature**2`` times the divergence at that temperature.
 
     Raises:
         ValueError: a model in training mode, fewer than one probe, a temperature that is not positive, NaN or
@@ -261,30 +236,18 @@ def _linearised(
             with intervened(model, *removed), recorded(model, removal.units, gradients=True, lean=True) as recording:
                 changed = answer_logits(model, batch)
         here = changed.detach()
-        vectors = output_probes(here, batch, index, **settings)
-        slope = None if z is None else _slope(z, here, batch, settings["metric"], settings["temperature"])
         spared = first_tokens(model, batch.tokens, batch.attention_mask, removal.first_token)
-        vectors = vectors if slope is None else [*vectors, slope]
-        effects = _effects(own, recording, values, changed, vectors, spared)
-    if z is None:
-        nothing = effects.new_zeros(len(batch))
-        return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
-    offset = _divergence(z, here, batch, settings["metric"], settings["temperature"])
-    return Samples(index, offset, effects[-1], effects[:-1], divergence(z, here, batch, settings["metric"]))
-
-
-def _divergence(z: Tensor, here: Tensor, batch: Examples, metric: Metric | None, t: float) -> Float[Tensor, "batch"]:
-    return divergence(z, here, batch, metric) if metric is not None else t * t * divergence(z / t, here / t, batch)
-
-
-def _slope(
-    z: Tensor, here: Tensor, batch: Examples, metric: Metric | None, temperature: float
-) -> Float[Tensor, "rows choices"]:
-    """The gradient of each example's divergence with respect to the logits ``here``."""
-    with torch.enable_grad():
-        here = here.clone().requires_grad_()
-        total = _divergence(z, here, batch, metric, temperature).sum()
-        return torch.autograd.grad(total, here)[0]
+        if z is None:
+            vectors = output_probes(here, batch, index, **settings)
+            effects = _effects(own, recording, values, changed, vectors, spared)
+            nothing = effects.new_zeros(len(batch))
+            return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
+        derivatives = output_derivatives(z, here, batch, index, **settings)
+        effects = _effects(own, recording, values, changed, derivatives.vectors, spared)
+    linear = torch.einsum("vb,vbu->bu", derivatives.slope.to(effects), effects)
+    offset = divergence_at(z, here, batch, settings["metric"], settings["temperature"])
+    made = divergence(z, here, batch, settings["metric"])
+    return Samples(index, offset, linear, effects[: derivatives.probes], made)
 
 
 def _effects(

@@ -30,9 +30,9 @@ from tl_sparsify.core.circuit import FirstToken, Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, shared_batches
 from tl_sparsify.core.intervene import Recording, recorded
-from tl_sparsify.core.metrics import Metric, by_example, measured_by
+from tl_sparsify.core.metrics import Metric, by_example, measured_by, most_answers, output_probes
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.probes import most_answers, output_probes, pulled, step_to
+from tl_sparsify.core.probes import pulled, step_to
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.constants import mean
 

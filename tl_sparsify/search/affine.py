@@ -22,9 +22,9 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, output, shared_batches, unit_positions
 from tl_sparsify.core.intervene import intervened, recorded
-from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.metrics import Metric, output_probes
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.probes import pulled
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
 

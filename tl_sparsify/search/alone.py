@@ -26,8 +26,8 @@ from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import Recording, joined, recorded
+from tl_sparsify.core.metrics import most_answers, output_probes
 from tl_sparsify.core.moments import Moments, added, batch_moments, mean_of
-from tl_sparsify.core.probes import most_answers, output_probes
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, Units
 

@@ -32,9 +32,9 @@ from tl_sparsify.core.forward import answer_logits, check_call, check_examples, 
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.memory import SHARE_OF_A_MACHINE, physical
-from tl_sparsify.core.metrics import Metric
+from tl_sparsify.core.metrics import Metric, output_probes
 from tl_sparsify.core.moments import Estimate
-from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.probes import pulled
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.affine import MIXABLE, neighbours

@@ -35,9 +35,9 @@ from tl_sparsify.core.forward import (
 )
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import Known, known_of, known_risk
-from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence
+from tl_sparsify.core.metrics import Metric, cross_entropy_slope, divergence, output_probes
 from tl_sparsify.core.moments import mean_of, unit_moments
-from tl_sparsify.core.probes import output_probes, pulled
+from tl_sparsify.core.probes import pulled
 from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.affine import neighbours

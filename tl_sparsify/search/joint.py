@@ -101,15 +101,16 @@ def sparsify(
     Returns:
         The path; the same one, bit for bit, for the same arguments on the same machine.
 
-    Cost in passes over the data: per round one forward and ``probes + 1`` backward on ``train``, and as many again on
-    the examples where risk is predicted; one forward for the means, one for the last measured risk (in every round
-    where it is on other examples than all this), and one of the original model (in every round where its logits are
-    more than 2**24 numbers). With ``interventions`` the measured risk takes two forward passes in every round, and each
-    ``interchange`` two more a pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for each
-    round whose circuit lacks a unit that was taken back later one forward pass. A round that did worse than the next
-    smaller one, by more than its standard error, is grown from that one, for a round's passes and two measured risks
-    (not with ``costs``, nor with a ``shrinkage`` of your own). With ``probing.examples`` a pass of a round is over so
-    many examples, and risk is measured on those of the last round where it is not on others.
+    Cost in passes over the data: per round one forward and ``probes`` backward (fewer where fewer are exact: one with
+    two answers; a single probe of more answers takes two) on ``train``, and as many again on the examples where risk is
+    predicted; one forward for the means, one for the last measured risk (in every round where it is on other examples
+    than all this), and one of the original model (in every round where its logits are more than 2**24 numbers). With
+    ``interventions`` the measured risk takes two forward passes in every round, and each ``interchange`` two more a
+    pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for each round whose circuit lacks
+    a unit that was taken back later one forward pass. A round that did worse than the next smaller one, by more than
+    its standard error, is grown from that one, for a round's passes and two measured risks (not with ``costs``, nor
+    with a ``shrinkage`` of your own). With ``probing.examples`` a pass of a round is over so many examples, and risk is
+    measured on those of the last round where it is not on others.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],

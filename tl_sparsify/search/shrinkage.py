@@ -13,6 +13,7 @@ from typing import TypeVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.search.linearisation import Linearisation
 from tl_sparsify.search.selection import Shrinkage, exchange, greedy
 
@@ -56,7 +57,7 @@ def chosen(
     among ``near`` and the settings next to it, and that divergence.
 
     Each call moves one step at most, of the slope's share or else of the interactions', so that a search follows what
-    its rounds need. No model pass; as many greedy selections as settings and halves.
+    its rounds need. No model pass; as many greedy selections as settings and halves, which processes share.
     """
 
     def choose(half: Linearisation, setting: Shrinkage) -> Change:
@@ -93,20 +94,24 @@ def traded(
 def _most_promising(
     halves: Sequence[Linearisation], settings: Sequence[Setting], choose: Callable[[Linearisation, Setting], Change]
 ) -> tuple[Setting, float]:
-    """The first setting whose changes promise the least, and what they promise."""
-    found = {setting: _promise(halves, lambda half, one=setting: choose(half, one)) for setting in settings}
+    """The first setting whose changes, chosen on each half, promise the least on the others, and what they promise.
+    Processes share the trials."""
+    trials = [(setting, here) for setting in settings for here in range(len(halves))]
+    mine = trials[share(len(trials))]
+    promises = gathered((_promise(halves, here, choose(halves[here], one)) for one, here in mine), len(trials))
+    found = {
+        setting: sum(promises[number * len(halves) : (number + 1) * len(halves)]) / len(halves)
+        for number, setting in enumerate(settings)
+    }
     best = min(found, key=lambda setting: found[setting])
     return best, found[best]
 
 
-def _promise(halves: Sequence[Linearisation], change: Callable[[Linearisation], Change]) -> float:
-    """The divergence that a change chosen on each half promises on the others."""
-    total = 0.0
-    for here in range(len(halves)):
-        restored, removed = change(halves[here])
-        others = [half for there, half in enumerate(halves) if there != here]
-        total += sum(max(0.0, other.predicted(removed, restored)) for other in others) / len(others)
-    return total / len(halves)
+def _promise(halves: Sequence[Linearisation], here: int, change: Change) -> float:
+    """The divergence that a change chosen on this half promises on the others."""
+    restored, removed = change
+    others = [half for there, half in enumerate(halves) if there != here]
+    return sum(max(0.0, other.predicted(removed, restored)) for other in others) / len(others)
 
 
 def _beside(near: Shrinkage, slopes: bool) -> list[Shrinkage]:
