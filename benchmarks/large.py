@@ -29,9 +29,10 @@ BESIDE = {f"score.risk, {probes}": f"bare, {probes}" for probes in ("1 probe", "
 def steps(model: Any, n: int, pos: int) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     units = tls.heads(model) + tls.neurons(model)
+    score = tls.score.risk  # imported before memory is measured, as what the bare passes need is
 
     def risk(count: int, probes: int) -> Callable[[], Any]:
-        return lambda: tls.score.risk(model, prompts(count, pos), units, probes=probes)
+        return lambda: score(model, prompts(count, pos), units, probes=probes)
 
     return {
         "bare, 1 probe": lambda: bare(model, prompts(n, pos), 1),

@@ -69,7 +69,7 @@ def test_defaults_fall_to_pieces_and_the_numbers_stay(monkeypatch: pytest.Monkey
     before = score.risk(model, data, units)
     one = example_bytes(model, data, narrow=True)
     monkeypatch.setattr(memory, "ON_CPU", 5 * one)
-    assert batch_size_for(model, data, None) == 4  # three batches of the twelve, as even as can be
+    assert batch_size_for(model, data, None) == 5 == batch_size_for(model, examples(24), None)
     after = score.risk(model, data, units)
     torch.testing.assert_close(after.scores, before.scores, rtol=1e-10, atol=1e-16)
     torch.testing.assert_close(after.stderr, before.stderr, rtol=1e-9, atol=1e-14)

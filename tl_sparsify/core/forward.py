@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -194,14 +193,12 @@ def run_values(model: Model, batch: Examples, units: Units) -> Values:
 
 
 def batch_size_for(model: Model, examples: Examples, batch_size: int | None, units: Units | None = None) -> int:
-    """The given batch size, or one that fits (:mod:`tl_sparsify.core.memory`) and makes all batches about equal;
-    ``units`` where their gradients are taken."""
+    """The given batch size, or the largest that fits (:mod:`tl_sparsify.core.memory`), whatever their number: memory
+    must not grow with it; ``units`` where their gradients are taken."""
     if batch_size is not None:
         check_count("batch_size", batch_size)
         return batch_size
-    fits = min(len(examples), rows_for(model, examples, narrow=narrows(model), units=units))
-    batches = math.ceil(len(examples) / fits)
-    return math.ceil(len(examples) / batches)
+    return min(len(examples), rows_for(model, examples, narrow=narrows(model), units=units))
 
 
 def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_size: int | None) -> T:

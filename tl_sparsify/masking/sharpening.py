@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
@@ -17,10 +17,11 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import PER_STEP, trained
-from tl_sparsify.search.path import CircuitPath, Round
+from tl_sparsify.search.path import CircuitPath, Round, order_through, worse
 
 _SHARPENING = 20  # passes over the data
 _LEAST = 1e-6  # nats; risks below it count as this
@@ -51,7 +52,8 @@ def sharpen(
     measured on ``held_out`` at the sizes of the path's rounds. Where the second is better from some size on, so are two
     that join them there: the given circuit before that size, taken apart in the trained order, and the trained circuit
     of that size, with the other units before it in the given order. The one with the lowest geometric mean of its risks
-    is returned, with these.
+    is returned, with these. A circuit that measures worse than the next smaller one, by more than its standard error,
+    is grown from that one within the next larger one, in the given or in the trained order, where that measures lower.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
@@ -61,7 +63,8 @@ def sharpen(
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
-    at most three forward passes over ``held_out`` for each round, and one of the original model.
+    at most three forward passes over ``held_out`` for each round, two more for each that is grown, and one of the
+    original model.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -100,17 +103,25 @@ def sharpen(
     known: dict[Circuit, Estimate] = {}
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
 
+    def round_of(step: Round, reduction: Reduction) -> Round:
+        """With this reduction in place of the given round's."""
+        if (circuit := reduction.circuit) not in known:
+            known[circuit] = risk(model, reduction, judged, **measuring)
+        same = circuit == step.reduction.circuit
+        predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
+        return Round(reduction, predicted[0], known[circuit], predicted[1])
+
     def measured(order: Int[Tensor, "units"]) -> CircuitPath:
         """The path of an order, at the sizes of the given one."""
-        ordered, rounds = replace(path, order=order), list[Round]()
-        for step in path.rounds:
-            reduction = ordered.at(step.reduction.circuit.fraction)
-            if (circuit := reduction.circuit) not in known:
-                known[circuit] = risk(model, reduction, judged, **measuring)
-            same = circuit == step.reduction.circuit
-            predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
-            rounds.append(Round(reduction, predicted[0], known[circuit], predicted[1]))
+        ordered = replace(path, order=order)
+        rounds = (round_of(step, ordered.at(step.reduction.circuit.fraction)) for step in path.rounds)
         return replace(ordered, rounds=tuple(rounds))
+
+    def grown(step: Round, smaller: Circuit, around: Bool[Tensor, "units"], order: Int[Tensor, "units"]) -> Round:
+        """The smaller circuit with the last units of an order, among those around it, up to the size of the step."""
+        free = order[(around & ~smaller.mask)[order]]
+        more = free[len(free) - (len(step.reduction.circuit) - len(smaller)) :]
+        return round_of(step, step.reduction.with_circuit(Circuit(units, smaller.mask.index_fill(0, more, True))))
 
     trained_order = logits.argsort(stable=True)
     first, second = measured(path.order), measured(trained_order)
@@ -122,7 +133,16 @@ def sharpen(
         before, there = path.rounds[joint - 1].reduction.circuit.mask, second.rounds[joint].reduction.circuit.mask
         for inside in (before, there):
             paths.append(measured(torch.cat([path.order[~inside[path.order]], trained_order[inside[trained_order]]])))
-    return min(paths, key=lambda one: sum(_logs(one)))
+    best = min(paths, key=lambda one: sum(_logs(one)))
+    rounds, every = list(best.rounds), torch.ones(len(units), dtype=torch.bool)
+    for place in reversed(range(len(rounds) - 1)):
+        larger, smaller = rounds[place : place + 2]
+        if worse(larger, smaller):
+            around = rounds[place - 1].reduction.circuit.mask if place else every
+            here = (smaller.reduction.circuit, around)
+            others = [grown(path.rounds[place], *here, order) for order in (path.order, trained_order)]
+            rounds[place] = min([larger, *others], key=lambda one: one.measured.mean)
+    return replace(best, order=order_through(best.order, rounds), rounds=tuple(rounds))
 
 
 def _logs(path: CircuitPath) -> list[float]:

@@ -33,7 +33,7 @@ from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.linearisation import Expansion, expanding, noting, predicted_change
-from tl_sparsify.search.path import CircuitPath, Round
+from tl_sparsify.search.path import LEAST, CircuitPath, Round, order_through, worse
 from tl_sparsify.search.scores import kept_count
 from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
@@ -41,7 +41,6 @@ from tl_sparsify.search.shrinkage import START, Trade, chosen, traded
 
 _FAR = 3.0  # times the predicted divergence: more than that, and half of the round is taken back
 _MOST_ROUNDS = 10_000
-_LEAST = 1e-3  # nats; below it no round is taken back
 _WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
 
 
@@ -230,7 +229,7 @@ def sparsify(
             reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
             if seen and not predict and reached:
                 found[-1] = replace(found[-1], measured=Estimate.of(expansion.made, unit))
-            if spare > 0 and sketch.offset > max(_LEAST, _FAR * promised) and len(picks) > 1:
+            if spare > 0 and sketch.offset > max(LEAST, _FAR * promised) and len(picks) > 1:
                 half = len(picks) // 2
                 left[picks[half:]] = torch.inf
                 pending.append(float(weight[current.circuit.mask].sum()))
@@ -308,10 +307,6 @@ def sparsify(
         if not same or step.measured.mean != step.measured.mean:
             found[place] = remeasured(step, mask, step.reduction)
 
-    def worse(larger: Round, smaller: Round) -> bool:
-        """By more than the error of measuring it."""
-        return larger.measured.mean - smaller.measured.mean > max(_LEAST, larger.measured.stderr)
-
     for place in reversed(range(len(found) - 1 if trading else 0)):  # nor does a larger one do worse than a smaller one
         if worse(*found[place : place + 2]) and index is not None:  # each on other examples
             for at in (place, place + 1):
@@ -332,8 +327,7 @@ def sparsify(
             predicted, additivity, _ = foretold(smaller.reduction, nothing, back, number)
             found[place] = replace(best, predicted=predicted, additivity=additivity)
         number += 1
-    within = torch.stack([step.reduction.circuit.mask for step in found]).sum(0)
-    return CircuitPath(units, order[within[order].argsort(stable=True)], tuple(found), costs)
+    return CircuitPath(units, order_through(order, found), tuple(found), costs)
 
 
 @checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -34,6 +35,21 @@ class Round:
     predicted: Estimate
     measured: Estimate
     additivity: float
+
+
+LEAST = 1e-3
+"""Nats; no circuit is worse than another by less."""
+
+
+def worse(larger: Round, smaller: Round) -> bool:
+    """Whether the larger circuit does worse than the smaller one, by more than the error of measuring it."""
+    return larger.measured.mean - smaller.measured.mean > max(LEAST, larger.measured.stderr)
+
+
+def order_through(order: Int[Tensor, "units"], rounds: Sequence[Round]) -> Int[Tensor, "units"]:
+    """An order of removal that passes through the nested circuits of these rounds, and else is the given one."""
+    within = torch.stack([step.reduction.circuit.mask for step in rounds]).sum(0)
+    return order[within[order].argsort(stable=True)]
 
 
 @dataclass(frozen=True)
