@@ -113,38 +113,46 @@ def output_derivatives(
     settings = {"temperature": temperature, "metric": metric, "seed": seed, "most": most}
     slope = divergence_slope(original, here, batch, metric, temperature)
     example = answer_rows(batch)[0].to(here.device)
+    columns = 1 if metric is not None else here.shape[1] - 1
+    drawn = columns > probes > 1
+    vectors = output_probes(here, batch, index, probes=probes - drawn, **settings)
 
     def along(
-        vectors: list[Float[Tensor, "rows choices"]], others: Float[Tensor, "*vectors rows choices"]
+        vectors: list[Float[Tensor, "rows choices"]], others: list[Float[Tensor, "rows choices"]]
     ) -> Float[Tensor, "vectors batch"]:
-        """Inner products over the rows of each example."""
-        rows = (torch.stack(vectors).double() * others).sum(-1)
+        """Inner products of pairs, over the rows of each example; one at a time, as logits may be large."""
+        rows = torch.stack([(one.double() * other).sum(1) for one, other in zip(vectors, others, strict=True)])
         return rows.new_zeros(len(rows), len(batch)).index_add(1, example, rows)
 
-    drawn = metric is None and here.shape[1] - 1 > probes > 1
-    vectors = output_probes(here, batch, index, probes=probes - drawn, **settings)
-    p = (here.double() / temperature).softmax(1)
-    answers = torch.bincount(example, minlength=len(batch))[example][:, None]
-    dual = slope.double() * answers / p.clamp_min(_VANISHING)  # w: a slope sums to zero
     if drawn:
-        square = along([slope], dual)[0]
+        dual = _dual(slope, here / temperature, example, len(batch))
+        square = along([slope], [dual])[0]
         length = (square + _LEAST).sqrt()
         # E xi xi' = F, so that the second moments of xi - c (xi . w) s are F - (2 c - c^2 s . w) s s'
         c = (1 - (_LEAST / (square + _LEAST)).sqrt()) / square.clamp_min(1e-300)
-        rest = torch.stack(vectors) - ((c * along(vectors, dual))[:, example, None] * slope).to(slope)
-        first = (slope / length[example, None]).to(slope)
+        shares = (c * along(vectors, [dual] * len(vectors)))[:, example, None].to(slope)
+        first = slope / length[example, None].to(slope)
         weights = torch.cat([length[None], torch.zeros_like(length).expand(len(vectors), -1)])
+        rest = [vector - share * slope for vector, share in zip(vectors, shares, strict=True)]
         return Derivatives([first, *rest], len(weights), weights)
-    columns = 1 if metric is not None else here.shape[1] - 1
     if 0 < columns <= probes and most <= probes // columns:  # exact, and each labelled position has its own
         if metric is not None:
-            weights = along(vectors, slope.double()) / along(vectors, torch.stack(vectors)).clamp_min(1e-300)
-            return Derivatives(vectors, len(vectors), weights)
-        if bool((p > _VANISHING).all()):
-            return Derivatives(vectors, len(vectors), along(vectors, dual))
+            lengths = along(vectors, vectors).clamp_min(1e-300)
+            return Derivatives(vectors, len(vectors), along(vectors, [slope] * len(vectors)) / lengths)
+        if bool(((here / temperature).softmax(1) > _VANISHING).all()):
+            dual = _dual(slope, here / temperature, example, len(batch))
+            return Derivatives(vectors, len(vectors), along(vectors, [dual] * len(vectors)))
     weights = slope.new_zeros(len(vectors) + 1, len(batch), dtype=torch.float64)
     weights[-1] = 1
     return Derivatives([*vectors, slope], len(vectors), weights)
+
+
+def _dual(
+    slope: Float[Tensor, "rows choices"], logits: Float[Tensor, "rows choices"], example: Int[Tensor, "rows"], n: int
+) -> Float[Tensor, "rows choices"]:
+    """``w`` with ``F w`` the slope: a slope sums to zero, and so ``(diag(p) - p p') w = p w``."""
+    answers = torch.bincount(example, minlength=n)[example][:, None]
+    return (slope.double() * answers).div_(logits.double().softmax(1).clamp_min_(_VANISHING))
 
 
 def vectors_of(answers: int, probes: int, most: int = 1) -> int:
