@@ -19,7 +19,7 @@ class Probing:
     """How the divergence is probed, in the search only.
 
     Attributes:
-        probes: for each example and round (:func:`probes.fisher_probes`).
+        probes: for each example and round; where drawn, the slope is one (:func:`probes.output_derivatives`).
         temperature: of the output, for the probes.
         examples: of ``train`` in a round, drawn anew for each; all where not given. Where there are many, fresh ones
             in every round find better circuits for the same passes than always the same ones: what one round took from
