@@ -38,10 +38,10 @@ def test_four_tasks_are_no_templates_of_one():
     task = tls.load_task("multi_task")
     model = task.model()
     train, _, test = task.examples(0)
-    units = tls.heads(model)
+    units = tls.heads(model) + tls.neurons(model)
     means = tls.constants.mean(model, train, units)
     scores = tls.score.risk(model, train.sample(128), units, values=means, temperature=3.0)
-    reduction = tls.constants.reduced(model, scores.top(0.5), means)
+    reduction = tls.constants.reduced(model, scores.top(0.3), means)
     some = test.sample(480)
     names = some.tokens[:, 0].tolist()  # the token that says which task it is
     table = tls.stress(model, reduction, some, rows=("templates",), templates=names, draws=5, bootstrap=200)
