@@ -1,8 +1,8 @@
 """How a mask is best trained from a search's order: with each size's divergence as it is, or relative to its own level.
 
-Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. Every row
-takes the same backward passes: a search of 20 rounds, a mask from nothing, and a search of ten rounds that is sharpened
-by as many passes of training. What was done before is kept, so that an interrupted run goes on. Writes
+Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. No row
+takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of ten rounds that is
+sharpened by as many passes of training. What was done before is kept, so that an interrupted run goes on. Writes
 ``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]

@@ -207,9 +207,7 @@ def fisher_probes(
     they give is ``temperature**2`` times the risk at that temperature.
     """
     example, _ = answer_rows(batch)
-    # An example's divergence is the mean over its answers. Probes are squared, so each takes the root of that share.
-    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
-    scale = scale.to(logits)[:, None]
+    scale = _root_share(example, len(batch)).to(logits)[:, None]
     p = (logits / temperature).softmax(1)
     if logits.shape[1] - 1 <= probes:
         columns = _covariance_root(p)
@@ -233,6 +231,11 @@ def fisher_probes(
 def most_answers(examples: Examples) -> int:
     """The largest number of labelled positions of any example."""
     return int((examples.labels != NO_LABEL).sum(1).max()) if len(examples) else 1
+
+
+def _root_share(example: Int[Tensor, "rows"], n: int) -> Float[Tensor, "rows"]:
+    """The root of each row's share of its example's divergence, a mean over its answers: probes are squared."""
+    return 1 / torch.bincount(example, minlength=n).double().sqrt()[example]
 
 
 def _number(example: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
@@ -279,7 +282,7 @@ def metric_probe(
 ) -> list[Float[Tensor, "rows choices"]]:
     """The one probe of a scalar metric, its gradient; of several labelled positions as :func:`fisher_probes`."""
     example, _ = answer_rows(batch)
-    scale = 1 / torch.bincount(example, minlength=len(batch)).double().sqrt()[example]
+    scale = _root_share(example, len(batch))
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(measured_by(metric, z, batch).sum(), z)
@@ -304,23 +307,20 @@ def output_probes(
     return fisher_probes(logits, batch, index, probes=probes, temperature=temperature, seed=seed, most=most)
 
 
-def divergence_at(
-    original: Tensor, here: Tensor, batch: Examples, metric: Metric | None, temperature: float
-) -> Float[Tensor, "batch"]:
-    """The divergence at a temperature, times its square; a metric's has none."""
-    t = temperature
-    return (
-        divergence(original, here, batch, metric)
-        if metric is not None
-        else t * t * divergence(original / t, here / t, batch)
-    )
-
-
-def divergence_slope(
-    original: Tensor, here: Tensor, batch: Examples, metric: Metric | None, temperature: float
-) -> Float[Tensor, "rows choices"]:
-    """The gradient of each example's divergence with respect to the logits ``here``."""
+def divergence_and_slope(
+    original: Float[Tensor, "rows choices"],
+    here: Float[Tensor, "rows choices"],
+    batch: Examples,
+    metric: Metric | None,
+    temperature: float,
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "rows choices"]]:
+    """Each example's divergence and its gradient by the logits ``here``; of KL at a temperature, times its square."""
     with torch.enable_grad():
         here = here.detach().clone().requires_grad_()
-        total = divergence_at(original, here, batch, metric, temperature).sum()
-        return torch.autograd.grad(total, here)[0]
+        if metric is None:
+            t = temperature
+            found = t * t * divergence(original / t, here / t, batch)
+        else:
+            found = divergence(original, here, batch, metric)
+        (slope,) = torch.autograd.grad(found.sum(), here)
+    return found.detach(), slope

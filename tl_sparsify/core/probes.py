@@ -37,8 +37,7 @@ from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import (
     Metric,
     divergence,
-    divergence_at,
-    divergence_slope,
+    divergence_and_slope,
     most_answers,
     output_probes,
 )
@@ -83,11 +82,13 @@ class Derivatives:
         vectors: the probes, and where need be the slope itself.
         probes: how many of the vectors, the first ones, are probes: factors of the Hessian.
         slope: ``[vectors, batch]``, the combination of an example's vectors that is its slope.
+        offset: the divergence itself.
     """
 
     vectors: list[Float[Tensor, "rows choices"]]
     probes: int
     slope: Float[Tensor, "vectors batch"]
+    offset: Float[Tensor, "batch"]
 
 
 def output_derivatives(
@@ -111,7 +112,7 @@ def output_derivatives(
     is the slope a vector more.
     """
     settings = {"temperature": temperature, "metric": metric, "seed": seed, "most": most}
-    slope = divergence_slope(original, here, batch, metric, temperature)
+    offset, slope = divergence_and_slope(original, here, batch, metric, temperature)
     example = answer_rows(batch)[0].to(here.device)
     columns = 1 if metric is not None else here.shape[1] - 1
     drawn = columns > probes > 1
@@ -134,17 +135,17 @@ def output_derivatives(
         first = slope / length[example, None].to(slope)
         weights = torch.cat([length[None], torch.zeros_like(length).expand(len(vectors), -1)])
         rest = [vector - share * slope for vector, share in zip(vectors, shares, strict=True)]
-        return Derivatives([first, *rest], len(weights), weights)
+        return Derivatives([first, *rest], len(weights), weights, offset)
     if 0 < columns <= probes and most <= probes // columns:  # exact, and each labelled position has its own
         if metric is not None:
             lengths = along(vectors, vectors).clamp_min(1e-300)
-            return Derivatives(vectors, len(vectors), along(vectors, [slope] * len(vectors)) / lengths)
+            return Derivatives(vectors, len(vectors), along(vectors, [slope] * len(vectors)) / lengths, offset)
         if bool(((here / temperature).softmax(1) > _VANISHING).all()):
             dual = _dual(slope, here / temperature, example, len(batch))
-            return Derivatives(vectors, len(vectors), along(vectors, [dual] * len(vectors)))
+            return Derivatives(vectors, len(vectors), along(vectors, [dual] * len(vectors)), offset)
     weights = slope.new_zeros(len(vectors) + 1, len(batch), dtype=torch.float64)
     weights[-1] = 1
-    return Derivatives([*vectors, slope], len(vectors), weights)
+    return Derivatives([*vectors, slope], len(vectors), weights, offset)
 
 
 def _dual(
@@ -253,9 +254,8 @@ def _linearised(
         derivatives = output_derivatives(z, here, batch, index, **settings)
         effects = _effects(own, recording, values, changed, derivatives.vectors, spared)
     linear = torch.einsum("vb,vbu->bu", derivatives.slope.to(effects), effects)
-    offset = divergence_at(z, here, batch, settings["metric"], settings["temperature"])
     made = divergence(z, here, batch, settings["metric"])
-    return Samples(index, offset, linear, effects[: derivatives.probes], made)
+    return Samples(index, derivatives.offset, linear, effects[: derivatives.probes], made)
 
 
 def _effects(
