@@ -2,9 +2,10 @@
 
 ``bare`` is one forward pass of GPT-2 small's shape with all its logits and ``k`` backward passes to the embeddings
 (:mod:`score_speed`); ``score.risk`` takes the means as well. Memory is what a step adds to the process at its peak,
-when it is made for the first time. Each step runs in a process of its own, a score in turn with its bare passes; times
-are the median of the repeats, and only ratios of one run are compared. Writes ``benchmarks/results/large.csv`` and
-``large.md``.
+when it is made for the first time. One long prompt of SmolLM2 (``tl-sparsify fetch smollm2``) is scored with all that
+its blocks compute kept for the backward pass, and with blocks run again there. Each step runs in a process of its own,
+a score in turn with its bare passes; times are the median of the repeats (of the long prompt, of one), and only ratios
+of one run are compared. Writes ``benchmarks/results/large.csv`` and ``large.md``.
 
     python benchmarks/large.py [--repeats 3] [--prompts 32] [--pos 20]
 """
@@ -15,14 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+import torch
 from score_speed import bare, gpt2_small, prompts
 from shared import in_processes, write
 
 import tl_sparsify as tls
-from tl_sparsify.comparison.cost import cost_of
+from tl_sparsify.comparison.cost import Cost, cost_of
 from tl_sparsify.comparison.tables import table_of
+from tl_sparsify.core import memory
 
 MANY = 6  # times the prompts: 192
+LONG = 2048  # tokens
 BESIDE = {f"score.risk, {probes}": f"bare, {probes}" for probes in ("1 probe", "4 probes")}
 
 
@@ -51,12 +55,27 @@ NAMES = (
     "score.risk, 4 probes",
     "score.risk, many prompts",
     "score.risk, twice as many",
+    "long prompt, kept",
+    "long prompt, again",
 )
+
+
+def long(*, again: bool) -> Cost:
+    """Single-unit risk of all heads and neurons of SmolLM2 on one prompt of random tokens."""
+    model = tls.load_task("ioi", model="smollm2").model()
+    tokens = torch.randint(1000, 40_000, (1, LONG), generator=torch.Generator().manual_seed(0))
+    prompt = tls.Examples(tokens, tokens.where(torch.arange(LONG) == LONG - 1, -100))
+    units, score = tls.heads(model) + tls.neurons(model), tls.score.risk
+    memory.SHARE_OF_ONE = 0.0 if again else float("inf")
+    return cost_of(model, 1, lambda: score(model, prompt, units, probes=1))[1]
 
 
 def measured(name: str, repeats: int, n: int, pos: int) -> dict[str, float]:
     """What one step adds to the memory of this process when it is first made, and its seconds; of a score the medians
     of its own and of the bare passes' in turn, so that both meet the same machine."""
+    if name.startswith("long"):
+        cost = long(again=name.endswith("again"))
+        return {"seconds": cost.seconds, "added_mb": cost.peak_mb}
     model = gpt2_small()
     runs = steps(model, n, pos)
     first = cost_of(model, 1, runs[name])[1]
@@ -78,6 +97,10 @@ def markdown(frame: pd.DataFrame) -> str:
     many, twice = added["score.risk, many prompts"], added["score.risk, twice as many"]
     rows.append(("GiB beyond the model, many prompts", many / 1024, "at most 2"))
     rows.append(("twice as many / many prompts, added memory", twice / many, "at most 1.05"))
+    kept, again = by_step.loc["long prompt, kept"], by_step.loc["long prompt, again"]
+    what = f"{LONG:,} tokens of SmolLM2, blocks run again / kept"
+    rows.append((f"{what}, added memory", again.added_mb / kept.added_mb, "below 1"))
+    rows.append((f"{what}, time", again.seconds / kept.seconds, ""))
     return table_of(["ratio", "measured", "goal"], [[name, f"{value:.2f}", goal] for name, value, goal in rows])
 
 

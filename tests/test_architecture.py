@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "tl_sparsify"
 # A folder imports only from folders of earlier lines, and a module only from modules before it in its own.
 ORDER = {
     "reading": "norms heard written",
-    "_internal": "after_import experts checks random arguments beside ranks files progress encoders directory storage "
-    "processes first_tokens layouts readers",
+    "_internal": "after_import experts checks random arguments ranks files progress encoders directory storage "
+    "processes first_tokens recomputation layouts readers",
     "core": "site units prompts examples circuit edges reduction intervene memory forward moments metrics "
     "distributions measure probes basis",
     "gradients": "rules backward",

@@ -146,3 +146,21 @@ def test_memory_does_not_grow_with_the_examples():
 
     peak(train[:16])
     assert peak(train) <= 1.05 * peak(train[:24])
+
+
+def test_blocks_that_are_run_again_run_under_the_same_hooks(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU a backward pass runs in a thread of its own."""
+    model, few = models()[1], splits()[0][:4]
+    units = units_of(model)
+    reduction = tls.constants.reduced(
+        model, tls.Circuit.of(units, units.names[::2]), tls.constants.zero(model, few, units)
+    )
+
+    def found() -> list[torch.Tensor]:
+        path = tls.sparsify(model, few, units, rounds=2, start=reduction, batch_size=1, progress=False)
+        return [tls.score.risk(model, few, units, batch_size=1).scores, path.scores]
+
+    before = found()
+    monkeypatch.setattr("tl_sparsify.core.memory.SHARE_OF_ONE", 0.0)
+    for one, other in zip(before, found(), strict=True):
+        same(one, other)

@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tl_sparsify._internal.beside import beside, left_over, remove, sweep
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import beside, left_over, remove, sweep, write_text
 from tl_sparsify._internal.ranks import agreed, is_main, own_files
 
 _NEW = ".complete"

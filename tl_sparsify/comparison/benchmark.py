@@ -25,9 +25,8 @@ import pandas as pd
 import torch
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.beside import sweep
 from tl_sparsify._internal.checks import check_count
-from tl_sparsify._internal.files import reading, versions, write_bytes, write_text
+from tl_sparsify._internal.files import reading, sweep, versions, write_bytes, write_text
 from tl_sparsify._internal.processes import end_with_parent
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.comparison import cells

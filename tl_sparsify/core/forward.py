@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +15,11 @@ from tl_sparsify._internal.checks import check_count, check_is_model
 from tl_sparsify._internal.layouts import narrows
 from tl_sparsify._internal.random import check_seed
 from tl_sparsify._internal.ranks import share
+from tl_sparsify._internal.recomputation import ALWAYS, ONCE, recomputing, setting
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, recorded
-from tl_sparsify.core.memory import device_of, rows_for
+from tl_sparsify.core.memory import device_of, rows_for, too_long
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site, input_at
 from tl_sparsify.core.units import Model, Units
@@ -111,11 +112,18 @@ def output(model: Model, batch: Examples) -> Float[Tensor, "batch pos vocab"]:
             bad = low if low < 0 else high
             raise ValueError(f"tokens holds id {bad}; the model's vocabulary has ids 0 to {len(embedding) - 1}")
     tokens, mask = batch.tokens.to(device), batch.attention_mask
-    with input_at(mask):
+    with input_at(mask), recomputing(model) if _again(model, batch) else nullcontext():
         logits = model(tokens) if mask is None else model(tokens, attention_mask=mask.to(device).long())
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         raise ValueError(f"the model returned {type(logits).__name__}, not logits [batch, pos, vocab]")
     return logits if logits.ndim == 3 else logits[:, None]
+
+
+def _again(model: Model, batch: Examples) -> bool:
+    """Whether the blocks are run once more in the backward pass: one example's graph would not fit."""
+    if not torch.is_grad_enabled() or ONCE.get() or not hasattr(model, "blocks"):
+        return False
+    return ALWAYS.get() or (len(batch) == 1 and too_long(model, batch, narrow=narrows(model)))
 
 
 def answer_rows(batch: Examples) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
@@ -203,15 +211,32 @@ def batch_size_for(model: Model, examples: Examples, batch_size: int | None, uni
 
 def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_size: int | None) -> T:
     """``run(batch_size)``; where that is not given, with one that fits, and with half of it, again and again, where
-    memory runs out all the same."""
+    memory runs out all the same; at last with one example at a time, whose blocks are run again in backward passes."""
     size = batch_size_for(model, examples, batch_size)
-    while batch_size is None and size > 1:
+    while batch_size is None and size > 0:
         try:
             return run(size)
         except torch.OutOfMemoryError:
             size //= 2  # the next try begins when the exception, and what it holds, is gone
         torch.cuda.empty_cache()
-    return run(size)
+    with setting(ALWAYS) if batch_size is None else nullcontext():
+        return run(max(size, 1))
+
+
+def halving(
+    run: Callable[[Int[Tensor, "batch"], Examples], T], index: Int[Tensor, "batch"], batch: Examples
+) -> list[T]:
+    """What ``run`` makes of a batch; where memory runs out, of its halves, and of theirs; of a single example with its
+    blocks run again in backward passes."""
+    try:
+        return [run(index, batch)]
+    except torch.OutOfMemoryError:
+        half = len(batch) // 2  # the next try begins when the exception, and what it holds, is gone
+    torch.cuda.empty_cache()
+    if half == 0:
+        with setting(ALWAYS):
+            return [run(index, batch)]
+    return [*halving(run, index[:half], batch[:half]), *halving(run, index[half:], batch[half:])]
 
 
 def batches_of(

@@ -27,6 +27,7 @@ from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
 from tl_sparsify._internal.readers import first_hooks, reader_hooks, reads, rows_first, rows_last
+from tl_sparsify._internal.recomputation import AGAIN, ONCE, setting
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
@@ -123,7 +124,7 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
 
     def here(act: Callable[..., Any]) -> Callable[..., Any]:
         def only_here(activation: Any, hook: Any) -> Any:
-            return act(activation, hook=hook) if threading.get_ident() == mine else None
+            return act(activation, hook=hook) if mine in (threading.get_ident(), AGAIN.get()) else None
 
         return only_here
 
@@ -135,8 +136,9 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
     if reading:  # last, so that what is written is noted as the others left it
         plain += [(_canonical(model, points, name), here(hook)) for name, hook in reader_hooks(model, reading)]
     first = [(points[name], here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
-    with lock, _before_others(first), model.hooks(fwd_hooks=plain), hooked_experts(model, experts):
-        yield
+    with setting(ONCE) if reading else nullcontext(), lock, _before_others(first), model.hooks(fwd_hooks=plain):
+        with hooked_experts(model, experts):
+            yield
 
 
 @contextmanager
@@ -185,11 +187,9 @@ def _apply(
     if mixing is not None:
         target = target + mixing.of(v)
     new = torch.lerp(target, v, weight.expand_as(v))
-    where = site.position_mask(v.shape[0], v.shape[1])
-    if where is not None:
+    if (where := site.position_mask(v.shape[0], v.shape[1])) is not None:
         new = torch.where(where.to(v.device)[..., None, None], new, v)
-    first = spared()
-    if first is not None:
+    if (first := spared()) is not None:
         new = torch.where(first.to(v.device)[..., None, None], v, new)
     return site.write(activation, v, new)
 
@@ -338,19 +338,20 @@ def recorded(model: Model, units: Units, *, gradients: bool = False, lean: bool 
     placed = any(site.positions is not None for site in units.sites if site.kind == "edge")
 
     def keep(activation: Float[Tensor, "..."], hook: Any, name: str) -> Float[Tensor, "..."] | Heard | None:
+        into = recording if AGAIN.get() is None else Recording(units, {})  # what runs again is recorded
         for site in units.sites:
             if name in site.hook_names:
                 check_places(site, activation)
         if isinstance(hook, Written):
-            recording.written[name] = hook.parts if gradients else tuple(part.detach() for part in hook.parts)
+            into.written[name] = hook.parts if gradients else tuple(part.detach() for part in hook.parts)
             if lean and hook.heard is not None and hook.heard.slope is not None and not placed:
-                return recording.heard.setdefault(name, hook.heard)
+                return into.heard.setdefault(name, hook.heard)
         if not gradients:
-            recording.activations[name] = activation.detach()
+            into.activations[name] = activation.detach()
             return None
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_()
-        recording.activations[name] = activation
+        into.activations[name] = activation
         return activation
 
     with _hooked(model, [(name, partial(keep, name=name)) for name in recording.hooks]):

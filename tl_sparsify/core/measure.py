@@ -45,17 +45,17 @@ def computed(
 def remembering(numbers: int = _REMEMBERED) -> Recall:
     """Remember the logits of the batches that come first, up to so many numbers in all: what is kept does not grow
     with the number of examples. For calls with the same model, examples and batch size only."""
-    kept: dict[int, Float[Tensor, "rows choices"]] = {}
+    kept: dict[tuple[int, int], Float[Tensor, "rows choices"]] = {}
 
     def recall(
         index: Int[Tensor, "batch"], compute: Callable[[], Float[Tensor, "rows choices"]]
     ) -> Float[Tensor, "rows choices"]:
-        start = int(index[0])
-        if start in kept:
-            return kept[start]
+        batch = int(index[0]), len(index)  # in other batches where memory ran out in between
+        if batch in kept:
+            return kept[batch]
         logits = compute()
         if sum(part.numel() for part in kept.values()) + logits.numel() <= numbers:
-            kept[start] = logits
+            kept[batch] = logits
         return logits
 
     return recall

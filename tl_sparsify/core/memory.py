@@ -27,6 +27,9 @@ SHARE = 1 / 4
 SHARE_OF_A_MACHINE = 0.8
 """Of a machine's memory: what needs more is refused."""
 
+SHARE_OF_ONE = 1 / 2
+"""Of a machine's memory, or of what the model leaves of a GPU's: an example that takes more is too long."""
+
 TOKENS = 16_384
 """At most so many tokens at a time: more are no faster."""
 
@@ -80,15 +83,27 @@ def physical() -> int:
 def budget(model: Any) -> int:
     """Bytes that a batch may take on the model's device: 1.25 GiB on the CPU, on a GPU a quarter of what the model
     leaves of its whole memory; of several GPUs of the one with the least."""
+    left = _left(model)
+    return ON_CPU if left is None else max(int(SHARE * left), ON_CPU // 4)
+
+
+def _left(model: Any) -> int | None:
+    """What the model leaves of its GPU's memory, of several of the one with the least; ``None`` on the CPU."""
     first = _runs_on(model)
     if first.type != "cuda":
-        return ON_CPU
+        return None
     storages = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.is_cuda}
     own = {first: 0}
     for p in storages.values():
         own[p.device] = own.get(p.device, 0) + p.untyped_storage().nbytes()
-    left = min(torch.cuda.get_device_properties(device).total_memory - taken for device, taken in own.items())
-    return max(int(SHARE * left), ON_CPU // 4)
+    return min(torch.cuda.get_device_properties(device).total_memory - taken for device, taken in own.items())
+
+
+def too_long(model: Any, examples: Examples, *, narrow: bool) -> bool:
+    """Whether the graph of one example alone is more than may be hoped to fit (:data:`SHARE_OF_ONE`): its blocks are
+    run again in backward passes (:mod:`tl_sparsify._internal.recomputation`)."""
+    left = _left(model)
+    return example_bytes(model, examples, narrow=narrow) > SHARE_OF_ONE * (physical() if left is None else left)
 
 
 def example_bytes(model: Any, examples: Examples, *, narrow: bool) -> int:

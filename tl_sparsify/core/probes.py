@@ -31,7 +31,7 @@ from tl_sparsify._internal.readers import rows_first, rows_last
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
 from tl_sparsify.core.distributions import removal as removal_of
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, shared_batches
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, halving, shared_batches
 from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import (
@@ -206,7 +206,9 @@ def samples(
         if not removal.values.paired and not bool(torch.isfinite(value).all()):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     most = most_answers(examples)
-    for index, batch in shared_batches(model, examples, batch_size, removal.units):
+    settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed, "most": most}
+
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Samples:
         same = (interventions, model, removal, examples, index, seed)
         there = removal.for_examples(index, examples.spans)
         source = paired_values(model, examples, index, there.units) if paired else None
@@ -216,16 +218,18 @@ def samples(
             z = None
             if current is not None:
                 with intervened(model, *drawn_interventions(*same)):
-                    z = recall(index, lambda batch=batch: answer_logits(model, batch))
+                    z = recall(index, lambda: answer_logits(model, batch))
             with intervened(model, *removed):
                 drawn = drawn_interventions(*same)
-        settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed, "most": most}
         target = source if source is not None and removal.values.paired else removal.values
         part = _linearised(model, batch, index, there, target.tensors, removed, drawn, z, settings)
-        if current is not None and not restorable:
-            mask = current.circuit.mask.to(part.effects)
-            part = replace(part, linear=part.linear * mask, effects=part.effects * mask)
-        yield part
+        if current is None or restorable:
+            return part
+        mask = current.circuit.mask.to(part.effects)
+        return replace(part, linear=part.linear * mask, effects=part.effects * mask)
+
+    for index, batch in shared_batches(model, examples, batch_size, removal.units):
+        yield from halving(of, index, batch) if batch_size is None else (of(index, batch),)
 
 
 def _linearised(
