@@ -23,6 +23,7 @@ _TIMES, _LEAST = 256, 2**28
 """A model that a file describes may be so many times as large as the file, and of so many numbers in any case."""
 _WIDTH = 2**16
 _TOGETHER = 2**22  # values whose bits are there at once
+_ROWS = 4  # of them whose products are: what stays in the processor's cache
 
 
 def check_size(build: Callable[[], Any], there: int) -> Any:
@@ -77,8 +78,8 @@ def checksum(tensor: Shaped[Tensor, "..."]) -> int:
         bits = _bits(flat[start : start + _TOGETHER])
         whole = len(bits) // _WIDTH * _WIDTH
         for place, part in enumerate((bits[:whole].view(-1, _WIDTH), bits[whole:][None])):
-            weights = _weights(_WIDTH)[: part.shape[1]].to(part.device)
-            rows = (part * weights.to(torch.int32)).sum(1)
+            weights = _weights(_WIDTH)[: part.shape[1]].to(part.device, torch.int32)
+            rows = torch.cat([(some * weights).sum(1) for some in part.split(_ROWS)])
             more = _weights(_TOGETHER // _WIDTH + 1, number, place)[: len(rows)].to(part.device)
             total += int((rows * more).sum())
     return total % 2**64
