@@ -6,8 +6,8 @@ on each example's counterfactual input), and leaves the same first tokens alone.
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores
 have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training
 gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20, which was
-better on induction's test examples than the default, 2. Sharpened is half of the rounds and, in as many passes, a mask
-that starts from their order. Sizes are reported on test examples.
+better on induction's test examples than the default, 2. Sharpened is a search of a quarter of the passes and, in the
+other three, masks from its order and from nothing. Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -56,10 +56,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
 
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        half: dict[str, Any] = {"rounds": rounds // 2, "smallest": SIZES[-1], "probing": probing}
-        found = tls.sparsify(model, train, units, values=values, seed=seed, **half, **quiet)
+        few: dict[str, Any] = {"rounds": rounds // 4, "smallest": SIZES[-1], "probing": probing}
+        found = tls.sparsify(model, train, units, values=values, seed=seed, **few, **quiet)
         many = min(32, len(train))
-        steps = -(-backward(train) // (2 * many))
+        steps = backward(train) * 3 // (4 * many)
         return tls.sharpen(model, found, train, steps=steps, per_step=many, seed=seed, **quiet)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:

@@ -1,9 +1,9 @@
-"""How a mask is best trained from a search's order: with each size's divergence as it is, or relative to its own level.
+"""How masks are best trained from a search's order: with each size's divergence as it is, or relative to its own level.
 
 Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. No row
-takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of ten rounds that is
-sharpened by as many passes of training. What was done before is kept, so that an interrupted run goes on. Writes
-``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
+takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of a quarter of the
+rounds that is sharpened by three times as many passes of training. What was done before is kept, so that an
+interrupted run goes on. Writes ``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]
 """
@@ -22,7 +22,7 @@ from tl_sparsify.comparison.tables import table_of
 TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
 ABLATIONS = ("counterfactual", "mean")
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
-TRAIN, VALIDATION = 64, 256  # examples
+TRAIN, PER_STEP, VALIDATION = 64, 32, 256  # examples
 ROUNDS, PROBES = 20, 4
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
@@ -34,15 +34,16 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
     relative, kind = method.endswith("relative"), method.split(",")[0]
     quiet: dict[str, Any] = {"seed": seed, "progress": False}
     if kind == "mask":
-        given = quiet | {"per_step": TRAIN, "smallest": SIZES[-1], "values": values, "relative": relative}
-        return tls.baselines.top_k_gate(model, train, units, steps=PASSES, **given)
-    rounds = ROUNDS if kind == "search" else ROUNDS // 2
+        given = quiet | {"per_step": PER_STEP, "smallest": SIZES[-1], "values": values, "relative": relative}
+        return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // PER_STEP, **given)
+    rounds = ROUNDS if kind == "search" else ROUNDS // 4
     searching: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "values": values}
     searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
     path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    return tls.sharpen(model, path, train, steps=PASSES // 2, per_step=TRAIN, relative=relative, **quiet)
+    steps = PASSES * 3 // 4 * TRAIN // PER_STEP
+    return tls.sharpen(model, path, train, steps=steps, per_step=PER_STEP, relative=relative, **quiet)
 
 
 def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ _REFIT_BATCH = 512
 _FEW = 32  # examples at a time of a large model
 _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
+_WOVEN = 5  # circuits that are measured for each round of a path that is sharpened: 4 to 6
 _EXPANSIONS = 1.8  # for each round: exchanges, and rounds of which half is taken back, need their own
 _PATIENT = 4  # a refit has converged after about so many times its patience
 _ALIGNING = 30  # passes over the pairs
@@ -92,7 +93,7 @@ class Effort:
         return min(BESIDE_BATCH, self.refit_batch)
 
     def sharpening(self, train: int) -> int:
-        """Steps of the mask that sharpens a path: half as many backward passes as a search takes at most, and no more
+        """Steps of the masks that sharpen a path: half as many backward passes as a search takes at most, and no more
         than 20 over all training examples."""
         searched = (self.rounds + self.rounds // 2) * (self.probes + 1) * min(train, self.per_round or train)
         return math.ceil(min(searched / 2, _SHARPENED * train) / min(self.beside_batch, train))
@@ -246,7 +247,7 @@ def seconds(
 
     A pass takes a time of its own and one for each example: both are read off two batches, of a few examples and of as
     many as a step of a refit has, with all units ablated. The best of several times counts, and of passes that take
-    seconds the first. A search is taken to make nearly all of the exchanges that it may; where a mask sharpens its path
+    seconds the first. A search is taken to make nearly all of the exchanges that it may; where masks sharpen its path
     it refits nothing. Verification is of an original and a reduced model, with five random draws and so many
     ``variables``.
     """
@@ -271,7 +272,8 @@ def seconds(
     a_round = over(in_round, vectors) + over(validation, vectors)
     if sharpens:
         step = min(effort.beside_batch, train)
-        total += effort.sharpening(train) * (over(step) + over(step, 1)) + 3 * effort.rounds * over(validation)
+        total += effort.sharpening(train) * (over(step) + over(step, 1))
+        total += _WOVEN * effort.rounds * over(validation)
     elif inner:
         a_round += refit(inner, effort.refit_batch)
     total += 2 * over(train) + _EXPANSIONS * effort.rounds * a_round

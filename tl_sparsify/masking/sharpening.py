@@ -4,11 +4,12 @@ expansion says little, and what it found is still a far better start than nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
@@ -17,13 +18,12 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
-from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
 from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
-from tl_sparsify.masking.training import PER_STEP, trained
+from tl_sparsify.masking.training import trained
 from tl_sparsify.search.path import CircuitPath, Round, order_through, worse
 
-_SHARPENING = 20  # passes over the data
+_SHARPENING, _PER_STEP = 20, 32  # passes over the data; examples
 _LEAST = 1e-6  # nats; risks below it count as this
 
 
@@ -37,7 +37,7 @@ def sharpen(
     learning_rate: float = 0.15,
     temperature: float = 0.2,
     relative: bool = False,
-    per_step: int = PER_STEP,
+    per_step: int = _PER_STEP,
     always_keep: Circuit | None = None,
     held_out: Examples | None = None,
     metric: Metric | None = None,
@@ -45,26 +45,28 @@ def sharpen(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CircuitPath:
-    """Train the gates of :func:`top_k_gate` from the order of a path, and return the best of four paths: for few,
-    large units (heads, edges, whole MLPs), which an expansion of second order says little about.
+    """Train the gates of :func:`top_k_gate` twice, from the order of a path and from nothing, and weave the best path
+    of all three orders: for few, large units (heads, edges, whole MLPs), which an expansion of second order says little
+    about.
 
-    Logits start evenly spaced from -1 to 1 in the path's order. The given path and that of the trained logits are
-    measured on ``held_out`` at the sizes of the path's rounds. Where the second is better from some size on, so are two
-    that join them there: the given circuit before that size, taken apart in the trained order, and the trained circuit
-    of that size, with the other units before it in the given order. The one with the lowest geometric mean of its risks
-    is returned, with these. A circuit that measures worse than the next smaller one, by more than its standard error,
-    is grown from that one within the next larger one, in the given or in the trained order, where that measures lower.
+    Each training takes half of the steps. Logits start evenly spaced from -1 to 1 in the path's order, and at 0. The
+    circuits of the three orders are measured on ``held_out`` at the sizes of the path's rounds. Two more paths take at
+    each size the better of two circuits, by the two orders that do best there: one goes down from the largest circuit
+    and leaves out more and more of it, the other grows from the smallest. Of the five paths that with the lowest
+    geometric mean of its risks is returned, with these. A circuit that still measures worse than the next smaller one,
+    by more than its standard error, is grown from that one within the next larger one, where that measures lower.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
-        steps: of Adam, with a cosine schedule; where not given as many as make 20 passes over ``train``.
+        steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
+            passes over ``train``.
         always_keep: units that stay in every circuit.
         held_out: where they are measured; ``train`` where not given.
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
-    at most three forward passes over ``held_out`` for each round, two more for each that is grown, and one of the
-    original model.
+    at most seven forward passes over ``held_out`` for each round (one for each circuit that differs), three more for
+    each that is grown at last, and one of the original model.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -86,65 +88,85 @@ def sharpen(
         )
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
-    size = min(per_step, len(train))
-    start = torch.empty(len(units))
-    start[path.order] = torch.linspace(-1, 1, len(units))
-    gates = of_random_sizes(len(last.circuit), len(units), temperature, seed)
+    size, n = min(per_step, len(train)), len(units)
+    spaced = torch.empty(n)
+    spaced[path.order] = torch.linspace(-1, 1, n)
+    gates = of_random_sizes(len(last.circuit), n, temperature, seed)
     steps = math.ceil(_SHARPENING * len(train) / max(1, size)) if steps is None else steps
-    settings = {"steps": steps, "learning_rate": learning_rate, "per_step": per_step, "values": last.values}
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "per_step": per_step, "values": last.values}
     settings |= {"held_out": None, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
-    settings |= {"first_token": last.first_token}
-    settings |= {"weighting": relative_to_size() if relative else None}
-    logits = trained(model, train, units, start, gates, None, name="sharpened", **settings).scores.cpu().double()
-    if always_keep is not None:
-        logits = logits.masked_fill(always_keep.mask, float("inf"))
+    settings |= {"first_token": last.first_token, "name": "sharpened"}
+
+    def trained_from(start: Float[Tensor, "units"], steps: int) -> Int[Tensor, "units"]:
+        weighting = relative_to_size() if relative else None
+        mask = trained(model, train, units, start, gates, None, steps=steps, weighting=weighting, **settings)
+        logits = mask.scores.cpu().double()
+        if always_keep is not None:
+            logits = logits.masked_fill(always_keep.mask, float("inf"))
+        return logits.argsort(stable=True)
+
+    orders = [path.order, trained_from(spaced, steps - steps // 2)]
+    if steps != 1:
+        orders.append(trained_from(torch.zeros(n), steps // 2))
     judged, recall = train if held_out is None else held_out, remembering()
     measuring: dict[str, Any] = {"metric": metric, "seed": seed, "recall": recall, "batch_size": batch_size}
     known: dict[Circuit, Estimate] = {}
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
+    nothing, every = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
 
-    def round_of(step: Round, reduction: Reduction) -> Round:
-        """With this reduction in place of the given round's."""
-        if (circuit := reduction.circuit) not in known:
+    def grown(
+        step: Round, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], order: Int[Tensor, "units"]
+    ) -> Round:
+        """A round of this one's size: the units ``within``, and of those ``around`` them the last ones of an order."""
+        free = order[(around & ~within)[order]]
+        more = free[len(free) - (len(step.reduction.circuit) - int(within.sum())) :]
+        circuit = Circuit(units, within.index_fill(0, more, True))
+        reduction = step.reduction.with_circuit(circuit)
+        if circuit not in known:
             known[circuit] = risk(model, reduction, judged, **measuring)
         same = circuit == step.reduction.circuit
         predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
         return Round(reduction, predicted[0], known[circuit], predicted[1])
 
-    def measured(order: Int[Tensor, "units"]) -> CircuitPath:
-        """The path of an order, at the sizes of the given one."""
-        ordered = replace(path, order=order)
-        rounds = (round_of(step, ordered.at(step.reduction.circuit.fraction)) for step in path.rounds)
-        return replace(ordered, rounds=tuple(rounds))
+    def better(
+        place: int, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], orders: list[Int[Tensor, "units"]]
+    ) -> Round:
+        return min((grown(path.rounds[place], within, around, order) for order in orders), key=_measured)
 
-    def grown(step: Round, smaller: Circuit, around: Bool[Tensor, "units"], order: Int[Tensor, "units"]) -> Round:
-        """The smaller circuit with the last units of an order, among those around it, up to the size of the step."""
-        free = order[(around & ~smaller.mask)[order]]
-        more = free[len(free) - (len(step.reduction.circuit) - len(smaller)) :]
-        return round_of(step, step.reduction.with_circuit(Circuit(units, smaller.mask.index_fill(0, more, True))))
-
-    trained_order = logits.argsort(stable=True)
-    first, second = measured(path.order), measured(trained_order)
-    gains = torch.tensor([a - b for a, b in zip(_logs(first), _logs(second), strict=True)])
-    rest = gains.flip(0).cumsum(0).flip(0)  # what the second path gains from this round on
-    paths = [first, second]
-    joint = int(rest.argmax())
-    if joint > 0 and bool(rest[joint] > 0):
-        before, there = path.rounds[joint - 1].reduction.circuit.mask, second.rounds[joint].reduction.circuit.mask
-        for inside in (before, there):
-            paths.append(measured(torch.cat([path.order[~inside[path.order]], trained_order[inside[trained_order]]])))
-    best = min(paths, key=lambda one: sum(_logs(one)))
-    rounds, every = list(best.rounds), torch.ones(len(units), dtype=torch.bool)
+    alone = [[grown(step, nothing, every, order) for step in path.rounds] for order in orders]
+    pairs = [
+        [orders[i] for i in sorted(range(len(orders)), key=lambda i: _measured(alone[i][place]))[:2]]
+        for place in range(len(path.rounds))
+    ]
+    down, up = list[Round](), list[Round]()
+    for place, pair in enumerate(pairs):
+        around = down[-1].reduction.circuit.mask if down else every
+        down.append(better(place, nothing, around, pair))
+    for place, pair in reversed(list(enumerate(pairs))):
+        within = up[0].reduction.circuit.mask if up else nothing
+        up.insert(0, better(place, within, every, pair))
+    rounds = min([*alone, down, up], key=_log_risks)
     for place in reversed(range(len(rounds) - 1)):
         larger, smaller = rounds[place : place + 2]
         if worse(larger, smaller):
             around = rounds[place - 1].reduction.circuit.mask if place else every
-            here = (smaller.reduction.circuit, around)
-            others = [grown(path.rounds[place], *here, order) for order in (path.order, trained_order)]
-            rounds[place] = min([larger, *others], key=lambda one: one.measured.mean)
-    return replace(best, order=order_through(best.order, rounds), rounds=tuple(rounds))
+            other = better(place, smaller.reduction.circuit.mask, around, orders)
+            rounds[place] = min(larger, other, key=_measured)
+    # between the rounds by the order that most of them agree with
+    order = max(orders, key=lambda order: sum(_follows(order, step) for step in rounds))
+    return replace(path, order=order_through(order, rounds), rounds=tuple(rounds))
 
 
-def _logs(path: CircuitPath) -> list[float]:
-    """The logarithms of a path's measured risks."""
-    return [math.log(max(step.measured.mean, _LEAST)) for step in path.rounds]
+def _follows(order: Int[Tensor, "units"], step: Round) -> int:
+    """How many of the round's units an order would keep at its size."""
+    circuit = step.reduction.circuit
+    return int(circuit.mask[order[len(order) - len(circuit) :]].sum())
+
+
+def _measured(step: Round) -> float:
+    return step.measured.mean
+
+
+def _log_risks(rounds: Sequence[Round]) -> float:
+    """The sum of the logarithms of their measured risks."""
+    return sum(math.log(max(step.measured.mean, _LEAST)) for step in rounds)
