@@ -6,8 +6,8 @@ on each example's counterfactual input), and leaves the same first tokens alone.
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores
 have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training
 gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20, which was
-better on induction's test examples than the default, 2. Sharpened is a search of a quarter of the passes and, in the
-other three, masks from its order and from nothing. Sizes are reported on test examples.
+better on induction's test examples than the default, 2. Sharpened is a search of one round for each size that is
+reported and, in all other passes, masks from its order and from nothing. Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -47,8 +47,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     quiet = {"progress": False}
     probing = tls.Probing(probes, examples=per_round)
 
-    def backward(train: tls.Examples) -> int:
-        """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
+    def backward(train: tls.Examples, rounds: int = rounds) -> int:
+        """Passes of one example each, in so many rounds of the joint search and in all of its exchanges."""
         return (rounds + rounds // 2) * (probes + 1) * min(len(train), per_round or len(train))
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -56,10 +56,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
 
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        few: dict[str, Any] = {"rounds": rounds // 4, "smallest": SIZES[-1], "probing": probing}
-        found = tls.sparsify(model, train, units, values=values, seed=seed, **few, **quiet)
-        many = min(32, len(train))
-        steps = backward(train) * 3 // (4 * many)
+        sizes = (0.5, *SIZES)
+        found = tls.sparsify(model, train, units, sizes=sizes, probing=probing, values=values, seed=seed, **quiet)
+        many = min(16, len(train))
+        steps = (backward(train) - backward(train, len(sizes))) // many
         return tls.sharpen(model, found, train, steps=steps, per_step=many, seed=seed, **quiet)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:

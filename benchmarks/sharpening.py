@@ -1,9 +1,9 @@
 """How masks are best trained from a search's order: with each size's divergence as it is, or relative to its own level.
 
 Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. No row
-takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of a quarter of the
-rounds that is sharpened by three times as many passes of training. What was done before is kept, so that an
-interrupted run goes on. Writes ``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
+takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of one round for each
+size that is sharpened in all other passes. What was done before is kept, so that an interrupted run goes on. Writes
+``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]
 """
@@ -22,7 +22,8 @@ from tl_sparsify.comparison.tables import table_of
 TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
 ABLATIONS = ("counterfactual", "mean")
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
-TRAIN, PER_STEP, VALIDATION = 64, 32, 256  # examples
+TRAIN, VALIDATION = 64, 256  # examples
+PER_STEP = {"mask": 32, "sharpened": 16}  # examples
 ROUNDS, PROBES = 20, 4
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
@@ -33,17 +34,19 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
     """Scores of a mask, or a path."""
     relative, kind = method.endswith("relative"), method.split(",")[0]
     quiet: dict[str, Any] = {"seed": seed, "progress": False}
+    size = PER_STEP.get(kind, TRAIN)
     if kind == "mask":
-        given = quiet | {"per_step": PER_STEP, "smallest": SIZES[-1], "values": values, "relative": relative}
-        return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // PER_STEP, **given)
-    rounds = ROUNDS if kind == "search" else ROUNDS // 4
-    searching: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "values": values}
+        given = quiet | {"per_step": size, "smallest": SIZES[-1], "values": values, "relative": relative}
+        return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // size, **given)
+    searching: dict[str, Any] = {"values": values} | (
+        {"rounds": ROUNDS, "smallest": SIZES[-1]} if kind == "search" else {"sizes": SIZES}
+    )
     searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
     path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    steps = PASSES * 3 // 4 * TRAIN // PER_STEP
-    return tls.sharpen(model, path, train, steps=steps, per_step=PER_STEP, relative=relative, **quiet)
+    steps = (PASSES - (len(SIZES) + len(SIZES) // 2) * (PROBES + 1)) * TRAIN // size
+    return tls.sharpen(model, path, train, steps=steps, per_step=size, relative=relative, **quiet)
 
 
 def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any]]:
