@@ -4,8 +4,9 @@ One cell for each task, kind of units, method and seed: a CSV of its own, so tha
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
-every time. Sharpened is half of the rounds and, in as many passes, a mask that starts from their order. With
-``--refit`` each circuit's constants are refitted from the means until the validation risk no longer falls.
+every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
+order and from nothing, whose circuits are measured on half of the training examples. With ``--refit`` each circuit's
+constants are refitted from the means until the validation risk no longer falls.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -43,8 +44,12 @@ KINDS: dict[str, Callable[[Any], tls.Units]] = {
 def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     """By name: a function of model, examples, units, and the settings that all share."""
     size = options.batch_size
-    # of one example each, in all rounds of the joint search and in all of its exchanges
-    backward = (ROUNDS + ROUNDS // 2) * (options.probes + 1) * options.per_round
+
+    def passes(rounds: int) -> int:
+        """Backward passes of one example each, in so many rounds of the joint search and in all of its exchanges."""
+        return (rounds + rounds // 2) * (options.probes + 1) * options.per_round
+
+    backward = passes(ROUNDS)
     probing = tls.Probing(options.probes, examples=options.per_round)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
@@ -55,12 +60,13 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         )
 
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        settings: dict[str, Any] = {"smallest": SIZES[-1], "rounds": ROUNDS // 2, "batch_size": size, "progress": False}
+        settings: dict[str, Any] = {"sizes": SIZES, "batch_size": size, "progress": False}
         settings |= {"probing": probing, "first_token": options.first_token}
         found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
-        given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
-        steps = -(-(backward // 2) // given["per_step"])
-        return tls.sharpen(model, found, train, steps=steps, batch_size=size, **given)
+        given: dict[str, Any] = {"per_step": min(16, size, len(train)), "seed": seed, "progress": False}
+        steps = (backward - passes(len(SIZES))) // given["per_step"]
+        held_out = train[: len(train) // 2]
+        return tls.sharpen(model, found, train, steps=steps, held_out=held_out, batch_size=size, **given)
 
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)
