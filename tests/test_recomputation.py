@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,23 @@ def test_a_backward_pass_runs_each_block_once_more_and_short_prompts_none(long: 
         tls.risk(model, reduction_of(model), data, batch_size=1)
         tls.score.risk(model, data, units, values=values, probes=2, batch_size=3)  # what the user gives is taken
     assert sorted(mlps) == [1] * 3 * 2 * 2 + [3] * 2
+
+
+def test_threads_that_run_blocks_again_give_what_each_gives_alone(long: Callable[[], None]):
+    model = bridge()
+    units, parts = units_of(model), [examples(8, seed) for seed in range(3)]
+    reductions = [reduction_of(model, torch.arange(len(units)) % 3 != seed) for seed in range(3)]
+
+    def found(number: int) -> torch.Tensor:
+        given: dict[str, Any] = {"start": reductions[number], "progress": False, **ONE_BY_ONE}
+        return tls.sparsify(model, parts[number], units, rounds=2, smallest=0.2, **given).scores
+
+    long()
+    alone = [found(number) for number in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(found, [0, 1, 2] * 3))
+    for number, one in zip([0, 1, 2] * 3, together, strict=True):
+        assert torch.equal(one, alone[number])
 
 
 def kept(model: Any, data: tls.Examples) -> int:

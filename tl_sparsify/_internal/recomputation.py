@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,16 @@ ALWAYS: ContextVar[bool] = ContextVar("always", default=False)
 """Whether blocks are run again, however much memory there is."""
 
 
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def lock_of(model: Any) -> Any:
+    """What a thread holds while the model has hooks, or blocks, of its making."""
+    with _LOCKING:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def setting(variable: ContextVar[bool]) -> Iterator[None]:
     token = variable.set(True)
@@ -44,20 +55,21 @@ def setting(variable: ContextVar[bool]) -> Iterator[None]:
 def recomputing(model: Any) -> Iterator[None]:
     """Run each block again where a backward pass needs what is in it, instead of keeping it. Numbers stay what they
     are, bit for bit; every backward pass costs the blocks' forward pass once more."""
-    own = [block.__dict__.get("forward") for block in model.blocks]
-    for block in model.blocks:
-        object.__setattr__(block, "forward", _recomputed(block, block.forward))
-    try:
-        yield
-    finally:
-        for block, before in zip(model.blocks, own, strict=True):
-            if before is None:
-                object.__delattr__(block, "forward")
-            else:
-                object.__setattr__(block, "forward", before)
+    with lock_of(model):
+        own = [block.__dict__.get("forward") for block in model.blocks]
+        for block in model.blocks:
+            object.__setattr__(block, "forward", _recomputed(block, block.forward, lock_of(model)))
+        try:
+            yield
+        finally:
+            for block, before in zip(model.blocks, own, strict=True):
+                if before is None:
+                    object.__delattr__(block, "forward")
+                else:
+                    object.__setattr__(block, "forward", before)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(block: nn.Module, forward: Callable[..., Any], lock: Any) -> Callable[..., Any]:
     def run(*inputs: Any, **named: Any) -> Any:
         if not is_grad_enabled():
             return forward(*inputs, **named)
@@ -68,8 +80,14 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         def once_more(*inputs: Any, **named: Any) -> Any:
             if next(times, False):
                 return forward(*inputs, **named)
-            with _as_it_was(hooks, wanted, thread):
-                return forward(*inputs, **named)
+            # a GPU's thread does not wait: the one that it works for may have the lock
+            held = lock.acquire(blocking=thread == threading.get_ident())
+            try:
+                with _as_it_was(hooks, wanted, thread):
+                    return forward(*inputs, **named)
+            finally:
+                if held:
+                    lock.release()
 
         inputs = tuple(_without_cache(value) for value in inputs)
         named = {name: _without_cache(value) for name, value in named.items()}

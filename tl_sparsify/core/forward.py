@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +16,7 @@ from tl_sparsify._internal.checks import check_count, check_is_model
 from tl_sparsify._internal.layouts import narrows
 from tl_sparsify._internal.random import check_seed
 from tl_sparsify._internal.ranks import share
-from tl_sparsify._internal.recomputation import ALWAYS, ONCE, recomputing, setting
+from tl_sparsify._internal.recomputation import ALWAYS, ONCE, lock_of, recomputing, setting
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import first_bad_hook, narrowed, recorded
@@ -27,6 +28,11 @@ from tl_sparsify.core.units import Model, Units
 T = TypeVar("T")
 
 
+_FROZEN: WeakKeyDictionary[Any, tuple[int, list[torch.nn.Parameter]]] = WeakKeyDictionary()
+"""How many times a model is frozen at the moment, by nested calls and other threads, and what is switched on again when
+it no longer is."""
+
+
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Switch the parameters' gradients off, and afterwards on again where they were: only activations are
@@ -36,14 +42,26 @@ def frozen(model: Model) -> Iterator[None]:
             "torch.inference_mode() is on, and what is made under it has no gradients: call this outside of it "
             "(torch.no_grad() does no harm)"
         )
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with lock_of(model):
+        times, wanted = _FROZEN.pop(model, (0, []))
+        if times == 0:
+            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _set_wanted(wanted, False)
+        _FROZEN[model] = times + 1, wanted
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        with lock_of(model):
+            times, wanted = _FROZEN.pop(model)
+            if times > 1:
+                _FROZEN[model] = times - 1, wanted
+            else:
+                _set_wanted(wanted, True)
+
+
+def _set_wanted(parameters: list[torch.nn.Parameter], wanted: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
 
 
 def check_model(model: Any) -> None:

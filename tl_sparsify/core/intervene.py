@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +26,7 @@ from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
 from tl_sparsify._internal.readers import first_hooks, reader_hooks, reads, rows_first, rows_last
-from tl_sparsify._internal.recomputation import AGAIN, ONCE, setting
+from tl_sparsify._internal.recomputation import AGAIN, ONCE, lock_of, setting
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges
 from tl_sparsify.core.reduction import Reduction
@@ -110,16 +109,10 @@ def interchange(circuit: Circuit, source: Values) -> Intervention:
     return Intervention(circuit.units, (~circuit.mask).float(), source)
 
 
-_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_LOCKING = threading.Lock()
-
-
 @contextmanager
 def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """The model with these hooks, for this thread: another one that wants hooks on it waits, and what another one runs
     on it meanwhile does not see them."""
-    with _LOCKING:
-        lock = _LOCKS.setdefault(model, threading.RLock())
     mine = threading.get_ident()
 
     def here(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,9 +129,14 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
     if reading:  # last, so that what is written is noted as the others left it
         plain += [(_canonical(model, points, name), here(hook)) for name, hook in reader_hooks(model, reading)]
     first = [(points[name], here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
-    with setting(ONCE) if reading else nullcontext(), lock, _before_others(first), model.hooks(fwd_hooks=plain):
-        with hooked_experts(model, experts):
-            yield
+    with (
+        setting(ONCE) if reading else nullcontext(),
+        lock_of(model),
+        _before_others(first),
+        model.hooks(fwd_hooks=plain),
+        hooked_experts(model, experts),
+    ):
+        yield
 
 
 @contextmanager
