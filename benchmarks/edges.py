@@ -26,7 +26,7 @@ from shared import RESULTS, geometric_mean, nats, parser
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
-from tl_sparsify.comparison.cost import cost_of
+from tl_sparsify.comparison.cost import cost_of, counted
 from tl_sparsify.core.measure import compared, remembering
 from tl_sparsify.core.metrics import risk_and_right
 
@@ -47,8 +47,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     quiet = {"progress": False}
     probing = tls.Probing(probes, examples=per_round)
 
-    def backward(train: tls.Examples, rounds: int = rounds) -> int:
-        """Passes of one example each, in so many rounds of the joint search and in all of its exchanges."""
+    def backward(train: tls.Examples) -> int:
+        """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
         return (rounds + rounds // 2) * (probes + 1) * min(len(train), per_round or len(train))
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -57,9 +57,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         sizes = (0.5, *SIZES)
-        found = tls.sparsify(model, train, units, sizes=sizes, probing=probing, values=values, seed=seed, **quiet)
         many = min(16, len(train))
-        steps = (backward(train) - backward(train, len(sizes))) // many
+        with counted(model) as passes:
+            found = tls.sparsify(model, train, units, sizes=sizes, probing=probing, values=values, seed=seed, **quiet)
+        steps = max(2, (backward(train) - passes["backward"]) // many)
         return tls.sharpen(model, found, train, steps=steps, per_step=many, seed=seed, **quiet)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:

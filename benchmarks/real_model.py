@@ -26,7 +26,7 @@ import pandas as pd
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison import baselines
-from tl_sparsify.comparison.cost import cost_of
+from tl_sparsify.comparison.cost import cost_of, counted
 from tl_sparsify.core.measure import known_of
 
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -44,12 +44,8 @@ KINDS: dict[str, Callable[[Any], tls.Units]] = {
 def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     """By name: a function of model, examples, units, and the settings that all share."""
     size = options.batch_size
-
-    def passes(rounds: int) -> int:
-        """Backward passes of one example each, in so many rounds of the joint search and in all of its exchanges."""
-        return (rounds + rounds // 2) * (options.probes + 1) * options.per_round
-
-    backward = passes(ROUNDS)
+    # of one example each, in all rounds of the joint search and in all of its exchanges
+    backward = (ROUNDS + ROUNDS // 2) * (options.probes + 1) * options.per_round
     probing = tls.Probing(options.probes, examples=options.per_round)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
@@ -62,9 +58,10 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     def sharpened(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         settings: dict[str, Any] = {"sizes": SIZES, "batch_size": size, "progress": False}
         settings |= {"probing": probing, "first_token": options.first_token}
-        found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
+        with counted(model) as passes:
+            found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
         given: dict[str, Any] = {"per_step": min(16, size, len(train)), "seed": seed, "progress": False}
-        steps = (backward - passes(len(SIZES))) // given["per_step"]
+        steps = max(2, (backward - passes["backward"]) // given["per_step"])
         held_out = train[: len(train) // 2]
         return tls.sharpen(model, found, train, steps=steps, held_out=held_out, batch_size=size, **given)
 
