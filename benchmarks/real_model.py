@@ -5,11 +5,12 @@ it was. Every method sees the same training examples and the same means, leaves 
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
 every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
-order and from nothing, whose circuits are measured on half of the training examples. With ``--refit`` each circuit's
-constants are refitted from the means until the validation risk no longer falls.
+order and from nothing, whose circuits are measured on a quarter of the training examples. With ``--refit`` the rows are
+of constants that are refitted from the means, for each circuit, until the validation risk no longer falls.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
+    python benchmarks/real_model.py --tasks ioi --kinds heads+neurons --refit --sizes 0.1 0.05
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shared import steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -33,6 +35,7 @@ SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
+_MEASURED = 6  # passes over held-out examples for each size of a path that is sharpened
 PATIENCE = 50  # of a refit, in steps
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
@@ -61,8 +64,9 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         with counted(model) as passes:
             found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
         given: dict[str, Any] = {"per_step": min(16, size, len(train)), "seed": seed, "progress": False}
-        steps = max(2, (backward - passes["backward"]) // given["per_step"])
-        held_out = train[: len(train) // 2]
+        held_out = train[: len(train) // 4]
+        measuring = len(train) + _MEASURED * len(SIZES) * len(held_out)
+        steps = steps_left(backward, passes, measuring=measuring, per_step=given["per_step"], paired=False)
         return tls.sharpen(model, found, train, steps=steps, held_out=held_out, batch_size=size, **given)
 
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
@@ -107,10 +111,9 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     rows: list[dict[str, Any]] = []
     same = {"clean": True, "many": True, "batch_size": options.batch_size}
     known = known_of(model, train, units, **same) if options.refit else None
-    for size in SIZES:
+    for size in options.sizes:
         circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
-        both = [("mean", reduction)]
         if options.refit:
             fitting = {
                 "patience": PATIENCE,
@@ -119,15 +122,14 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
                 "seed": seed,
                 "known": known,
             }
-            both.append(("refitted", tls.refit_until_converged(model, reduction, train, validation, **fitting)))
-        for constants, one in both:
-            judged = tls.evaluate(model, one, test, batch_size=options.batch_size, seed=seed)
-            row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size, "constants": constants}
-            row |= {"kept": len(circuit), "risk": judged.risk.mean, "risk_stderr": judged.risk.stderr}
-            row |= {"accuracy": judged.accuracy, "examples": len(train), "per_round": options.per_round}
-            row |= {"probes": options.probes, "first_token": options.first_token}
-            row |= {"forward": cost.forward, "backward": cost.backward}
-            rows.append(row | {"seconds": seconds})
+            reduction = tls.refit_until_converged(model, reduction, train, validation, **fitting)
+        judged = tls.evaluate(model, reduction, test, batch_size=options.batch_size, seed=seed)
+        row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size}
+        row |= {"constants": "refitted" if options.refit else "mean", "kept": len(circuit)}
+        row |= {"risk": judged.risk.mean, "risk_stderr": judged.risk.stderr, "accuracy": judged.accuracy}
+        row |= {"examples": len(train), "per_round": options.per_round, "probes": options.probes}
+        row |= {"first_token": options.first_token, "forward": cost.forward, "backward": cost.backward}
+        rows.append(row | {"seconds": seconds})
     return pd.DataFrame(rows)
 
 
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are reported")
     options = parser.parse_args()
     names = options.methods or list(methods(options))
     folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"

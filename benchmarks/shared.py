@@ -56,6 +56,17 @@ def in_processes(
     return pd.DataFrame(rows)
 
 
+def steps_left(budget: int, spent: Mapping[str, int], *, measuring: int, per_step: int, paired: bool) -> int:
+    """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
+
+    With it they take no more backward passes than the ``budget``, and no more passes in all than the masks beside them,
+    which took two forward passes for each backward one (three where values are ``paired``), since they made the
+    original's logits in each step; these here need one less. ``measuring``: what it takes to measure their circuits.
+    """
+    left = (3 + paired) * budget - spent["forward"] - spent["backward"] - measuring
+    return max(2, min(budget - spent["backward"], left // (2 + paired)) // per_step)
+
+
 def nats(risk: float) -> str:
     """A risk in two digits; ``< 1e-6`` where it says no more."""
     return "< 1e-6" if 0 <= risk <= LEAST else f"{risk:.2g}"

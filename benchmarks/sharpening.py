@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, geometric_mean, marked, parser, write
+from shared import RESULTS, geometric_mean, marked, parser, steps_left, write
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import counted
 from tl_sparsify.comparison.tables import table_of
 
 TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
@@ -42,10 +43,13 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
         {"rounds": ROUNDS, "smallest": SIZES[-1]} if kind == "search" else {"sizes": SIZES}
     )
     searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
-    path = tls.sparsify(model, train, units, **searching, **quiet)
+    with counted(model) as passes:
+        path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    steps = (PASSES - (len(SIZES) + len(SIZES) // 2) * (PROBES + 1)) * TRAIN // size
+    measuring = (1 + 6 * len(SIZES) + values.paired) * TRAIN
+    given = {"measuring": measuring, "per_step": size, "paired": values.paired}
+    steps = steps_left(PASSES * TRAIN, passes, **given)
     return tls.sharpen(model, path, train, steps=steps, per_step=size, relative=relative, **quiet)
 
 

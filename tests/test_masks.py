@@ -253,7 +253,7 @@ def test_passes_are_counted_as_they_were_made(method: Method, steps: int | None,
     assert math.ceil(rows["fwd"] / 20) == found.forward_passes
     assert math.ceil(rows["bwd"] / 20) == found.backward_passes
     if steps is None:
-        assert (found.forward_passes, found.backward_passes) == (161, 80)
+        assert (found.forward_passes, found.backward_passes) == (82, 80)
     given = method(model, batch, units_of(model), steps=1, per_step=20, values=random_values(units_of(model)))
     assert given.forward_passes == 2
 

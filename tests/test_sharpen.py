@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparsify import baselines, constants, sharpen
 from tl_sparsify.comparison.cost import counted
-from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.moments import Estimate
@@ -25,9 +25,11 @@ from tl_sparsify.search.settings import Constraints, Refitting
 NOTHING = Estimate(float("nan"), float("nan"), 0, "nats")
 
 
-def path_of(model: Model, data: Examples, units: Units, order: Tensor, sizes: tuple[int, ...]) -> CircuitPath:
-    """The path of an order with mean constants, at these sizes."""
-    values = constants.mean(model, data, units)
+def path_of(
+    model: Model, data: Examples, units: Units, order: Tensor, sizes: tuple[int, ...], values: Values | None = None
+) -> CircuitPath:
+    """The path of an order, at these sizes, with mean constants where there are no others."""
+    values = constants.mean(model, data, units) if values is None else values
     rounds: list[Round] = []
     for size in sizes:
         mask = torch.zeros(len(units), dtype=torch.bool)
@@ -137,8 +139,20 @@ def test_passes_are_what_the_docstring_says_and_the_model_is_left():
     path = path_of(model, data, units_of(model), torch.arange(len(units_of(model))), (9, 5, 3))
     with counted(model) as passes, unchanged(model):
         sharpen(model, path, data, per_step=10, progress=False)
-    measured = passes["forward"] / 20 - 40 - 1
+    measured = passes["forward"] / 20 - 21 - 1
     assert passes["backward"] == 20 * 20 and 3 < measured <= 7 * 3
+
+
+def test_counterfactual_inputs_are_run_once_for_all_circuits_that_are_measured_together():
+    model, data = fresh(), examples(20).with_partners(torch.arange(20).roll(1))
+    units = units_of(model)
+    path = path_of(
+        model, data, units, torch.arange(len(units)), (9, 5, 3), constants.counterfactual(model, data, units)
+    )
+    with counted(model) as passes:
+        sharpen(model, path, data, per_step=10, steps=4, progress=False)
+    measured = passes["forward"] / 20 - (1 + 2 * 2) - 1
+    assert passes["backward"] == 2 * 20 and 4 <= measured <= 7 * 3 + 1 + 3 * 3
 
 
 def test_what_cannot_be_sharpened_is_refused_by_name():

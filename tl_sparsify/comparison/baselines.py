@@ -18,9 +18,9 @@ method                      what it is                                          
 ``second_order``            a metric's change to second order                                  2 + 2
 ``eap``                     absolute first-order effects on all later readers                  2 + 1
 ``eap_ig``                  the same, along the way between the two inputs                     1 + ``steps``, ``steps``
-``hard_concrete``           trained: stochastic gates and a penalty on open ones               160 + 80 by default
-``top_k_gate``              trained: gates that sum to a random size                           160 + 80 by default
-``information_bottleneck``  trained: gates between a value and noise                           160 + 80 by default
+``hard_concrete``           trained: stochastic gates and a penalty on open ones               81 + 80 by default
+``top_k_gate``              trained: gates that sum to a random size                           81 + 80 by default
+``information_bottleneck``  trained: gates between a value and noise                           81 + 80 by default
 ``acdc``                    edges removed one at a time at each threshold                      ``thresholds n + 2``
 ``eap_ig_activations``      edges: the same, along the way between what writers write         ``2 + layers (steps - 1)``
 ``information_flow``        edges: how near a writer's vector is to what the reader takes in   1

@@ -9,7 +9,7 @@ that is right without interventions can be wrong under interchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.ranks import agreed, gathered
-from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, removal
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values, removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, shared_batches
 from tl_sparsify.core.intervene import intervened
@@ -199,3 +200,38 @@ def known_risk(
 
     moments = compared(model, reduction, examples, compare, known=known, **settings)
     return Estimate.of(moments, "nats" if metric is None else "squared units")
+
+
+def circuit_risks(
+    model: Model,
+    reduction: Reduction,
+    circuits: Sequence[Circuit],
+    examples: Examples,
+    *,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+    recall: Recall = computed,
+) -> list[Estimate]:
+    """The measured risk of the reduction with each circuit in its place (:func:`risk`). One forward pass for each, one
+    for the original where ``recall`` does not know it, and one for values of counterfactual inputs, whatever the number
+    of circuits."""
+    reductions = [reduction.with_circuit(circuit) for circuit in circuits]
+
+    def parts() -> Iterator[Moments]:
+        for index, batch in shared_batches(model, examples, batch_size):
+            original = recall(index, lambda batch=batch: answer_logits(model, batch))
+            units = reduction.units.for_examples(index, examples.spans)
+            source = paired_values(model, examples, index, units) if reduction.values.paired else None
+            found: list[Float[Tensor, "batch"]] = []
+            for one in reductions:
+                with intervened(model, removal(model, one, examples, index, source)):
+                    found.append(divergence(original, answer_logits(model, batch), batch, metric))
+            yield Moments.of(torch.stack(found, 1))
+
+    if not circuits:
+        return []
+    with torch.no_grad():
+        moments = Moments.over(parts(), len(examples))
+    unit = "nats" if metric is None else "squared units"
+    each = zip(moments.mean, moments.stderr, moments.count, strict=True)
+    return [Estimate(float(mean), float(stderr), int(count), unit) for mean, stderr, count in each]

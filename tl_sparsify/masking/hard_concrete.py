@@ -56,8 +56,9 @@ def hard_concrete(
         metric: half its squared error instead of the KL divergence.
         batch_size: examples at a time (as many as fit where not given): the numbers do not depend on it.
 
-    By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
-    one forward pass more for the means where not given, and 100 over ``held_out``.
+    By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
+    the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
+    one forward pass more for the means where not given, and 51 over ``held_out``.
 
     Raises:
         ValueError: a model in training mode; ``steps`` or ``per_step`` below one; a negative ``penalty``; a

@@ -65,8 +65,9 @@ def information_bottleneck(
         beta: nats of divergence that a nat of information may cost. It sets how much is let through: tune it.
         held_out: as in :func:`hard_concrete`; the circuits that are judged there have means in place of other units.
 
-    By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
-    one forward pass more for means and variances, one of one example, and 100 over ``held_out``. A random number for
+    By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
+    the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
+    one forward pass more for means and variances, one of one example, and 51 over ``held_out``. A random number for
     each number of the units at each position of a step.
 
     Raises:

@@ -3,8 +3,9 @@ expansion says little, and what it found is still a far better start than nothin
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import remembering, risk
+from tl_sparsify.core.forward import check_call
+from tl_sparsify.core.measure import circuit_risks, remembered, remembering
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
+from tl_sparsify.core.reduction import check_fingerprint
 from tl_sparsify.core.units import Model
 from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import trained
@@ -64,9 +67,11 @@ def sharpen(
         held_out: where they are measured; ``train`` where not given.
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
-    By default 40 forward and 20 backward passes over ``train``, in general ``2 steps per_step / n`` and half as many;
-    at most seven forward passes over ``held_out`` for each round (one for each circuit that differs), three more for
-    each that is grown at last, and one of the original model.
+    By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
+    the original's logits, as in :func:`top_k_gate`; at most seven forward passes over ``held_out`` for each round (one
+    for each circuit that differs), three more for each that is grown at last, and one of the original model. Under
+    counterfactual values a forward pass more for every backward pass, and one for each time that circuits are measured
+    together: all of the three orders, and at most three times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -86,6 +91,8 @@ def sharpen(
         raise ValueError(
             f"path has {last.kind} values, fitted in its rounds: search with Refitting(0), and refit after"
         )
+    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_fingerprint(model, last)
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
     size, n = min(per_step, len(train)), len(units)
@@ -96,6 +103,8 @@ def sharpen(
     settings: dict[str, Any] = {"learning_rate": learning_rate, "per_step": per_step, "values": last.values}
     settings |= {"held_out": None, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     settings |= {"first_token": last.first_token, "name": "sharpened"}
+    twice = steps * size > len(train)
+    settings["original"] = remembered(model, train, batch_size=batch_size) if twice else None
 
     def trained_from(start: Float[Tensor, "units"], steps: int) -> Int[Tensor, "units"]:
         weighting = relative_to_size() if relative else None
@@ -108,32 +117,40 @@ def sharpen(
     orders = [path.order, trained_from(spaced, steps - steps // 2)]
     if steps != 1:
         orders.append(trained_from(torch.zeros(n), steps // 2))
-    judged, recall = train if held_out is None else held_out, remembering()
-    measuring: dict[str, Any] = {"metric": metric, "seed": seed, "recall": recall, "batch_size": batch_size}
+    judged = train if held_out is None else held_out
+    measuring: dict[str, Any] = {"metric": metric, "recall": remembering(), "batch_size": batch_size}
     known: dict[Circuit, Estimate] = {}
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
     nothing, every = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
 
     def grown(
         step: Round, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], order: Int[Tensor, "units"]
-    ) -> Round:
-        """A round of this one's size: the units ``within``, and of those ``around`` them the last ones of an order."""
+    ) -> Circuit:
+        """The units ``within``, and of those ``around`` them the last ones of an order: as many as the round keeps."""
         free = order[(around & ~within)[order]]
         more = free[len(free) - (len(step.reduction.circuit) - int(within.sum())) :]
-        circuit = Circuit(units, within.index_fill(0, more, True))
-        reduction = step.reduction.with_circuit(circuit)
-        if circuit not in known:
-            known[circuit] = risk(model, reduction, judged, **measuring)
+        return Circuit(units, within.index_fill(0, more, True))
+
+    def measured(circuits: Iterable[Circuit]) -> None:
+        """Know their risks."""
+        new = list(dict.fromkeys(circuit for circuit in circuits if circuit not in known))
+        known.update(zip(new, circuit_risks(model, last, new, judged, **measuring), strict=True))
+
+    def of(step: Round, circuit: Circuit) -> Round:
         same = circuit == step.reduction.circuit
         predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
-        return Round(reduction, predicted[0], known[circuit], predicted[1])
+        return Round(step.reduction.with_circuit(circuit), predicted[0], known[circuit], predicted[1])
 
     def better(
         place: int, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], orders: list[Int[Tensor, "units"]]
     ) -> Round:
-        return min((grown(path.rounds[place], within, around, order) for order in orders), key=_measured)
+        found = [grown(path.rounds[place], within, around, order) for order in orders]
+        measured(found)
+        return of(path.rounds[place], min(found, key=lambda circuit: known[circuit].mean))
 
-    alone = [[grown(step, nothing, every, order) for step in path.rounds] for order in orders]
+    first = [[grown(step, nothing, every, order) for step in path.rounds] for order in orders]
+    measured(itertools.chain(*first))
+    alone = [[of(step, circuit) for step, circuit in zip(path.rounds, found, strict=True)] for found in first]
     pairs = [
         [orders[i] for i in sorted(range(len(orders)), key=lambda i: _measured(alone[i][place]))[:2]]
         for place in range(len(path.rounds))

@@ -51,8 +51,9 @@ def top_k_gate(
             little, count as much as small ones.
         per_step, values, held_out, metric, batch_size: as in :func:`hard_concrete`.
 
-    By default 160 forward and 80 backward passes over the data, in general ``2 steps per_step / n`` and half as many;
-    one forward pass more for the means where not given, and 100 over ``held_out``.
+    By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
+    the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
+    one forward pass more for the means where not given, and 51 over ``held_out``.
 
     Raises:
         ValueError: as in :func:`hard_concrete`; a ``temperature`` that is not positive, or ``smallest`` outside (0, 1].

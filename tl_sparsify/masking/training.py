@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +31,7 @@ from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
 from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.measure import risk
+from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering
 from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
@@ -44,6 +45,8 @@ _EPOCHS = 80  # as many backward passes as sparsify takes with four probes and 2
 _JUDGED = 10  # times, on held-out examples
 _SIZES = (0.5, 0.2, 0.1, 0.05, 0.02)  # at which they are judged
 
+Known = Callable[[Int[Tensor, "some"]], Float[Tensor, "rows choices"]]
+"""The original's logits for some of the examples."""
 Replacements = Callable[[Int[Tensor, "batch"], Units, int], Values]
 """From some examples, the units there and a step's number: what closed gates set the units to."""
 
@@ -69,9 +72,11 @@ def trained(
     first_token: FirstToken = "bos",
     replaced: Replacements | None = None,
     weighting: Weighting | None = None,
+    original: Known | None = None,
 ) -> Scores:
     """The logits after training; where ``replaced`` is given closed gates set units to that, not to ``values``. All
-    examples of a step count alike unless a ``weighting`` says otherwise."""
+    examples of a step count alike unless a ``weighting`` says otherwise. Where more examples are seen than there are,
+    the original's logits come from one pass over all (:func:`remembered`), or from the caller's, ``original``."""
     check_call(model, examples, seed=seed)
     for what, given in (("steps", steps), ("per_step", per_step)):
         if given is not None and check_count(what, given, least=None, most=MOST) < 1:
@@ -84,9 +89,11 @@ def trained(
     size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
     per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
+    many = steps * size > len(examples)
+    known = remembered(model, examples, batch_size=batch_size) if many and original is None else original
     wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
     logits = start.to(device_of(model), wide).requires_grad_()
-    best, lowest = logits.detach().clone(), float("inf")
+    best, lowest, recall = logits.detach().clone(), float("inf"), remembering()
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -97,14 +104,14 @@ def trained(
             batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
             mine = keep.detach()[rows].requires_grad_()
             with torch.no_grad():
-                original = answer_logits(model, batch)
+                of_original = answer_logits(model, batch) if known is None else known(index[rows])
                 if replaced is not None:
                     values_here = replaced(index[rows], here, step)
                 else:
                     values_here = paired_values(model, examples, index[rows], here) if constants.paired else constants
             removal = Intervention(here, mine, Values(here, values_here.tensors), first_token=first_token)
             with torch.enable_grad(), intervened(model, removal):
-                found = divergence(original, answer_logits(model, batch), batch, metric)
+                found = divergence(of_original, answer_logits(model, batch), batch, metric)
                 loss = found.sum() / len(index)
             yield torch.autograd.grad(loss, mine)[0], found.detach()
 
@@ -124,12 +131,13 @@ def trained(
             optimizer.step()
             schedule.step()
             if held_out is not None and (step + 1) % every == 0:
-                found = _judged(model, logits.detach(), units, constants, held_out, metric, batch_size)
+                found = _judged(model, logits.detach(), constants, held_out, metric, batch_size, recall)
                 if found < lowest:
                     best, lowest = logits.detach().clone(), found
     scores = logits.detach() if held_out is None else best
-    times = 3 if constants.paired else 2
+    times = 1 + (known is None) + constants.paired
     forward, backward = (math.ceil(times * steps * size / len(examples)) for times in (times, 1))
+    forward += known is not None and original is None
     unknown = torch.full_like(scores, float("nan"))
     return Scores(units, scores, unknown, name, "logit", forward + (values is None), backward)
 
@@ -137,14 +145,15 @@ def trained(
 def _judged(
     model: Model,
     logits: Float[Tensor, "units"],
-    units: Units,
     values: Values,
     held_out: Examples,
     metric: Metric | None,
     batch_size: int | None,
+    recall: Recall,
 ) -> float:
     """The measured risk of the circuits of the greatest logits, averaged over sizes."""
-    scores = Scores(units, logits, logits, "", "", 0, 0)
-    circuits = [Reduction(scores.top(fraction), values) for fraction in _SIZES]
-    found = (risk(model, circuit, held_out, metric=metric, batch_size=batch_size) for circuit in circuits)
+    scores = Scores(values.units, logits, logits, "", "", 0, 0)
+    circuits = [scores.top(fraction) for fraction in _SIZES]
+    shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "recall": recall}
+    found = circuit_risks(model, Reduction(circuits[0], values), circuits, held_out, **shared)
     return sum(estimate.mean for estimate in found) / len(circuits)

@@ -7,7 +7,7 @@ and measured risk decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_temperature
-from tl_sparsify._internal.ranks import summed
 from tl_sparsify.core.circuit import Circuit
-from tl_sparsify.core.distributions import paired_values, removal
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_call, shared_batches
-from tl_sparsify.core.intervene import intervened
-from tl_sparsify.core.metrics import Metric, divergence
+from tl_sparsify.core.forward import check_call
+from tl_sparsify.core.measure import circuit_risks, remembering
+from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
@@ -74,28 +72,33 @@ def polish(
     for rival in rivals:
         if len(rival) != len(reduction.circuit):
             raise ValueError(f"a rival keeps {len(rival)} units, the reduction {len(reduction.circuit)}")
+
+    shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size}
+    recall = remembering()
+
+    def measured(circuits: Sequence[Circuit]) -> Float[Tensor, "circuits"]:
+        found = circuit_risks(model, reduction, circuits, examples, recall=recall, **shared)
+        return torch.tensor([one.mean for one in found], dtype=torch.float64)
+
     n = len(reduction.units)
     candidates = [reduction.circuit, *rivals]
     spent = 0
     if n <= passes // 3:
         alone = torch.eye(n, dtype=torch.bool)
-        effects = _risks(
-            model, reduction, [Circuit(reduction.units, ~row) for row in alone], examples, metric, batch_size
-        )
+        effects = measured([Circuit(reduction.units, ~row) for row in alone])
         keep = torch.zeros(n, dtype=torch.bool)
         keep[effects.argsort(stable=True)[n - len(reduction.circuit) :]] = True
         candidates.append(Circuit(reduction.units, keep))
         spent += n + 1
-    found = _risks(model, reduction, candidates, examples, metric, batch_size)
+    found = measured(candidates)
     spent += 1 + len(candidates)
     best, lowest = candidates[int(found.argmin())], float(found.min())
     if not 0 < len(best) < n:
         return reduction.with_circuit(best)
     tried = {best}
     while spent + probes + 4 + _AT_ONCE < passes:
-        shared: dict[str, Any] = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
-        here = reduction.with_circuit(best)
-        proposals = _exchanges(model, here, examples, batch_size, shared)
+        expanding = shared | {"probes": probes, "temperature": temperature, "seed": seed}
+        proposals = _exchanges(model, reduction.with_circuit(best), examples, expanding)
         spent += probes + 4
         improved = False
         while spent + _AT_ONCE < passes and not improved:
@@ -108,47 +111,17 @@ def polish(
             if not chunk:
                 return reduction.with_circuit(best)
             tried.update(chunk)
-            found = _risks(model, reduction, chunk, examples, metric, batch_size)
+            found = measured(chunk)
             spent += 1 + len(chunk)
             if float(found.min()) < lowest:
                 best, lowest, improved = chunk[int(found.argmin())], float(found.min()), True
     return reduction.with_circuit(best)
 
 
-def _risks(
-    model: Model,
-    reduction: Reduction,
-    circuits: Sequence[Circuit],
-    examples: Examples,
-    metric: Metric | None,
-    batch_size: int | None,
-) -> Float[Tensor, "circuits"]:
-    """The measured risk of each circuit. One forward pass (two for values of counterfactual inputs), and one for each
-    circuit."""
-
-    def parts() -> Iterator[tuple[Tensor]]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            original = answer_logits(model, batch)
-            paired = reduction.values.paired
-            units = reduction.units.for_examples(index, examples.spans)
-            source = paired_values(model, examples, index, units) if paired else None
-            found: list[Float[Tensor, ""]] = []
-            for circuit in circuits:
-                with intervened(model, removal(model, reduction.with_circuit(circuit), examples, index, source)):
-                    reduced = answer_logits(model, batch)
-                found.append(divergence(original, reduced, batch, metric).double().sum().cpu())
-            yield (torch.stack(found),)
-
-    with torch.no_grad():
-        return summed(parts(), len(examples))[0] / len(examples)
-
-
-def _exchanges(
-    model: Model, here: Reduction, examples: Examples, batch_size: int | None, shared: dict[str, Any]
-) -> list[Circuit]:
+def _exchanges(model: Model, here: Reduction, examples: Examples, expanding: dict[str, Any]) -> list[Circuit]:
     """Circuits one exchange away, then two exchanges away, in order of predicted risk."""
-    batches = samples(model, examples, here, current=here, restorable=True, batch_size=batch_size, **shared)
-    found = linearise(batches, len(examples), seed=shared["seed"])
+    batches = samples(model, examples, here, current=here, restorable=True, **expanding)
+    found = linearise(batches, len(examples), seed=expanding["seed"])
     matrix, linear = found.matrix.double().cpu(), found.linear.double().cpu()
     mask = here.circuit.mask
     out, back = mask.nonzero().flatten(), (~mask).nonzero().flatten()
