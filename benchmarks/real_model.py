@@ -6,11 +6,12 @@ at least as many backward passes as the joint search but for one-shot scores, wh
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
 every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
 order and from nothing, whose circuits are measured on a quarter of the training examples. With ``--refit`` the rows are
-of constants that are refitted from the means, for each circuit, until the validation risk no longer falls.
+of constants that are refitted from the means, for each circuit, until the validation risk no longer falls, or
+``--most`` steps are done, and for half of ``--patience`` steps more at a falling rate.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
-    python benchmarks/real_model.py --tasks ioi --kinds heads+neurons --refit --sizes 0.1 0.05
+    python benchmarks/real_model.py --tasks ioi --kinds heads+neurons --refit --sizes 0.1 --patience 20 --most 120
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
 _MEASURED = 6  # passes over held-out examples for each size of a path that is sharpened
-PATIENCE = 50  # of a refit, in steps
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
     "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
@@ -116,7 +116,8 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
         if options.refit:
             fitting = {
-                "patience": PATIENCE,
+                "patience": options.patience,
+                "most": options.most,
                 "per_step": options.batch_size,
                 "batch_size": options.batch_size,
                 "seed": seed,
@@ -172,6 +173,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--patience", type=int, default=50, help="of a refit, in steps")
+    parser.add_argument("--most", type=int, default=6000, help="steps of a refit, converged or not")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are reported")
     options = parser.parse_args()
     names = options.methods or list(methods(options))
