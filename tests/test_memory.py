@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.models import bridge, examples, inputs, linear, random_mask, reduction_of, units_of
 
+import tl_sparsify as tls
 from tl_sparsify import baselines, constants, score
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core import memory
@@ -148,6 +150,47 @@ def test_where_memory_runs_out_half_is_tried():
     with pytest.raises(torch.OutOfMemoryError):
         fitting(run, model, data, None)
     assert tried == [7, 12, 6, 3, 1, 1]  # the last with blocks that are run again
+
+
+RUNNING: dict[str, Callable[[Any, tls.Examples, tls.Reduction, int | None], Any]] = {
+    "means": lambda model, data, reduced, size: tls.constants.mean(model, data, reduced.units, batch_size=size).tensors,
+    "risk": lambda model, data, reduced, size: tls.risk(model, reduced, data, batch_size=size).mean,
+    "evaluate": lambda model, data, reduced, size: tls.evaluate(model, reduced, data, batch_size=size).risk.mean,
+    "gradient": lambda model, data, reduced, size: (
+        tls.score.gradient(model, data, reduced.units, values=reduced.values, batch_size=size).scores
+    ),
+    "polish": lambda model, data, reduced, size: (
+        tls.polish(model, reduced, data, passes=40, batch_size=size).circuit.mask
+    ),
+    "refit": lambda model, data, reduced, size: (
+        tls.constants.refit(model, reduced, data, data, steps=2, batch_size=size, progress=False).values.tensors
+    ),
+    "mask": lambda model, data, reduced, size: (
+        tls.baselines.top_k_gate(
+            model, data, reduced.units, steps=2, values=reduced.values, batch_size=size, progress=False
+        ).scores
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_what_runs_out_of_memory_goes_on_in_halves_unless_the_user_chose_the_batches(name: str):
+    model, data = bridge(), examples(12)
+    reduced = reduction_of(model)
+    expected = RUNNING[name](model, data, reduced, 3)
+    tried: list[int] = []
+
+    def limited(activation: torch.Tensor, hook: Any) -> None:
+        tried.append(len(activation))
+        if len(activation) > 3:
+            raise torch.OutOfMemoryError("no more")
+
+    with model.hooks(fwd_hooks=[("hook_embed", limited)]):
+        found = RUNNING[name](model, data, reduced, None)
+        assert set(tried) == {12, 6, 3}
+        with pytest.raises(torch.OutOfMemoryError):
+            RUNNING[name](model, data, reduced, 4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 WIDE_VOCABULARY = """

@@ -15,7 +15,7 @@ that is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +29,7 @@ from tl_sparsify.comparison.resampling import Resampled
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import check_pairs, checked_partners
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_model, run_values, shared_batches
+from tl_sparsify.core.forward import answer_logits, check_model, in_batches, run_values
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.metrics import Metric, by_example, correct, kl, measured_by
 from tl_sparsify.core.moments import Moments
@@ -219,23 +219,23 @@ def measured(
     """
     empty = Circuit.empty(circuits[0].units)
 
-    def parts() -> Iterator[tuple[Moments, Resampled]]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            values = by.values(model, empty.units, index, examples.spans)
-            original = answer_logits(model, batch)
-            before = measured_by(metric, original, batch).double()
-            rows = [_row(original, original, before, before, batch)]
-            for kept in (empty, *circuits):
-                reduced = original
-                if not bool(circuit_of(kept).mask.all()):
-                    with intervened(model, removal(kept, index, values, by.first_token, examples.spans)):
-                        reduced = answer_logits(model, batch)
-                rows.append(_row(original, reduced, before, measured_by(metric, reduced, batch).double(), batch))
-            samples = torch.stack(rows).movedim(2, 0)  # every sum then runs over its own line: the same for equal rows
-            yield Moments.of(samples), Resampled.of(samples, index, bootstrap, seed)
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> tuple[Moments, Resampled]:
+        values = by.values(model, empty.units, index, examples.spans)
+        original = answer_logits(model, batch)
+        before = measured_by(metric, original, batch).double()
+        rows = [_row(original, original, before, before, batch)]
+        for kept in (empty, *circuits):
+            reduced = original
+            if not bool(circuit_of(kept).mask.all()):
+                with intervened(model, removal(kept, index, values, by.first_token, examples.spans)):
+                    reduced = answer_logits(model, batch)
+            rows.append(_row(original, reduced, before, measured_by(metric, reduced, batch).double(), batch))
+        samples = torch.stack(rows).movedim(2, 0)  # every sum then runs over its own line: the same for equal rows
+        return Moments.of(samples), Resampled.of(samples, index, bootstrap, seed)
 
     with torch.no_grad():
-        return totalled(parts(), lambda one, other: (one[0] + other[0], one[1] + other[1]), len(examples))
+        parts = in_batches(of, model, examples, batch_size)
+        return totalled(parts, lambda one, other: (one[0] + other[0], one[1] + other[1]), len(examples))
 
 
 def _row(

@@ -9,12 +9,12 @@ Where the true units are known, :func:`auroc` and :func:`average_precision` hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
@@ -40,7 +40,7 @@ from tl_sparsify.comparison.resampling import check_bootstrap
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions, lone, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_call, check_model, run_values, shared_batches
+from tl_sparsify.core.forward import answer_logits, check_call, check_model, in_batches, run_values
 from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds
 from tl_sparsify.core.moments import Estimate, Moments
@@ -293,26 +293,25 @@ def _interchanged(
         kept = kept.for_examples(paired) if isinstance(kept, Reduction) else kept
         by = replace(by, replacement=by.replacement[paired]) if isinstance(by.replacement, Examples) else by
 
-    def parts() -> Iterator[Moments]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            values = by.values(model, reduction.units, index, examples.spans)
-            removed = there = removal(kept, index, values, by.first_token, examples.spans)
-            if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input
-                partners = source_batch(interchange, by.replacement, index, seed)
-                taken = run_values(model, partners, values.units)
-                there = removal(kept, index, taken, by.first_token, examples.spans)
-            same = (interchange, model, reduction, examples, index, seed)
-            with intervened(model, *drawn_interventions(*same)):
-                original = answer_logits(model, batch)
-            with intervened(model, there):
-                drawn = drawn_interventions(*same)
-            with intervened(model, *drawn, removed):
-                reduced = answer_logits(model, batch)
-            columns = [kl(original, reduced), original.argmax(1) == reduced.argmax(1)]
-            yield Moments.of(torch.stack([by_example(column.double(), batch) for column in columns]).T)
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+        values = by.values(model, reduction.units, index, examples.spans)
+        removed = there = removal(kept, index, values, by.first_token, examples.spans)
+        if isinstance(by.replacement, Examples):  # on a partner's input, to the values that belong to that input
+            partners = source_batch(interchange, by.replacement, index, seed)
+            taken = run_values(model, partners, values.units)
+            there = removal(kept, index, taken, by.first_token, examples.spans)
+        same = (interchange, model, reduction, examples, index, seed)
+        with intervened(model, *drawn_interventions(*same)):
+            original = answer_logits(model, batch)
+        with intervened(model, there):
+            drawn = drawn_interventions(*same)
+        with intervened(model, *drawn, removed):
+            reduced = answer_logits(model, batch)
+        columns = [kl(original, reduced), original.argmax(1) == reduced.argmax(1)]
+        return Moments.of(torch.stack([by_example(column.double(), batch) for column in columns]).T)
 
     with torch.no_grad():
-        return Moments.over(parts(), len(examples))
+        return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
 
 
 def _minimality(

@@ -257,6 +257,27 @@ def halving(
     return [*halving(run, index[:half], batch[:half]), *halving(run, index[half:], batch[half:])]
 
 
+def in_batches(
+    run: Callable[[Int[Tensor, "batch"], Examples], T],
+    model: Model,
+    examples: Examples,
+    batch_size: int | None,
+    units: Units | None = None,
+) -> Iterator[T]:
+    """What ``run`` makes of each batch of this process's share of the examples (:func:`shared_batches`), whose indices
+    are those of the whole; where memory runs out and no ``batch_size`` is given, of halves (:func:`halving`) of this
+    batch and of those that follow."""
+    most = len(examples)
+    for index, batch in shared_batches(model, examples, batch_size, units):
+        if batch_size is not None:
+            yield run(index, batch)
+            continue
+        for rows in torch.arange(len(index)).split(most):
+            made = halving(run, index[rows], batch if len(rows) == len(index) else batch[rows])
+            most = max(1, len(rows) // len(made)) if len(made) > 1 else most
+            yield from made
+
+
 def batches_of(
     model: Model, examples: Examples, batch_size: int | None
 ) -> Iterator[tuple[Int[Tensor, "batch"], Examples]]:

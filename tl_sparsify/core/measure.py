@@ -9,7 +9,7 @@ that is right without interventions can be wrong under interchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from tl_sparsify._internal.ranks import agreed, gathered
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values, removal
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, shared_batches
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, in_batches
 from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
@@ -72,8 +72,8 @@ def remembered(
     kept: list[Float[Tensor, "rows choices"]] = []
     many = False
     with agreed(f"the logits of {len(examples)} examples"), torch.no_grad():
-        for _, batch in shared_batches(model, examples, batch_size):
-            kept.append(answer_logits(model, batch))
+        for logits in in_batches(lambda _, batch: answer_logits(model, batch), model, examples, batch_size):
+            kept.append(logits)
             many = kept[0].shape[1] * int(count.sum()) > numbers
             if many:
                 break
@@ -136,20 +136,19 @@ def compared(
         check_call(model, examples, seed=seed, batch_size=batch_size)
         check_fingerprint(model, reduction)
 
-    def parts() -> Iterator[Moments]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            removed = removal(model, reduction, examples, index)
-            same = (interventions, model, reduction, examples, index, seed)
-            with intervened(model, *drawn_interventions(*same)):
-                original = recall(index, lambda batch=batch: answer_logits(model, batch))
-            with intervened(model, removed):  # each model interchanges its own values: the source run is ablated too
-                drawn = drawn_interventions(*same)
-            with intervened(model, *drawn, removed):
-                reduced = answer_logits(model, batch)
-            yield Moments.of(compare(original, reduced, batch))
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+        removed = removal(model, reduction, examples, index)
+        same = (interventions, model, reduction, examples, index, seed)
+        with intervened(model, *drawn_interventions(*same)):
+            original = recall(index, lambda: answer_logits(model, batch))
+        with intervened(model, removed):  # each model interchanges its own values: the source run is ablated too
+            drawn = drawn_interventions(*same)
+        with intervened(model, *drawn, removed):
+            reduced = answer_logits(model, batch)
+        return Moments.of(compare(original, reduced, batch))
 
     with torch.no_grad():
-        return Moments.over(parts(), len(examples))
+        return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
 
 
 @checked
@@ -217,21 +216,20 @@ def circuit_risks(
     of circuits."""
     reductions = [reduction.with_circuit(circuit) for circuit in circuits]
 
-    def parts() -> Iterator[Moments]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            original = recall(index, lambda batch=batch: answer_logits(model, batch))
-            units = reduction.units.for_examples(index, examples.spans)
-            source = paired_values(model, examples, index, units) if reduction.values.paired else None
-            found: list[Float[Tensor, "batch"]] = []
-            for one in reductions:
-                with intervened(model, removal(model, one, examples, index, source)):
-                    found.append(divergence(original, answer_logits(model, batch), batch, metric))
-            yield Moments.of(torch.stack(found, 1))
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+        original = recall(index, lambda: answer_logits(model, batch))
+        units = reduction.units.for_examples(index, examples.spans)
+        source = paired_values(model, examples, index, units) if reduction.values.paired else None
+        found: list[Float[Tensor, "batch"]] = []
+        for one in reductions:
+            with intervened(model, removal(model, one, examples, index, source)):
+                found.append(divergence(original, answer_logits(model, batch), batch, metric))
+        return Moments.of(torch.stack(found, 1))
 
     if not circuits:
         return []
     with torch.no_grad():
-        moments = Moments.over(parts(), len(examples))
+        moments = Moments.over(in_batches(of, model, examples, batch_size), len(examples))
     unit = "nats" if metric is None else "squared units"
     each = zip(moments.mean, moments.stderr, moments.count, strict=True)
     return [Estimate(float(mean), float(stderr), int(count), unit) for mean, stderr, count in each]

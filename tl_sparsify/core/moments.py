@@ -12,13 +12,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.ranks import totalled
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import fitting, output, shared_batches, unit_positions
+from tl_sparsify.core.forward import in_batches, output, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.memory import dtype_of
 from tl_sparsify.core.site import Site
@@ -139,15 +139,11 @@ def unit_moments(
         >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
         [(4, 16), (4, 16), (4, 16)]
     """
-    return fitting(lambda size: _moments(model, examples, units, size), model, examples, batch_size)
 
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> tuple[Moments, ...]:
+        return batch_moments(model, batch, units.for_examples(index, examples.spans))
 
-def _moments(model: Model, examples: Examples, units: Units, batch_size: int) -> tuple[Moments, ...]:
-    parts = (
-        batch_moments(model, batch, units.for_examples(index, examples.spans))
-        for index, batch in shared_batches(model, examples, batch_size)
-    )
-    return totalled(parts, added, len(examples))
+    return totalled(in_batches(of, model, examples, batch_size), added, len(examples))
 
 
 def batch_moments(model: Model, batch: Examples, units: Units) -> tuple[Moments, ...]:

@@ -31,7 +31,7 @@ from tl_sparsify._internal.readers import rows_first, rows_last
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
 from tl_sparsify.core.distributions import removal as removal_of
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, halving, shared_batches
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_model, frozen, in_batches
 from tl_sparsify.core.intervene import Intervention, Recording, intervened, recorded
 from tl_sparsify.core.measure import Recall, computed
 from tl_sparsify.core.metrics import (
@@ -228,8 +228,7 @@ def samples(
         mask = current.circuit.mask.to(part.effects)
         return replace(part, linear=part.linear * mask, effects=part.effects * mask)
 
-    for index, batch in shared_batches(model, examples, batch_size, removal.units):
-        yield from halving(of, index, batch) if batch_size is None else (of(index, batch),)
+    yield from in_batches(of, model, examples, batch_size, removal.units)
 
 
 def _linearised(

@@ -29,7 +29,7 @@ from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.core.circuit import FirstToken, Values
 from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering
 from tl_sparsify.core.memory import device_of, dtype_of
@@ -100,20 +100,24 @@ def trained(
     def slopes(
         index: Int[Tensor, "some"], keep: Float[Tensor, "some units"], step: int
     ) -> Iterator[tuple[Float[Tensor, "rows units"], Float[Tensor, "rows"]]]:
-        for rows in torch.arange(len(index))[share(len(index))].split(together):
-            batch, here = examples[index[rows]], units.for_examples(index[rows], examples.spans)
+        def of(rows: Int[Tensor, "batch"], batch: Examples) -> tuple[Tensor, Tensor]:
+            some, here = index[rows], units.for_examples(index[rows], examples.spans)
             mine = keep.detach()[rows].requires_grad_()
             with torch.no_grad():
-                of_original = answer_logits(model, batch) if known is None else known(index[rows])
+                of_original = answer_logits(model, batch) if known is None else known(some)
                 if replaced is not None:
-                    values_here = replaced(index[rows], here, step)
+                    values_here = replaced(some, here, step)
                 else:
-                    values_here = paired_values(model, examples, index[rows], here) if constants.paired else constants
+                    values_here = paired_values(model, examples, some, here) if constants.paired else constants
             removal = Intervention(here, mine, Values(here, values_here.tensors), first_token=first_token)
             with torch.enable_grad(), intervened(model, removal):
                 found = divergence(of_original, answer_logits(model, batch), batch, metric)
                 loss = found.sum() / len(index)
-            yield torch.autograd.grad(loss, mine)[0], found.detach()
+            return torch.autograd.grad(loss, mine)[0], found.detach()
+
+        for rows in torch.arange(len(index))[share(len(index))].split(together):
+            batch = examples[index[rows]]
+            yield from halving(of, rows, batch) if batch_size is None else [of(rows, batch)]
 
     with frozen(model):
         for step in bar(range(steps), "training a mask", progress):

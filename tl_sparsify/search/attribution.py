@@ -13,7 +13,7 @@ steps, and a metric's drop nothing about outputs that the metric does not see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -28,7 +28,7 @@ from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_call, frozen, run_values, shared_batches
+from tl_sparsify.core.forward import answer_logits, check_call, frozen, in_batches, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.memory import device_of, dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
@@ -273,15 +273,14 @@ def _line(
     """The moments over examples of ``d metric / d keep``, averaged over the points at which ``keep`` has these levels
     for all units."""
 
-    def parts() -> Iterator[Moments]:
-        for index, batch in shared_batches(model, examples, batch_size):
-            here = units.for_examples(index, examples.spans)
-            values = Values(here, replacement(index).tensors)
-            with modified(model, backward):
-                slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
-            yield Moments.of(torch.stack(slopes).double().mean(0))
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+        here = units.for_examples(index, examples.spans)
+        values = Values(here, replacement(index).tensors)
+        with modified(model, backward):
+            slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
+        return Moments.of(torch.stack(slopes).double().mean(0))
 
-    return Moments.over(parts(), len(examples))
+    return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
 
 
 def _slopes(

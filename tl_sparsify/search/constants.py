@@ -30,6 +30,7 @@ from tl_sparsify.core.forward import (
     batch_size_for,
     check_call,
     frozen,
+    halving,
     shared_batches,
     unit_positions,
 )
@@ -187,8 +188,7 @@ def refit(
         return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
 
     judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
-    judging |= {"batch_size": batch_size_for(model, validation, batch_size)}  # worked out once
-    judging |= {"recall": known.recall}
+    judging |= {"batch_size": batch_size, "recall": known.recall}
 
     def validated(parameters: list[Float[Tensor, "..."]]) -> float:
         return known_risk(model, at(parameters), validation, **judging).mean
@@ -199,8 +199,8 @@ def refit(
     fell, mark = 0, lowest  # after how many steps the validation risk last fell clearly
 
     def gradients(step: int, index: Int[Tensor, "some"]) -> Iterator[list[Tensor]]:
-        for part in index[share(len(index))].split(together):
-            batch, here = train[part], at(theta).for_examples(part, train.spans)
+        def of(part: Int[Tensor, "batch"], batch: Examples) -> list[Tensor]:
+            here = at(theta).for_examples(part, train.spans)
             same = (interventions, model, reduction, train, part, seed + step)
             with torch.no_grad():
                 with intervened(model, *drawn_interventions(*same)):
@@ -210,7 +210,10 @@ def refit(
             with torch.enable_grad(), intervened(model, *drawn, ablate(here)):
                 loss = divergence(original, answer_logits(model, batch), batch, metric).sum() / len(index)
             found = torch.autograd.grad(loss, theta, allow_unused=True)
-            yield [torch.zeros_like(t) if g is None else g for t, g in zip(theta, found, strict=True)]
+            return [torch.zeros_like(t) if g is None else g for t, g in zip(theta, found, strict=True)]
+
+        for part in index[share(len(index))].split(together):
+            yield from halving(of, part, train[part]) if batch_size is None else [of(part, train[part])]
 
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else learning_rate)
