@@ -1,9 +1,9 @@
 """Selection: which units leave, one at a time, by the joint risk that a linearisation predicts.
 
 The order is exactly the one-at-a-time order, for any number of units. Units leave in blocks: a block is chosen within a
-pool of the cheapest units, and one matrix product then shows at which of its steps a unit outside the pool would have
-been cheaper. The block is cut there. So most of the arithmetic is large products instead of one pass over all
-units for every unit that leaves.
+pool of the units that are the cheapest or may soon be, and one matrix product then shows at which of its steps a unit
+outside the pool would have been cheaper. The block is cut there. So most of the arithmetic is large products instead of
+one pass over all units for every unit that leaves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tl_sparsify.search.linearisation import Linearisation
 _POOL = 2048
 _BLOCK = 512  # units at most that leave between two looks outside the pool
 _FIRST = 64
+_REACH = 0.5  # of what the last block may have changed, a unit may fall by while it waits: measured on SmolLM2
 _ROUGH = 32
 _LOOKS = 64  # at least, at all units that a rough choice is made among
 _ROUGHLY = 4  # times the units that leave: so many of the cheapest are looked at for a rough choice,
@@ -147,10 +148,12 @@ class _State:
         linear: Float[Tensor, "some"],
         costs: Float[Tensor, "some"] | None,
     ) -> None:
-        self.index, self.matrix, self.half, self.costs = index, matrix, half, costs
+        self.index, self.half, self.costs = index, half, costs
         self.linear = linear
-        self.length = matrix.square().sum(0).sqrt()
+        self.vectors = matrix.T.contiguous()  # of the units: they are gathered again and again
+        self.length = self.vectors.square().sum(1).sqrt()
         self.residual = matrix.new_zeros(len(matrix))
+        self.step = matrix.new_zeros(())  # how far the last block has moved it
         self.live = torch.ones(len(index), dtype=torch.bool, device=index.device)
         self.alive = len(index)
 
@@ -183,7 +186,7 @@ class _State:
         if count >= self.alive:
             return self
         here = (self.half + self.linear).topk(count, largest=False, sorted=False).indices.sort().values
-        return _State(self.index[here], self.matrix[:, here], self.half[here], self.linear[here], None)
+        return _State(self.index[here], self.vectors[here].T, self.half[here], self.linear[here], None)
 
     def take(self, count: int | float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
         """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
@@ -192,7 +195,8 @@ class _State:
         rough = min(max(_ROUGH, int(min(count, self.alive)) // _LOOKS), _POOL // 2)
         while left > 0 and self.alive:
             steps = min(rough if roughly else block, self.alive)
-            chosen, asked = self.next_block(steps, left, min(pool, max(_POOL // 4, 4 * steps)), check=not roughly)
+            size = min(pool, max(_POOL // 4, 4 * steps)) if roughly else pool
+            chosen, asked = self.next_block(steps, left, size, check=not roughly)
             picked.append(self.index[chosen].cpu())
             left -= len(chosen) if self.costs is None else float(self.costs[chosen].double().sum())
             block = min(_BLOCK, 2 * asked) if len(chosen) == asked else max(16, 2 * len(chosen))
@@ -200,30 +204,32 @@ class _State:
 
     def next_block(self, steps: int, left: float, pool: int, check: bool) -> tuple[Int[Tensor, "picked"], int]:
         """The next units to leave, at most ``steps`` of them, in order; and how many were tried."""
-        rise = self.half + self.linear + self.residual @ self.matrix
+        rise = self.half + self.linear + self.vectors @ self.residual
         rise[~self.live] = torch.inf
-        here = self._by_cost(rise).topk(min(pool, self.alive), largest=False, sorted=False).indices.sort().values
-        inside = self.matrix[:, here]
+        soon = rise - _REACH * self.step * self.length if check else rise.clone()
+        soon[self._by_cost(rise).argmin()] = -torch.inf  # the next to leave is in the pool, whatever may soon be
+        here = self._by_cost(soon).topk(min(pool, self.alive), largest=False, sorted=False).indices.sort().values
+        inside = self.vectors[here]
         picks, lows = self._within(inside, here, rise[here], min(steps, len(here)), left)
         asked, good = len(picks), len(picks)
         if check and len(here) < self.alive and good > 1:
-            good = self._uncontested(rise, here, inside[:, picks[: good - 1]].cumsum(1), lows[1:good])
-        chosen = here[picks[:good]]
+            good = self._uncontested(rise, here, inside[picks[: good - 1]].cumsum(0), lows[1:good])
+        chosen, moved = here[picks[:good]], inside[picks[:good]].sum(0)
         self.live[chosen] = False
         self.alive -= good
-        self.residual = self.residual + inside[:, picks[:good]].sum(1)
+        self.residual, self.step = self.residual + moved, moved.norm()
         return chosen, asked
 
     def _within(
         self,
-        inside: Float[Tensor, "rows pool"],
+        inside: Float[Tensor, "pool rows"],
         here: Int[Tensor, "pool"],
         rise: Float[Tensor, "pool"],
         steps: int,
         left: float,
     ) -> tuple[Int[Tensor, "picked"], Float[Tensor, "picked"]]:
         """One at a time within the pool: places in it, and by what each was chosen."""
-        change = (inside.T @ inside).cpu().numpy()
+        change = (inside @ inside.T).cpu().numpy()
         now = rise.cpu().numpy().copy()
         costs = None if self.costs is None else self.costs[here].cpu().numpy()
         picks = np.empty(steps, dtype=np.int64)
@@ -244,7 +250,7 @@ class _State:
         self,
         rise: Float[Tensor, "some"],
         here: Int[Tensor, "pool"],
-        path: Float[Tensor, "rows later"],
+        path: Float[Tensor, "later rows"],
         lows: Float[Tensor, "later"],
     ) -> int:
         """How many picks stand: at each one after the first no unit outside the pool would have been cheaper."""
@@ -252,11 +258,11 @@ class _State:
         outside[here] = False
         far = outside.nonzero().flatten()
         # by Cauchy and Schwarz a rise falls by no more than the residual's way times the unit's own length
-        least = rise[far] - path.square().sum(0).max().sqrt() * self.length[far]
+        least = rise[far] - path.square().sum(1).max().sqrt() * self.length[far]
         near = far[self._by_cost(least, far) < lows.max()]
         if not len(near):
             return 1 + len(lows)
-        there = rise[near][:, None] + self.matrix[:, near].T @ path
+        there = rise[near][:, None] + self.vectors[near] @ path.T
         cheaper = (self._by_cost(there.T, near) < lows[:, None]).any(1).nonzero()
         return 1 + int(cheaper[0]) if len(cheaper) else 1 + len(lows)
 
