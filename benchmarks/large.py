@@ -4,9 +4,9 @@
 (:mod:`score_speed`); ``score.risk`` takes the means as well. Memory is what a step adds to the process at its peak,
 when it is made for the first time. One long prompt of SmolLM2 (``tl-sparsify fetch smollm2``) is scored with all that
 its blocks compute kept for the backward pass, and with blocks run again there. A search over SmolLM2's heads and
-neurons is profiled for the time in which it chooses units, beside that of its model passes. Each step runs in a process of its own,
-a score in turn with its bare passes; times are the median of the repeats (of the long prompt, of one), and only ratios
-of one run are compared. Writes ``benchmarks/results/large.csv`` and ``large.md``.
+neurons is profiled for the time in which it chooses units, beside that of its model passes. Each step runs in a process
+of its own, a score in turn with its bare passes; times are the median of the repeats (one of the long prompt and of the
+search), and only ratios of one run are compared. Writes ``benchmarks/results/large.csv`` and ``large.md``.
 
     python benchmarks/large.py [--repeats 3] [--prompts 32] [--pos 20]
 """
@@ -82,10 +82,11 @@ def choosing() -> dict[str, float]:
     those of all their passes."""
     task = tls.load_task("ioi", model="smollm2")
     model = task.model()
-    train = task.examples(seed=0)[0].sample(64, seed=0)
-    units, search, probing = tls.heads(model) + tls.neurons(model), tls.sparsify, tls.Probing(1)
+    train, _, _ = task.examples(0)
+    train = train.sample(64, seed=0)
+    units = tls.heads(model) + tls.neurons(model)
     with Profile() as profile:
-        search(model, train, units, rounds=4, smallest=0.3, probing=probing, progress=False)
+        tls.sparsify(model, train, units, rounds=4, smallest=0.3, probing=tls.Probing(1), progress=False)
     found = pstats.Stats(profile).get_stats_profile().func_profiles
     return {"seconds": sum(found[name].cumtime for name in CHOOSERS), "bare_seconds": found["in_batches"].cumtime}
 
