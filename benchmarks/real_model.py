@@ -36,6 +36,7 @@ SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
+REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit: where it is asked for by name
 _MEASURED = 6  # passes over held-out examples for each size of a path that is sharpened
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
@@ -80,6 +81,10 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
             scorer, model, train, units, rounds=rounds, smallest=smallest, values=values, **given
         )
 
+    def removed(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        some = train[:REMOVED]
+        return tls.score.exact(model, some, units, values=values, seed=seed, batch_size=size, progress=False)
+
     def mask(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
         steps = -(-backward // given["per_step"])
@@ -91,6 +96,7 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         "risk, one shot": one_shot,
         "attribution, rounds": attribution,
         "top-k mask": mask,
+        EXACT: removed,
     }
 
 
@@ -177,7 +183,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=6000, help="steps of a refit, converged or not")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are reported")
     options = parser.parse_args()
-    names = options.methods or list(methods(options))
+    names = options.methods or [name for name in methods(options) if name != EXACT]
     folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
     for seed in options.seeds:
         for task in options.tasks:
