@@ -56,7 +56,8 @@ def test_training_begins_at_the_order():
     for seed in range(3):
         order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
         path = path_of(model, data, units, order, (9, 5, 3))
-        assert sharpen(model, path, data, steps=1, learning_rate=1e-6, progress=False).order.tolist() == order.tolist()
+        settings: dict[str, Any] = {"learning_rate": 1e-6, "exchanged": 0, "progress": False}
+        assert sharpen(model, path, data, steps=1, **settings).order.tolist() == order.tolist()
 
 
 @pytest.mark.parametrize("learning_rate", [0.05, 5.0])
@@ -140,7 +141,7 @@ def test_passes_are_what_the_docstring_says_and_the_model_is_left():
     with counted(model) as passes, unchanged(model):
         sharpen(model, path, data, per_step=10, progress=False)
     measured = passes["forward"] / 20 - 21 - 1
-    assert passes["backward"] == 20 * 20 and 3 < measured <= 7 * 3
+    assert passes["backward"] == 20 * 20 and 3 < measured <= (7 + 9) * 3
 
 
 def test_counterfactual_inputs_are_run_once_for_all_circuits_that_are_measured_together():
@@ -152,7 +153,24 @@ def test_counterfactual_inputs_are_run_once_for_all_circuits_that_are_measured_t
     with counted(model) as passes:
         sharpen(model, path, data, per_step=10, steps=4, progress=False)
     measured = passes["forward"] / 20 - (1 + 2 * 2) - 1
-    assert passes["backward"] == 2 * 20 and 4 <= measured <= 7 * 3 + 1 + 3 * 3
+    assert passes["backward"] == 2 * 20 and 4 <= measured <= (7 + 9) * 3 + 1 + 4 * 3
+
+
+def test_an_exchange_mends_what_the_masks_left():
+    """Masks that were hardly trained: the order is the search's, with a unit of the true circuit just outside."""
+    model, data = exclusive_or(), exclusive_or_inputs(64)
+    first, second = EXCLUSIVE_OR
+    named = {name: index for index, name in enumerate(model.units.names)}
+    others = [index for name, index in named.items() if name not in EXCLUSIVE_OR]
+    order = torch.tensor([*others[:-1], named[first], others[-1], named[second]])
+    path = path_of(model, data, model.units, order, (4, 2))
+    settings: dict[str, Any] = {"steps": 1, "learning_rate": 1e-6, "progress": False}
+    assert sharpen(model, path, data, exchanged=0, **settings).rounds[-1].measured.mean > 0.1
+    found = sharpen(model, path, data, exchanged=1, **settings).rounds[-1]
+    assert set(found.reduction.circuit.names) == set(EXCLUSIVE_OR)
+    pinned = Circuit(model.units, torch.arange(len(model.units)) == others[-1])
+    kept = sharpen(model, path, data, always_keep=pinned, **settings)
+    assert all(pinned <= step.reduction.circuit for step in kept.rounds)
 
 
 def test_what_cannot_be_sharpened_is_refused_by_name():
@@ -165,6 +183,7 @@ def test_what_cannot_be_sharpened_is_refused_by_name():
     for given, settings, message in [
         (path, {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         (path, {"steps": 0}, "steps is 0; at least one is needed"),
+        (path, {"exchanged": -1}, "exchanged is -1"),
         (path, {"always_keep": Circuit.full(units.at(1))}, "always_keep is a circuit over"),
         (costly, {}, "path is ordered by costs"),
         (refitted, {}, r"path has refit values, fitted in its rounds: search with Refitting\(0\)"),

@@ -64,6 +64,7 @@ class Effort:
         rounds: of removing units.
         per_round: training examples in each of them; all where ``None``.
         probes: for each example, in scores and search.
+        exchanged: of a path that is sharpened, units on either side of an exchange (:func:`sharpen`).
         steps, inner: of the last refit, and of those within the search. The package's own where ``None``.
         patience, most: of the refits of the circuits that are compared (:func:`refit_until_converged`), in steps.
         batch_size: examples at a time; the package's own where ``None``.
@@ -76,6 +77,7 @@ class Effort:
     rounds: int = 20
     per_round: int | None = None
     probes: int = PROBES
+    exchanged: int = 3
     steps: int | None = None
     inner: int | None = None
     patience: int = 300
@@ -108,10 +110,33 @@ _SMALL = {
 # always the same.
 _OF_LARGE = {
     "quick": Effort(
-        192, 24, 64, 32, rounds=10, per_round=48, probes=1, steps=20, inner=0, patience=5, most=5, batch_size=_FEW
+        192,
+        24,
+        64,
+        32,
+        rounds=10,
+        per_round=48,
+        probes=1,
+        exchanged=1,
+        steps=20,
+        inner=0,
+        patience=5,
+        most=5,
+        batch_size=_FEW,
     ),
     "standard": Effort(
-        512, 64, 256, 128, per_round=128, probes=1, steps=100, inner=4, patience=20, most=100, batch_size=_FEW
+        512,
+        64,
+        256,
+        128,
+        per_round=128,
+        probes=1,
+        exchanged=2,
+        steps=100,
+        inner=4,
+        patience=20,
+        most=100,
+        batch_size=_FEW,
     ),
     "thorough": Effort(
         1024, 256, 512, 256, per_round=256, probes=1, steps=300, inner=20, patience=50, most=500, batch_size=_FEW
@@ -273,7 +298,7 @@ def seconds(
     if sharpens:
         step = min(effort.beside_batch, train)
         total += effort.sharpening(train) * (over(step) + over(step, 1))
-        total += _WOVEN * effort.rounds * over(validation)
+        total += (_WOVEN + effort.exchanged**2) * effort.rounds * over(validation)
     elif inner:
         a_round += refit(inner, effort.refit_batch)
     total += 2 * over(train) + _EXPANSIONS * effort.rounds * a_round

@@ -206,7 +206,8 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
     if not here.request.sharpens:
         return path
     given: dict[str, Any] = {"steps": here.effort.sharpening(len(train)), "per_step": here.effort.beside_batch}
-    return sharpen(here.model, path, train, held_out=validation, progress=here.shows, **given, **here.shared)
+    given |= {"exchanged": here.effort.exchanged, "held_out": validation, "progress": here.shows}
+    return sharpen(here.model, path, train, **given, **here.shared)
 
 
 def _evaluated(here: Setting, reduction: Reduction, small: Any) -> Evaluation:

@@ -224,7 +224,7 @@ def circuit_risks(
         for one in reductions:
             with intervened(model, removal(model, one, examples, index, source)):
                 found.append(divergence(original, answer_logits(model, batch), batch, metric))
-        return Moments.of(torch.stack(found, 1))
+        return Moments.of(torch.stack(found).T)  # each sum over a line of its own: as for one circuit alone
 
     if not circuits:
         return []

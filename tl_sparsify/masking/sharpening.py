@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
+from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_call
@@ -28,6 +29,7 @@ from tl_sparsify.search.path import CircuitPath, Round, order_through, worse
 
 _SHARPENING, _PER_STEP = 20, 32  # passes over the data; examples
 _LEAST = 1e-6  # nats; risks below it count as this
+_MOST_EXCHANGED = 32
 
 
 @checked
@@ -41,6 +43,7 @@ def sharpen(
     temperature: float = 0.2,
     relative: bool = False,
     per_step: int = _PER_STEP,
+    exchanged: int = 3,
     always_keep: Circuit | None = None,
     held_out: Examples | None = None,
     metric: Metric | None = None,
@@ -56,26 +59,31 @@ def sharpen(
     circuits of the three orders are measured on ``held_out`` at the sizes of the path's rounds. Two more paths take at
     each size the better of two circuits, by the two orders that do best there: one goes down from the largest circuit
     and leaves out more and more of it, the other grows from the smallest. Of the five paths that with the lowest
-    geometric mean of its risks is returned, with these. A circuit that still measures worse than the next smaller one,
-    by more than its standard error, is grown from that one within the next larger one, where that measures lower.
+    geometric mean of its risks is taken. Each of its circuits is then offered exchanges, between the next smaller and
+    the next larger one: one of the ``exchanged`` units that both masks together would drop first, for one of as many
+    that they would take first; that which measures lowest is made, if it measures lower. A circuit that still measures
+    worse than the next smaller one, by more than its standard error, is grown from that one within the next larger one,
+    where that measures lower.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
         steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
             passes over ``train``.
+        exchanged: units on either side of an exchange; 0: none is made.
         always_keep: units that stay in every circuit.
         held_out: where they are measured; ``train`` where not given.
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
     the original's logits, as in :func:`top_k_gate`; at most seven forward passes over ``held_out`` for each round (one
-    for each circuit that differs), three more for each that is grown at last, and one of the original model. Under
-    counterfactual values a forward pass more for every backward pass, and one for each time that circuits are measured
-    together: all of the three orders, and at most three times for each round.
+    for each circuit that differs) and ``exchanged ** 2`` for its exchanges, three more for each that is grown at last,
+    and one of the original model. Under counterfactual values a forward pass more for every backward pass, and one for
+    each time that circuits are measured together: all of the three orders, and at most four times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
-            or ``per_step`` below one; a ``learning_rate`` or ``temperature`` that is not positive.
+            or ``per_step`` below one; ``exchanged`` below 0 or above 32; a ``learning_rate`` or ``temperature`` that is
+            not positive.
 
     Example:
         >>> better = tls.sharpen(model, path, train, steps=3, progress=False)
@@ -84,6 +92,7 @@ def sharpen(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_count("exchanged", exchanged, least=0, most=_MOST_EXCHANGED)
     if path.costs is not None:
         raise ValueError("path is ordered by costs, which a mask does not know: sharpen one of a search without costs")
     last, units = path.rounds[-1].reduction, path.units
@@ -162,7 +171,19 @@ def sharpen(
     for place, pair in reversed(list(enumerate(pairs))):
         within = up[0].reduction.circuit.mask if up else nothing
         up.insert(0, better(place, within, every, pair))
-    rounds = min([*alone, down, up], key=_log_risks)
+    rounds = list(min([*alone, down, up], key=_log_risks))
+    standing = torch.stack([_places(order) for order in orders[1:]]).sum(0)
+    free = every if always_keep is None else ~always_keep.mask
+    for place, step in enumerate(rounds):
+        inner = rounds[place + 1].reduction.circuit.mask if place + 1 < len(rounds) else nothing
+        outer = rounds[place - 1].reduction.circuit.mask if place else every
+        here = step.reduction.circuit.mask
+        leaving, entering = (side.nonzero().flatten() for side in (here & ~inner & free, outer & ~here))
+        leaving = leaving[standing[leaving].argsort(stable=True)[:exchanged]]
+        entering = entering[standing[entering].argsort(descending=True, stable=True)[:exchanged]]
+        offers = [Circuit(units, _exchanged(here, *pair)) for pair in itertools.product(leaving, entering)]
+        measured(offers)
+        rounds[place] = min([step, *(of(step, offer) for offer in offers)], key=_measured)
     for place in reversed(range(len(rounds) - 1)):
         larger, smaller = rounds[place : place + 2]
         if worse(larger, smaller):
@@ -178,6 +199,19 @@ def _follows(order: Int[Tensor, "units"], step: Round) -> int:
     """How many of the round's units an order would keep at its size."""
     circuit = step.reduction.circuit
     return int(circuit.mask[order[len(order) - len(circuit) :]].sum())
+
+
+def _places(order: Int[Tensor, "units"]) -> Int[Tensor, "units"]:
+    """Where each unit stands in an order."""
+    return torch.empty_like(order).index_put((order,), torch.arange(len(order)))
+
+
+def _exchanged(
+    mask: Bool[Tensor, "units"], leaving: Int[Tensor, ""], entering: Int[Tensor, ""]
+) -> Bool[Tensor, "units"]:
+    changed = mask.clone()
+    changed[leaving], changed[entering] = False, True
+    return changed
 
 
 def _measured(step: Round) -> float:
