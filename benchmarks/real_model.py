@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import steps_left
+from shared import WOVEN, steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -37,7 +37,7 @@ ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
 REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit: where it is asked for by name
-_MEASURED = 6  # passes over held-out examples for each size of a path that is sharpened
+EXCHANGED = 2  # units on either side of an exchange, of a path that is sharpened
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
     "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
@@ -66,9 +66,10 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
             found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
         given: dict[str, Any] = {"per_step": min(16, size, len(train)), "seed": seed, "progress": False}
         held_out = train[: len(train) // 4]
-        measuring = len(train) + _MEASURED * len(SIZES) * len(held_out)
+        measuring = len(train) + (WOVEN + EXCHANGED**2) * len(SIZES) * len(held_out)
         steps = steps_left(backward, passes, measuring=measuring, per_step=given["per_step"], paired=False)
-        return tls.sharpen(model, found, train, steps=steps, held_out=held_out, batch_size=size, **given)
+        given |= {"held_out": held_out, "exchanged": EXCHANGED, "batch_size": size}
+        return tls.sharpen(model, found, train, steps=steps, **given)
 
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)

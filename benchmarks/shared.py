@@ -18,6 +18,7 @@ from tl_sparsify._internal.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WOVEN = 6  # circuits that are measured for each size of a path that is sharpened, beside its exchanges
 LEAST = 1e-6
 """In nats; lower risks are told apart by rounding only."""
 Page = Callable[[pd.DataFrame], str]

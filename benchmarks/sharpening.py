@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, geometric_mean, marked, parser, steps_left, write
+from shared import RESULTS, WOVEN, geometric_mean, marked, parser, steps_left, write
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.cost import counted
@@ -25,7 +25,7 @@ ABLATIONS = ("counterfactual", "mean")
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 TRAIN, VALIDATION = 64, 256  # examples
 PER_STEP = {"mask": 32, "sharpened": 16}  # examples
-ROUNDS, PROBES = 20, 4
+ROUNDS, PROBES, EXCHANGED = 20, 4, 5
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
 METHODS = ("search", "mask", "mask, relative", "sharpened", "sharpened, relative")
@@ -47,10 +47,11 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
         path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    measuring = (1 + 6 * len(SIZES) + values.paired) * TRAIN
+    measuring = (1 + (WOVEN + EXCHANGED**2) * len(SIZES) + values.paired) * TRAIN
     given = {"measuring": measuring, "per_step": size, "paired": values.paired}
     steps = steps_left(PASSES * TRAIN, passes, **given)
-    return tls.sharpen(model, path, train, steps=steps, per_step=size, relative=relative, **quiet)
+    settings = {"per_step": size, "relative": relative, "exchanged": EXCHANGED}
+    return tls.sharpen(model, path, train, steps=steps, **settings, **quiet)
 
 
 def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any]]:
