@@ -1,8 +1,9 @@
-"""How masks are best trained from a search's order: with each size's divergence as it is, or relative to its own level.
+"""Masks, beside a search and after it: what training from its order, weaving and exchanges bring.
 
-Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples. No row
-takes fewer backward passes than the search: one of 20 rounds, a mask from nothing, and a search of one round for each
-size that is sharpened in all other passes. What was done before is kept, so that an interrupted run goes on. Writes
+Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples: of a search
+of 20 rounds; of a mask from nothing, with each size's divergence as it is, or relative to its own level; and of a
+search of one round for each size that is sharpened in all other passes, with exchanges and without. What was done
+before is kept, so that an interrupted run goes on. Writes
 ``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]
@@ -28,12 +29,13 @@ PER_STEP = {"mask": 32, "sharpened": 16}  # examples
 ROUNDS, PROBES, EXCHANGED = 20, 4, 5
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
-METHODS = ("search", "mask", "mask, relative", "sharpened", "sharpened, relative")
+METHODS = ("search", "mask", "mask, relative", "sharpened, no exchanges", "sharpened")
 
 
 def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
     """Scores of a mask, or a path."""
     relative, kind = method.endswith("relative"), method.split(",")[0]
+    exchanged = 0 if method.endswith("no exchanges") else EXCHANGED
     quiet: dict[str, Any] = {"seed": seed, "progress": False}
     size = PER_STEP.get(kind, TRAIN)
     if kind == "mask":
@@ -47,10 +49,10 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
         path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    measuring = (1 + (WOVEN + EXCHANGED**2) * len(SIZES) + values.paired) * TRAIN
+    measuring = (1 + (WOVEN + exchanged**2) * len(SIZES) + values.paired) * TRAIN
     given = {"measuring": measuring, "per_step": size, "paired": values.paired}
     steps = steps_left(PASSES * TRAIN, passes, **given)
-    settings = {"per_step": size, "relative": relative, "exchanged": EXCHANGED}
+    settings = {"per_step": size, "relative": relative, "exchanged": exchanged}
     return tls.sharpen(model, path, train, steps=steps, **settings, **quiet)
 
 
