@@ -128,7 +128,7 @@ def test_passes_are_counted_and_the_model_is_left_as_it_came_in():
     with unchanged(model):
         hook = ("blocks.1.hook_resid_post", lambda value, hook: rows.append(len(value)))
         with model.hooks(fwd_hooks=[hook]):
-            found = information_bottleneck(model, data, units_of(model), steps=3, per_step=5)
+            found = information_bottleneck(model, data, units_of(model), steps=4, per_step=5)
     assert sum(rows) == 10 * found.forward_passes + 1  # of one example, for its shape
     assert (found.forward_passes, found.backward_passes) == (4, 2)
 
