@@ -28,7 +28,7 @@ ORDER = {
     "mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
-    "masking": "gates training hard_concrete top_k_gate information_bottleneck sharpening",
+    "masking": "gates training hard_concrete top_k_gate information_bottleneck weaving sharpening",
     "comparison": "cost resampling curves evaluate edge_readers edge_attribution path_patching rounds "
     "edge_scores baselines convergence methods tables cells benchmark",
     "stressing": "table measuring worst_case minimality alternatives specificity hypotheses profiles mechanisms "

@@ -119,7 +119,7 @@ def test_a_circuit_that_is_worse_than_the_next_smaller_one_is_grown_from_it():
                 circuit.mask.nonzero().flatten().tolist()
             )
             assert before is None or larger.reduction.circuit <= before.reduction.circuit
-            assert not worse(larger, smaller)  # of 32 three were without growing
+            assert not worse(larger.measured, smaller.measured)  # of 32 three were without growing
             assert larger.measured.mean == risk(model, larger.reduction, data).mean
 
 

@@ -3,14 +3,13 @@ expansion says little, and what it found is still a far better start than nothin
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
@@ -25,11 +24,11 @@ from tl_sparsify.core.reduction import check_fingerprint
 from tl_sparsify.core.units import Model
 from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import trained
-from tl_sparsify.search.path import CircuitPath, Round, order_through, worse
+from tl_sparsify.masking.weaving import followed, grown, with_exchanges, woven
+from tl_sparsify.search.path import CircuitPath, Round, order_through
 
 _SHARPENING, _PER_STEP = 20, 32  # passes over the data; examples
-_LEAST = 1e-6  # nats; risks below it count as this
-_MOST_EXCHANGED = 32
+_MOST_EXCHANGES = 32
 
 
 @checked
@@ -92,7 +91,7 @@ def sharpen(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    check_count("exchanged", exchanged, least=0, most=_MOST_EXCHANGED)
+    check_count("exchanged", exchanged, least=0, most=_MOST_EXCHANGES)
     if path.costs is not None:
         raise ValueError("path is ordered by costs, which a mask does not know: sharpen one of a search without costs")
     last, units = path.rounds[-1].reduction, path.units
@@ -129,95 +128,20 @@ def sharpen(
     judged = train if held_out is None else held_out
     measuring: dict[str, Any] = {"metric": metric, "recall": remembering(), "batch_size": batch_size}
     known: dict[Circuit, Estimate] = {}
-    unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
-    nothing, every = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
 
-    def grown(
-        step: Round, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], order: Int[Tensor, "units"]
-    ) -> Circuit:
-        """The units ``within``, and of those ``around`` them the last ones of an order: as many as the round keeps."""
-        free = order[(around & ~within)[order]]
-        more = free[len(free) - (len(step.reduction.circuit) - int(within.sum())) :]
-        return Circuit(units, within.index_fill(0, more, True))
-
-    def measured(circuits: Iterable[Circuit]) -> None:
-        """Know their risks."""
+    def measure(circuits: Sequence[Circuit]) -> list[Estimate]:
         new = list(dict.fromkeys(circuit for circuit in circuits if circuit not in known))
         known.update(zip(new, circuit_risks(model, last, new, judged, **measuring), strict=True))
+        return [known[circuit] for circuit in circuits]
 
-    def of(step: Round, circuit: Circuit) -> Round:
+    kept = Circuit.empty(units) if always_keep is None else always_keep
+    circuits = woven(Circuit.full(units), orders, [len(step.reduction.circuit) for step in path.rounds], measure)
+    circuits = grown(with_exchanges(circuits, orders[1:], kept, exchanged, measure), orders, measure)
+    unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
+    rounds: list[Round] = []
+    for step, circuit in zip(path.rounds, circuits, strict=True):
         same = circuit == step.reduction.circuit
         predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
-        return Round(step.reduction.with_circuit(circuit), predicted[0], known[circuit], predicted[1])
-
-    def better(
-        place: int, within: Bool[Tensor, "units"], around: Bool[Tensor, "units"], orders: list[Int[Tensor, "units"]]
-    ) -> Round:
-        found = [grown(path.rounds[place], within, around, order) for order in orders]
-        measured(found)
-        return of(path.rounds[place], min(found, key=lambda circuit: known[circuit].mean))
-
-    first = [[grown(step, nothing, every, order) for step in path.rounds] for order in orders]
-    measured(itertools.chain(*first))
-    alone = [[of(step, circuit) for step, circuit in zip(path.rounds, found, strict=True)] for found in first]
-    pairs = [
-        [orders[i] for i in sorted(range(len(orders)), key=lambda i: _measured(alone[i][place]))[:2]]
-        for place in range(len(path.rounds))
-    ]
-    down, up = list[Round](), list[Round]()
-    for place, pair in enumerate(pairs):
-        around = down[-1].reduction.circuit.mask if down else every
-        down.append(better(place, nothing, around, pair))
-    for place, pair in reversed(list(enumerate(pairs))):
-        within = up[0].reduction.circuit.mask if up else nothing
-        up.insert(0, better(place, within, every, pair))
-    rounds = list(min([*alone, down, up], key=_log_risks))
-    standing = torch.stack([_places(order) for order in orders[1:]]).sum(0)
-    free = every if always_keep is None else ~always_keep.mask
-    for place, step in enumerate(rounds):
-        inner = rounds[place + 1].reduction.circuit.mask if place + 1 < len(rounds) else nothing
-        outer = rounds[place - 1].reduction.circuit.mask if place else every
-        here = step.reduction.circuit.mask
-        leaving, entering = (side.nonzero().flatten() for side in (here & ~inner & free, outer & ~here))
-        leaving = leaving[standing[leaving].argsort(stable=True)[:exchanged]]
-        entering = entering[standing[entering].argsort(descending=True, stable=True)[:exchanged]]
-        offers = [Circuit(units, _exchanged(here, *pair)) for pair in itertools.product(leaving, entering)]
-        measured(offers)
-        rounds[place] = min([step, *(of(step, offer) for offer in offers)], key=_measured)
-    for place in reversed(range(len(rounds) - 1)):
-        larger, smaller = rounds[place : place + 2]
-        if worse(larger, smaller):
-            around = rounds[place - 1].reduction.circuit.mask if place else every
-            other = better(place, smaller.reduction.circuit.mask, around, orders)
-            rounds[place] = min(larger, other, key=_measured)
-    # between the rounds by the order that most of them agree with
-    order = max(orders, key=lambda order: sum(_follows(order, step) for step in rounds))
-    return replace(path, order=order_through(order, rounds), rounds=tuple(rounds))
-
-
-def _follows(order: Int[Tensor, "units"], step: Round) -> int:
-    """How many of the round's units an order would keep at its size."""
-    circuit = step.reduction.circuit
-    return int(circuit.mask[order[len(order) - len(circuit) :]].sum())
-
-
-def _places(order: Int[Tensor, "units"]) -> Int[Tensor, "units"]:
-    """Where each unit stands in an order."""
-    return torch.empty_like(order).index_put((order,), torch.arange(len(order)))
-
-
-def _exchanged(
-    mask: Bool[Tensor, "units"], leaving: Int[Tensor, ""], entering: Int[Tensor, ""]
-) -> Bool[Tensor, "units"]:
-    changed = mask.clone()
-    changed[leaving], changed[entering] = False, True
-    return changed
-
-
-def _measured(step: Round) -> float:
-    return step.measured.mean
-
-
-def _log_risks(rounds: Sequence[Round]) -> float:
-    """The sum of the logarithms of their measured risks."""
-    return sum(math.log(max(step.measured.mean, _LEAST)) for step in rounds)
+        rounds.append(Round(step.reduction.with_circuit(circuit), predicted[0], known[circuit], predicted[1]))
+    order = order_through(followed(orders, circuits), rounds)
+    return replace(path, order=order, rounds=tuple(rounds))

@@ -6,7 +6,8 @@ with every unit at ``value + keep * (v - value)``, by gradient descent on the lo
     hard_concrete           gates drawn from a stretched, clipped logistic distribution, a penalty on open ones;
     top_k_gate              gates that sum to a size drawn anew for every step;
     information_bottleneck  gates between value and noise, a penalty on the information that they let through;
-    sharpening              the second from the order of a search.
+    sharpening              the second from the order of a search;
+    weaving                 one path of several orders.
 
 A trained mask is judged by its circuit: between 0 and 1 a unit passes on a part of what it says, and a trained set of
 parts can do what no set of whole units does.

@@ -308,11 +308,11 @@ def sparsify(
             found[place] = remeasured(step, mask, step.reduction)
 
     for place in reversed(range(len(found) - 1 if trading else 0)):  # nor does a larger one do worse than a smaller one
-        if worse(*found[place : place + 2]) and index is not None:  # each on other examples
+        if worse(*(step.measured for step in found[place : place + 2])) and index is not None:  # each on other examples
             for at in (place, place + 1):
                 found[at] = remeasured(found[at], found[at].reduction.circuit.mask, found[at].reduction)
         larger, smaller = found[place : place + 2]
-        if not worse(larger, smaller):
+        if not worse(larger.measured, smaller.measured):
             continue
         around = found[place - 1].reduction.circuit.mask if place else first.mask
         inside, missing = smaller.reduction.circuit.mask, len(larger.reduction.circuit) - len(smaller.reduction.circuit)

@@ -41,9 +41,9 @@ LEAST = 1e-3
 """Nats; no circuit is worse than another by less."""
 
 
-def worse(larger: Round, smaller: Round) -> bool:
-    """Whether the larger circuit does worse than the smaller one, by more than the error of measuring it."""
-    return larger.measured.mean - smaller.measured.mean > max(LEAST, larger.measured.stderr)
+def worse(larger: Estimate, smaller: Estimate) -> bool:
+    """Whether the larger circuit measures worse than the smaller one, by more than the error of measuring it."""
+    return larger.mean - smaller.mean > max(LEAST, larger.stderr)
 
 
 def order_through(order: Int[Tensor, "units"], rounds: Sequence[Round]) -> Int[Tensor, "units"]:
