@@ -7,7 +7,8 @@ and once by sign. In rounds, attribution takes at least as many backward passes 
 have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training
 gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20, which was
 better on induction's test examples than the default, 2. Sharpened is a search of one round for each size that is
-reported and, in all other passes, masks from its order and from nothing. Sizes are reported on test examples.
+reported and, in all other passes, masks from its order and from nothing, and exchanges. Sizes are reported on test
+examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
