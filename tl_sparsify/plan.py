@@ -108,39 +108,11 @@ _SMALL = {
 }
 # At equal cost many examples with one probe give a better path than few with four, and fresh ones in each round than
 # always the same.
+_large = partial(Effort, probes=1, batch_size=_FEW)
 _OF_LARGE = {
-    "quick": Effort(
-        192,
-        24,
-        64,
-        32,
-        rounds=10,
-        per_round=48,
-        probes=1,
-        exchanged=1,
-        steps=20,
-        inner=0,
-        patience=5,
-        most=5,
-        batch_size=_FEW,
-    ),
-    "standard": Effort(
-        512,
-        64,
-        256,
-        128,
-        per_round=128,
-        probes=1,
-        exchanged=2,
-        steps=100,
-        inner=4,
-        patience=20,
-        most=100,
-        batch_size=_FEW,
-    ),
-    "thorough": Effort(
-        1024, 256, 512, 256, per_round=256, probes=1, steps=300, inner=20, patience=50, most=500, batch_size=_FEW
-    ),
+    "quick": _large(192, 24, 64, 32, rounds=10, per_round=48, exchanged=1, steps=20, inner=0, patience=5, most=5),
+    "standard": _large(512, 64, 256, 128, per_round=128, exchanged=2, steps=100, inner=4, patience=20, most=100),
+    "thorough": _large(1024, 256, 512, 256, per_round=256, steps=300, inner=20, patience=50, most=500),
 }
 EFFORTS = tuple(_SMALL)
 

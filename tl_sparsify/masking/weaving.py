@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.moments import Estimate
+from tl_sparsify.search.exchanges import with_exchanged
 from tl_sparsify.search.path import worse
 
 Order = Int[Tensor, "units"]
@@ -61,7 +62,7 @@ def with_exchanges(
         leaving, entering = (side.mask.nonzero().flatten() for side in (here - smaller - kept, larger - here))
         leaving = leaving[standing[leaving].argsort(stable=True)[:count]]
         entering = entering[standing[entering].argsort(descending=True, stable=True)[:count]]
-        offers = (_with_exchange(here, *pair) for pair in itertools.product(leaving.tolist(), entering.tolist()))
+        offers = (with_exchanged(here, [pair]) for pair in itertools.product(leaving.tolist(), entering.tolist()))
         found[place] = _lowest([here, *offers], measure)
     return found
 
@@ -93,12 +94,6 @@ def _filled(order: Order, size: int, within: Circuit, around: Circuit) -> Circui
     """The units ``within``, and of those ``around`` them the last ones of an order: so many in all."""
     free = order[(around - within).mask[order]]
     return Circuit(within.units, within.mask.index_fill(0, free[len(free) - (size - len(within)) :], True))
-
-
-def _with_exchange(circuit: Circuit, leaving: int, entering: int) -> Circuit:
-    mask: Bool[Tensor, "units"] = circuit.mask.clone()
-    mask[leaving], mask[entering] = False, True
-    return Circuit(circuit.units, mask)
 
 
 def _places(order: Order) -> Order:

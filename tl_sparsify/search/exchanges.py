@@ -133,7 +133,7 @@ def _exchanges(model: Model, here: Reduction, examples: Examples, expanding: dic
     predicted = dropped[out][:, None] + restored[back] - matrix[:, out].T @ matrix[:, back]
     ranked = predicted.flatten().argsort(stable=True)[:_SHORTLIST]
     pairs = [(int(out[i // len(back)]), int(back[i % len(back)])) for i in ranked.tolist()]
-    single = [_exchanged(here.circuit, [pair]) for pair in pairs]
+    single = [with_exchanged(here.circuit, [pair]) for pair in pairs]
     few = pairs[: 2 * _AT_ONCE]
     steps = torch.stack([matrix[:, i] - matrix[:, j] for i, j in few])
     values = torch.stack([linear[i] - linear[j] for i, j in few])
@@ -143,11 +143,12 @@ def _exchanges(model: Model, here: Reduction, examples: Examples, expanding: dic
     for a in range(len(few)):
         for b in range(a + 1, len(few)):
             if few[a][0] != few[b][0] and few[a][1] != few[b][1]:
-                double.append((float(both[a, b]), _exchanged(here.circuit, [few[a], few[b]])))
+                double.append((float(both[a, b]), with_exchanged(here.circuit, [few[a], few[b]])))
     return [*single[: 8 * _AT_ONCE], *(circuit for _, circuit in sorted(double, key=lambda pair: pair[0]))]
 
 
-def _exchanged(circuit: Circuit, pairs: list[tuple[int, int]]) -> Circuit:
+def with_exchanged(circuit: Circuit, pairs: Sequence[tuple[int, int]]) -> Circuit:
+    """The circuit without the first unit of each pair, and with the second."""
     mask = circuit.mask.clone()
     for out, back in pairs:
         mask[out], mask[back] = False, True
