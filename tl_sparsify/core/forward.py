@@ -242,10 +242,15 @@ def fitting(run: Callable[[int], T], model: Model, examples: Examples, batch_siz
 
 
 def halving(
-    run: Callable[[Int[Tensor, "batch"], Examples], T], index: Int[Tensor, "batch"], batch: Examples
+    run: Callable[[Int[Tensor, "batch"], Examples], T],
+    index: Int[Tensor, "batch"],
+    batch: Examples,
+    batch_size: int | None = None,
 ) -> list[T]:
     """What ``run`` makes of a batch; where memory runs out, of its halves, and of theirs; of a single example with its
-    blocks run again in backward passes."""
+    blocks run again in backward passes. A ``batch_size`` that the user chose is kept."""
+    if batch_size is not None:
+        return [run(index, batch)]
     try:
         return [run(index, batch)]
     except torch.OutOfMemoryError:
@@ -269,11 +274,8 @@ def in_batches(
     batch and of those that follow."""
     most = len(examples)
     for index, batch in shared_batches(model, examples, batch_size, units):
-        if batch_size is not None:
-            yield run(index, batch)
-            continue
         for rows in torch.arange(len(index)).split(most):
-            made = halving(run, index[rows], batch if len(rows) == len(index) else batch[rows])
+            made = halving(run, index[rows], batch if len(rows) == len(index) else batch[rows], batch_size)
             most = max(1, len(rows) // len(made)) if len(made) > 1 else most
             yield from made
 

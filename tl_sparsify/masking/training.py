@@ -117,8 +117,7 @@ def trained(
             return torch.autograd.grad(loss, mine)[0], found.detach()
 
         for rows in torch.arange(len(index))[share(len(index))].split(together):
-            batch = examples[index[rows]]
-            yield from halving(of, rows, batch) if batch_size is None else [of(rows, batch)]
+            yield from halving(of, rows, examples[index[rows]], batch_size)
 
     with frozen(model):
         for step in bar(range(steps), "training a mask", progress):

@@ -213,7 +213,7 @@ def refit(
             return [torch.zeros_like(t) if g is None else g for t, g in zip(theta, found, strict=True)]
 
         for part in index[share(len(index))].split(together):
-            yield from halving(of, part, train[part]) if batch_size is None else [of(part, train[part])]
+            yield from halving(of, part, train[part], batch_size)
 
     optimizer = torch.optim.Adam(theta, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else learning_rate)
