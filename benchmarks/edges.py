@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, WOVEN, geometric_mean, nats, parser, steps_left
+from shared import RESULTS, geometric_mean, nats, parser, steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -63,11 +63,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         with counted(model) as passes:
             found = tls.sparsify(model, train, units, sizes=sizes, probing=probing, values=values, seed=seed, **quiet)
         held_out = train if per_round is None else train[:per_round]
-        exchanged = 5 if per_round is None else 2
-        measuring = len(train) + ((WOVEN + exchanged**2) * len(sizes) + values.paired) * len(held_out)
-        given = {"measuring": measuring, "per_step": many, "paired": values.paired}
-        steps = steps_left(backward(train), passes, **given)
-        settings = {"per_step": many, "exchanged": exchanged, "held_out": held_out, "seed": seed}
+        settings = {"per_step": many, "exchanged": 2 if per_round is None else 0}
+        given = {"train": len(train), "held_out": len(held_out), "rounds": len(sizes), "paired": values.paired}
+        steps = steps_left(backward(train), passes, **settings, **given)
+        settings |= {"held_out": held_out, "seed": seed}
         return tls.sharpen(model, found, train, steps=steps, **settings, **quiet)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import WOVEN, steps_left
+from shared import steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -37,7 +37,7 @@ ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
 REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit: where it is asked for by name
-EXCHANGED = 2  # units on either side of an exchange, of a path that is sharpened
+EXCHANGED, HELD_OUT = 1, 4  # of a path that is sharpened: units on either side of an exchange; a part of the examples
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
     "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
@@ -64,11 +64,11 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         settings |= {"probing": probing, "first_token": options.first_token}
         with counted(model) as passes:
             found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
-        given: dict[str, Any] = {"per_step": min(16, size, len(train)), "seed": seed, "progress": False}
-        held_out = train[: len(train) // 4]
-        measuring = len(train) + (WOVEN + EXCHANGED**2) * len(SIZES) * len(held_out)
-        steps = steps_left(backward, passes, measuring=measuring, per_step=given["per_step"], paired=False)
-        given |= {"held_out": held_out, "exchanged": EXCHANGED, "batch_size": size}
+        given: dict[str, Any] = {"per_step": min(16, size, len(train)), "exchanged": EXCHANGED}
+        held_out = train[: len(train) // HELD_OUT]
+        lengths = {"train": len(train), "held_out": len(held_out), "rounds": len(SIZES)}
+        steps = steps_left(backward, passes, paired=False, **lengths, **given)
+        given |= {"held_out": held_out, "seed": seed, "batch_size": size, "progress": False}
         return tls.sharpen(model, found, train, steps=steps, **given)
 
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:

@@ -57,15 +57,28 @@ def in_processes(
     return pd.DataFrame(rows)
 
 
-def steps_left(budget: int, spent: Mapping[str, int], *, measuring: int, per_step: int, paired: bool) -> int:
+def steps_left(
+    budget: int,
+    spent: Mapping[str, int],
+    *,
+    train: int,
+    held_out: int,
+    rounds: int,
+    exchanged: int,
+    per_step: int,
+    paired: bool,
+) -> int:
     """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
 
     With it they take no more backward passes than the ``budget``, and no more passes in all than the masks beside them,
     which took two forward passes for each backward one (three where values are ``paired``), since they made the
-    original's logits in each step; these here need one less. ``measuring``: what it takes to measure their circuits.
+    original's logits in each step; these here need one less. So many of ``train`` and ``held_out`` are examples, and
+    circuits of so many ``rounds`` are measured, and offered exchanges twice.
     """
-    left = (3 + paired) * budget - spent["forward"] - spent["backward"] - measuring
-    return max(2, min(budget - spent["backward"], left // (2 + paired)) // per_step)
+    offers = 2 if exchanged else 0
+    measuring = WOVEN + offers * (exchanged**2 + 5) + 3 * paired
+    left = (3 + paired) * budget - spent["forward"] - spent["backward"] - train - rounds * held_out * measuring
+    return max(2, min(budget - spent["backward"] - offers * rounds * held_out, left // (2 + paired)) // per_step)
 
 
 def nats(risk: float) -> str:

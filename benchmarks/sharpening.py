@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, WOVEN, geometric_mean, marked, parser, steps_left, write
+from shared import RESULTS, geometric_mean, marked, parser, steps_left, write
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.cost import counted
@@ -26,7 +26,7 @@ ABLATIONS = ("counterfactual", "mean")
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 TRAIN, VALIDATION = 64, 256  # examples
 PER_STEP = {"mask": 32, "sharpened": 16}  # examples
-ROUNDS, PROBES, EXCHANGED = 20, 4, 5
+ROUNDS, PROBES, EXCHANGED = 20, 4, 2
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
 METHODS = ("search", "mask", "mask, relative", "sharpened, no exchanges", "sharpened")
@@ -49,10 +49,10 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
         path = tls.sparsify(model, train, units, **searching, **quiet)
     if kind == "search":
         return path
-    measuring = (1 + (WOVEN + exchanged**2) * len(SIZES) + values.paired) * TRAIN
-    given = {"measuring": measuring, "per_step": size, "paired": values.paired}
-    steps = steps_left(PASSES * TRAIN, passes, **given)
-    settings = {"per_step": size, "relative": relative, "exchanged": exchanged}
+    settings = {"per_step": size, "exchanged": exchanged}
+    lengths = {"train": TRAIN, "held_out": TRAIN, "rounds": len(SIZES)}
+    steps = steps_left(PASSES * TRAIN, passes, paired=values.paired, **lengths, **settings)
+    settings["relative"] = relative
     return tls.sharpen(model, path, train, steps=steps, **settings, **quiet)
 
 

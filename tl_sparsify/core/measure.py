@@ -10,7 +10,7 @@ that is right without interventions can be wrong under interchange.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from tl_sparsify._internal.ranks import agreed, gathered
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values, removal
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, in_batches
+from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, frozen, in_batches
 from tl_sparsify.core.intervene import intervened
+from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
@@ -233,3 +234,31 @@ def circuit_risks(
     unit = "nats" if metric is None else "squared units"
     each = zip(moments.mean, moments.stderr, moments.count, strict=True)
     return [Estimate(float(mean), float(stderr), int(count), unit) for mean, stderr, count in each]
+
+
+def risk_slopes(
+    model: Model,
+    reduction: Reduction,
+    examples: Examples,
+    *,
+    metric: Metric | None = None,
+    batch_size: int | None = None,
+    recall: Recall = computed,
+) -> Float[Tensor, "units"]:
+    """The derivative of measured risk (:func:`risk`) with respect to each unit's ``keep``, at the reduction's circuit:
+    what taking a removed unit back would add to the risk, and to remove a kept one would take away from it, to first
+    order. One forward and one backward pass; a forward pass for the original where ``recall`` does not know it, and one
+    for values of counterfactual inputs."""
+
+    def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+        original = recall(index, lambda: answer_logits(model, batch))
+        here = reduction.for_examples(index, examples.spans).units
+        source = paired_values(model, examples, index, here) if reduction.values.paired else None
+        removed = removal(model, reduction, examples, index, source)
+        keep = removed.keep.to(device_of(model)).expand(len(batch), -1).clone().requires_grad_()
+        with torch.enable_grad(), intervened(model, replace(removed, keep=keep)):
+            total = divergence(original, answer_logits(model, batch), batch, metric).sum()
+        return Moments.of(torch.autograd.grad(total, keep)[0].double())
+
+    with frozen(model), torch.no_grad():
+        return Moments.over(in_batches(of, model, examples, batch_size, reduction.units), len(examples)).mean

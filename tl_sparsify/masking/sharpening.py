@@ -1,5 +1,5 @@
-"""Sharpening: the gates of the top-k mask, trained from the order of a search. With few, large units a search's
-expansion says little, and what it found is still a far better start than nothing."""
+"""Sharpening: the gates of the top-k mask, trained from the order of a search and from nothing, and exact exchanges.
+With few, large units a search's expansion says little, and what it found is still a far better start than nothing."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_call
-from tl_sparsify.core.measure import circuit_risks, remembered, remembering
+from tl_sparsify.core.measure import circuit_risks, remembered, remembering, risk_slopes
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import check_fingerprint
 from tl_sparsify.core.units import Model
 from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import trained
-from tl_sparsify.masking.weaving import followed, grown, with_exchanges, woven
+from tl_sparsify.masking.weaving import followed, grown, together, with_exchanges, woven
 from tl_sparsify.search.path import CircuitPath, Round, order_through
 
 _SHARPENING, _PER_STEP = 20, 32  # passes over the data; examples
 _MOST_EXCHANGES = 32
+_SCREENED = 4  # exchanges are screened on each fourth example
 
 
 @checked
@@ -42,7 +43,7 @@ def sharpen(
     temperature: float = 0.2,
     relative: bool = False,
     per_step: int = _PER_STEP,
-    exchanged: int = 3,
+    exchanged: int = 2,
     always_keep: Circuit | None = None,
     held_out: Examples | None = None,
     metric: Metric | None = None,
@@ -51,33 +52,37 @@ def sharpen(
     progress: bool = True,
 ) -> CircuitPath:
     """Train the gates of :func:`top_k_gate` twice, from the order of a path and from nothing, and weave the best path
-    of all three orders: for few, large units (heads, edges, whole MLPs), which an expansion of second order says little
-    about.
+    of these three orders and of what both masks say together: for few, large units (heads, edges, whole MLPs), which an
+    expansion of second order says little about.
 
     Each training takes half of the steps. Logits start evenly spaced from -1 to 1 in the path's order, and at 0. The
-    circuits of the three orders are measured on ``held_out`` at the sizes of the path's rounds. Two more paths take at
+    circuits of the four orders are measured on ``held_out`` at the sizes of the path's rounds. Two more paths take at
     each size the better of two circuits, by the two orders that do best there: one goes down from the largest circuit
-    and leaves out more and more of it, the other grows from the smallest. Of the five paths that with the lowest
-    geometric mean of its risks is taken. Each of its circuits is then offered exchanges, between the next smaller and
-    the next larger one: one of the ``exchanged`` units that both masks together would drop first, for one of as many
-    that they would take first; that which measures lowest is made, if it measures lower. A circuit that still measures
-    worse than the next smaller one, by more than its standard error, is grown from that one within the next larger one,
-    where that measures lower.
+    and leaves out more and more of it, the other grows from the smallest. Of the six paths that with the lowest
+    geometric mean of its risks is taken.
+
+    Each of its circuits is then offered exchanges, between the next smaller and the next larger one: one of the units
+    that are the first to drop, for one of the first to take. These are the ``exchanged`` that both masks together say,
+    and as many by the slope of the measured risk. Of more than three pairs the best three on each fourth example are
+    measured on all, and the lowest is made, if it is lower than what was there. Once more around circuits that changed.
+    A circuit that still measures worse than the next smaller one, by more than its standard error, is grown from that
+    one within the next larger one, where that measures lower.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
         steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
             passes over ``train``.
-        exchanged: units on either side of an exchange; 0: none is made.
+        exchanged: units on either side of an exchange, by the masks and by the slope each; 0: none is made.
         always_keep: units that stay in every circuit.
         held_out: where they are measured; ``train`` where not given.
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
-    the original's logits, as in :func:`top_k_gate`; at most seven forward passes over ``held_out`` for each round (one
-    for each circuit that differs) and ``exchanged ** 2`` for its exchanges, three more for each that is grown at last,
-    and one of the original model. Under counterfactual values a forward pass more for every backward pass, and one for
-    each time that circuits are measured together: all of the three orders, and at most four times for each round.
+    the original's logits, as in :func:`top_k_gate`. Over ``held_out`` at most, for each round, eight forward passes (one
+    for each circuit that differs), for its exchanges twice one forward and one backward pass and ``exchanged ** 2 + 3``
+    forward passes, and three where it is grown at last; and one of the original model, or two. Under counterfactual
+    values a forward pass more for every backward pass, and one for each time that circuits are measured together: all of
+    the four orders, and at most eight times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
@@ -125,6 +130,7 @@ def sharpen(
     orders = [path.order, trained_from(spaced, steps - steps // 2)]
     if steps != 1:
         orders.append(trained_from(torch.zeros(n), steps // 2))
+        orders.append(together(orders[1:]))
     judged = train if held_out is None else held_out
     measuring: dict[str, Any] = {"metric": metric, "recall": remembering(), "batch_size": batch_size}
     known: dict[Circuit, Estimate] = {}
@@ -134,9 +140,18 @@ def sharpen(
         known.update(zip(new, circuit_risks(model, last, new, judged, **measuring), strict=True))
         return [known[circuit] for circuit in circuits]
 
+    part, recall = judged[torch.arange(0, len(judged), _SCREENED)], remembering()
+
+    def screen(circuits: Sequence[Circuit]) -> list[Estimate]:
+        return circuit_risks(model, last, circuits, part, **measuring | {"recall": recall})
+
+    def slopes(circuit: Circuit) -> Float[Tensor, "units"]:
+        return risk_slopes(model, last.with_circuit(circuit), judged, **measuring)
+
     kept = Circuit.empty(units) if always_keep is None else always_keep
     circuits = woven(Circuit.full(units), orders, [len(step.reduction.circuit) for step in path.rounds], measure)
-    circuits = grown(with_exchanges(circuits, orders[1:], kept, exchanged, measure), orders, measure)
+    offering: dict[str, Any] = {"measure": measure, "screen": screen, "slopes": slopes}
+    circuits = grown(with_exchanges(circuits, orders[-1], kept, exchanged, **offering), orders, measure)
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
     rounds: list[Round] = []
     for step, circuit in zip(path.rounds, circuits, strict=True):

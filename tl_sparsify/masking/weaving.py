@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit
@@ -22,6 +22,7 @@ Order = Int[Tensor, "units"]
 Measure = Callable[[Sequence[Circuit]], list[Estimate]]
 """The measured risk of each circuit; what was measured once is known."""
 _LEAST = 1e-6  # nats; risks below it count as this
+_SWEEPS, _MEASURED = 2, 3  # times that exchanges are offered; how many of those that are screened are measured
 
 
 def woven(full: Circuit, orders: Sequence[Order], sizes: Sequence[int], measure: Measure) -> list[Circuit]:
@@ -50,20 +51,41 @@ def woven(full: Circuit, orders: Sequence[Order], sizes: Sequence[int], measure:
 
 
 def with_exchanges(
-    circuits: Sequence[Circuit], orders: Sequence[Order], kept: Circuit, count: int, measure: Measure
+    circuits: Sequence[Circuit],
+    order: Order,
+    kept: Circuit,
+    count: int,
+    *,
+    measure: Measure,
+    screen: Measure,
+    slopes: Callable[[Circuit], Float[Tensor, "units"]],
 ) -> list[Circuit]:
-    """Each circuit, or that with one unit exchanged which measures lowest: one of the ``count`` that all orders
-    together would drop first, and that is not among those ``kept``, for one of as many that they would take first."""
-    full, found = Circuit.full(kept.units), list(circuits)
-    standing = torch.stack([_places(order) for order in orders]).sum(0)
-    for place, here in enumerate(circuits):
-        smaller = found[place + 1] if place + 1 < len(found) else full - full
-        larger = found[place - 1] if place else full
-        leaving, entering = (side.mask.nonzero().flatten() for side in (here - smaller - kept, larger - here))
-        leaving = leaving[standing[leaving].argsort(stable=True)[:count]]
-        entering = entering[standing[entering].argsort(descending=True, stable=True)[:count]]
-        offers = (with_exchanged(here, [pair]) for pair in itertools.product(leaving.tolist(), entering.tolist()))
-        found[place] = _lowest([here, *offers], measure)
+    """Each circuit, or that with one unit exchanged which measures lowest, between the next smaller and the next larger
+    one: of the ``count`` that the order would drop first, and of as many that the slopes of its risk would, those
+    ``kept`` left out, for one of as many that they would take first. Where these are many pairs, those are measured
+    that are lowest by ``screen``, which is cheaper. Twice: the second time around what had an exchange."""
+    full, found, standing = Circuit.full(kept.units), list(circuits), _places(order)
+    due = set(range(len(found)))
+    for _ in range(_SWEEPS if count else 0):
+        changed: set[int] = set()
+        for place in sorted(due):
+            here = found[place]
+            smaller = found[place + 1] if place + 1 < len(found) else full - full
+            larger = found[place - 1] if place else full
+            leaving, entering = (side.mask.nonzero().flatten() for side in (here - smaller - kept, larger - here))
+            if not len(leaving) or not len(entering):
+                continue
+            slope = slopes(here).cpu()
+            out = _first(leaving, standing, count) | _first(leaving, -slope, count)
+            back = _first(entering, -standing, count) | _first(entering, slope, count)
+            offers = [with_exchanged(here, [pair]) for pair in itertools.product(out, back)]
+            if len(offers) > _MEASURED:
+                roughly = [one.mean for one in screen(offers)]
+                offers = [offers[i] for i in sorted(range(len(offers)), key=roughly.__getitem__)[:_MEASURED]]
+            found[place] = _lowest([here, *offers], measure)
+            if found[place] != here:
+                changed |= {place - 1, place, place + 1} & set(range(len(found)))
+        due = changed
     return found
 
 
@@ -94,6 +116,16 @@ def _filled(order: Order, size: int, within: Circuit, around: Circuit) -> Circui
     """The units ``within``, and of those ``around`` them the last ones of an order: so many in all."""
     free = order[(around - within).mask[order]]
     return Circuit(within.units, within.mask.index_fill(0, free[len(free) - (size - len(within)) :], True))
+
+
+def together(orders: Sequence[Order]) -> Order:
+    """The order of the sums of the places that units have in several orders."""
+    return torch.stack([_places(order) for order in orders]).sum(0).argsort(stable=True)
+
+
+def _first(some: Int[Tensor, "some"], by: Shaped[Tensor, "units"], count: int) -> dict[int, None]:
+    """Of some units so many that come first, in this order."""
+    return dict.fromkeys(some[by[some].argsort(stable=True)[:count]].tolist())
 
 
 def _places(order: Order) -> Order:
