@@ -35,7 +35,7 @@ _REFIT_BATCH = 512
 _FEW = 32  # examples at a time of a large model
 _VALIDATED = 12  # passes over the validation examples in a refit
 _INNER = 15  # the last refit has so many times the steps of those in the search
-_WOVEN = 5  # circuits that are measured for each round of a path that is sharpened: 4 to 6
+_WOVEN, _OFFERED = 5, 1.5  # of a path that is sharpened: circuits measured, and exchanges offered, for each round
 _EXPANSIONS = 1.8  # for each round: exchanges, and rounds of which half is taken back, need their own
 _PATIENT = 4  # a refit has converged after about so many times its patience
 _ALIGNING = 30  # passes over the pairs
@@ -64,7 +64,7 @@ class Effort:
         rounds: of removing units.
         per_round: training examples in each of them; all where ``None``.
         probes: for each example, in scores and search.
-        exchanged: of a path that is sharpened, units on either side of an exchange (:func:`sharpen`).
+        exchanged: of a path that is sharpened, units on either side of its exchanges (:func:`sharpen`).
         steps, inner: of the last refit, and of those within the search. The package's own where ``None``.
         patience, most: of the refits of the circuits that are compared (:func:`refit_until_converged`), in steps.
         batch_size: examples at a time; the package's own where ``None``.
@@ -77,7 +77,7 @@ class Effort:
     rounds: int = 20
     per_round: int | None = None
     probes: int = PROBES
-    exchanged: int = 3
+    exchanged: int = 2
     steps: int | None = None
     inner: int | None = None
     patience: int = 300
@@ -111,7 +111,7 @@ _SMALL = {
 _large = partial(Effort, probes=1, batch_size=_FEW)
 _OF_LARGE = {
     "quick": _large(192, 24, 64, 32, rounds=10, per_round=48, exchanged=1, steps=20, inner=0, patience=5, most=5),
-    "standard": _large(512, 64, 256, 128, per_round=128, exchanged=2, steps=100, inner=4, patience=20, most=100),
+    "standard": _large(512, 64, 256, 128, per_round=128, steps=100, inner=4, patience=20, most=100),
     "thorough": _large(1024, 256, 512, 256, per_round=256, steps=300, inner=20, patience=50, most=500),
 }
 EFFORTS = tuple(_SMALL)
@@ -270,7 +270,8 @@ def seconds(
     if sharpens:
         step = min(effort.beside_batch, train)
         total += effort.sharpening(train) * (over(step) + over(step, 1))
-        total += (_WOVEN + effort.exchanged**2) * effort.rounds * over(validation)
+        offers = _OFFERED * ((effort.exchanged**2 + 3) * over(validation) + over(validation, 1))
+        total += effort.rounds * (_WOVEN * over(validation) + (offers if effort.exchanged else 0))
     elif inner:
         a_round += refit(inner, effort.refit_batch)
     total += 2 * over(train) + _EXPANSIONS * effort.rounds * a_round

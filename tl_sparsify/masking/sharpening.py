@@ -78,11 +78,11 @@ def sharpen(
         learning_rate, temperature, relative, per_step, metric, batch_size: as in :func:`top_k_gate`.
 
     By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
-    the original's logits, as in :func:`top_k_gate`. Over ``held_out`` at most, for each round, eight forward passes (one
+    the original's logits, as in :func:`top_k_gate`. Over ``held_out`` for each round at most eight forward passes (one
     for each circuit that differs), for its exchanges twice one forward and one backward pass and ``exchanged ** 2 + 3``
     forward passes, and three where it is grown at last; and one of the original model, or two. Under counterfactual
-    values a forward pass more for every backward pass, and one for each time that circuits are measured together: all of
-    the four orders, and at most eight times for each round.
+    values a forward pass more for every backward pass, and one for each time that circuits are measured together: all
+    of the four orders, and at most eight times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
