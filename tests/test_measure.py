@@ -23,13 +23,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tl_sparsify import constants
 from tl_sparsify._internal import random as _random
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, run_values
-from tl_sparsify.core.intervene import ablate, interchange, intervened
-from tl_sparsify.core.measure import risk
+from tl_sparsify.core.intervene import Intervention, ablate, interchange, intervened
+from tl_sparsify.core.measure import risk, risk_slopes
 from tl_sparsify.core.metrics import by_example, correct, divergence, kl, log_odds, log_probability
 from tl_sparsify.core.reduction import Reduction
 
@@ -205,3 +206,24 @@ def test_the_model_leaves_as_it_came_in():
 
     with unchanged(model), pytest.raises(RuntimeError, match="no such metric"):
         risk(model, reduction, data, interventions=drawn, metric=broken)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_slopes_of_risk_are_those_of_finite_differences(paired: bool, batch_size: int | None):
+    model, data = bridge(), examples(12).with_partners(torch.arange(12).roll(1))
+    units, step = units_of(model), 1e-5
+    values = (constants.counterfactual if paired else constants.mean)(model, data, units)
+    given = run_values(model, data.counterfactuals, units) if paired else values
+    mask = torch.rand(len(units), generator=seeded(3)) < 0.6
+    original = answer_logits(model, data)
+
+    def measured(keep: Tensor) -> float:
+        with torch.no_grad(), intervened(model, Intervention(units, keep, given, first_token="bos")):
+            return float(divergence(original, answer_logits(model, data), data).mean())
+
+    with unchanged(model):
+        found = risk_slopes(model, Reduction(Circuit(units, mask), values), data, batch_size=batch_size)
+    away = step * torch.eye(len(units), dtype=torch.float64)
+    expected = [(measured(mask.double() + one) - measured(mask.double() - one)) / (2 * step) for one in away]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
