@@ -37,7 +37,7 @@ ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
 REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit: where it is asked for by name
-EXCHANGED, HELD_OUT = 1, 4  # of a path that is sharpened: units on either side of an exchange; a part of the examples
+EXCHANGED, HELD_OUT = 1, 8  # of a path that is sharpened: units on either side of an exchange; a part of the examples
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
     "heads+mlps": lambda model: tls.heads(model) + tls.mlps(model),
