@@ -25,6 +25,11 @@ _LEAST = 1e-6  # nats; risks below it count as this
 _SWEEPS, _MEASURED = 2, 3  # times that exchanges are offered; how many of those that are screened are measured
 
 
+def together(orders: Sequence[Order]) -> Order:
+    """The order of the sums of the places that units have in several orders."""
+    return torch.stack([_places(order) for order in orders]).sum(0).argsort(stable=True)
+
+
 def woven(full: Circuit, orders: Sequence[Order], sizes: Sequence[int], measure: Measure) -> list[Circuit]:
     """Circuits of these sizes: of every order alone, and of two ways that take at each size the better of the circuits
     of the two orders that do best there, from the largest on down and from the smallest on up, those with the lowest
@@ -116,11 +121,6 @@ def _filled(order: Order, size: int, within: Circuit, around: Circuit) -> Circui
     """The units ``within``, and of those ``around`` them the last ones of an order: so many in all."""
     free = order[(around - within).mask[order]]
     return Circuit(within.units, within.mask.index_fill(0, free[len(free) - (size - len(within)) :], True))
-
-
-def together(orders: Sequence[Order]) -> Order:
-    """The order of the sums of the places that units have in several orders."""
-    return torch.stack([_places(order) for order in orders]).sum(0).argsort(stable=True)
 
 
 def _first(some: Int[Tensor, "some"], by: Shaped[Tensor, "units"], count: int) -> dict[int, None]:
