@@ -70,10 +70,9 @@ def steps_left(
 ) -> int:
     """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
 
-    With it they take no more backward passes than the ``budget``, and no more passes in all than the masks beside them,
-    which took two forward passes for each backward one (three where values are ``paired``), since they made the
-    original's logits in each step; these here need one less. So many of ``train`` and ``held_out`` are examples, and
-    circuits of so many ``rounds`` are measured, and offered exchanges twice.
+    With it they take no more backward passes than the ``budget``, and no more than three times as many passes in all
+    (four times where values are ``paired``). So many of ``train`` and ``held_out`` are examples, and circuits of so many
+    ``rounds`` are measured, and offered exchanges twice.
     """
     offers = 2 if exchanged else 0
     measuring = WOVEN + offers * (exchanged**2 + 5) + 3 * paired
