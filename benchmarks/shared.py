@@ -71,7 +71,7 @@ def steps_left(
     """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
 
     With it they take no more backward passes than the ``budget``, and no more than three times as many passes in all
-    (four times where values are ``paired``). So many of ``train`` and ``held_out`` are examples, and circuits of so many
+    (four times where values are ``paired``). ``train`` and ``held_out`` are numbers of examples; circuits of so many
     ``rounds`` are measured, and offered exchanges twice.
     """
     offers = 2 if exchanged else 0
