@@ -140,10 +140,11 @@ def sharpen(
         known.update(zip(new, circuit_risks(model, last, new, judged, **measuring), strict=True))
         return [known[circuit] for circuit in circuits]
 
-    part, recall = judged[torch.arange(0, len(judged), _SCREENED)], remembering()
+    part = judged[torch.arange(0, len(judged), _SCREENED)]
+    screening: dict[str, Any] = measuring | {"recall": remembering()}
 
     def screen(circuits: Sequence[Circuit]) -> list[Estimate]:
-        return circuit_risks(model, last, circuits, part, **measuring | {"recall": recall})
+        return circuit_risks(model, last, circuits, part, **screening)
 
     def slopes(circuit: Circuit) -> Float[Tensor, "units"]:
         return risk_slopes(model, last.with_circuit(circuit), judged, **measuring)
