@@ -3,12 +3,12 @@ r"""Circuits of edges: the joint search beside edge attribution in its forms, on
 One cell for each task, ablation, method and seed: a CSV of its own, so that a run that was stopped goes on where it
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
-and once by sign. In rounds, attribution takes at least as many backward passes as the joint search; one-shot scores
-have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training
-gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20, which was
-better on induction's test examples than the default, 2. Sharpened is a search of one round for each size that is
-reported and, in all other passes, masks from its order and from nothing, and exchanges. Sizes are reported on test
-examples.
+and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
+quarter more; one-shot scores have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete
+gates on edges; here one training gives the order for all sizes, by the gates' logits, where the paper trains for each
+size. Its penalty is 20, which was better on induction's test examples than the default, 2. Sharpened is a search of one
+round for each size that is reported and, in all other passes, masks from its order and from nothing, and exchanges.
+Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -49,7 +49,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     ``per_round``: examples in a round of the joint search, all where ``None``."""
     quiet = {"progress": False}
     probing = tls.Probing(probes, examples=per_round)
-    # of masks, so that they take no fewer passes in all than a search that is sharpened, which takes more forward ones
+    # of the mask, so that it takes no fewer passes in all than a search that is sharpened, which takes more forward ones
     more = 1.25
 
     def backward(train: tls.Examples) -> int:
@@ -94,7 +94,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
-        given = {"steps": math.ceil(more * backward(train) / many), "per_step": many, "penalty": 20.0, **quiet}
+        given = {"steps": -(-backward(train) // many), "per_step": many, "penalty": 20.0, **quiet}
         return tls.baselines.hard_concrete(model, train, units, values=values, seed=seed, **given)
 
     def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
