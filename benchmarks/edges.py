@@ -49,7 +49,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     ``per_round``: examples in a round of the joint search, all where ``None``."""
     quiet = {"progress": False}
     probing = tls.Probing(probes, examples=per_round)
-    # of the mask, so that it takes no fewer passes in all than a search that is sharpened, which takes more forward ones
+    # of the mask: no fewer passes in all than a search that is sharpened, which takes more forward ones
     more = 1.25
 
     def backward(train: tls.Examples) -> int:
