@@ -23,6 +23,7 @@ from helpers.models import (
 
 from tl_sparsify import constants, score
 from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
@@ -129,6 +130,22 @@ def test_activations_that_are_not_finite_are_refused_with_their_hook_point(numbe
     with pytest.raises(ValueError, match=rf"(output is|are) NaN or infinite|hook point ({expected})") as error:
         calls(model, data, reduction)[number]()
     assert re.search(rf"hook point ({expected})\b", str(error.value))
+
+
+def test_what_a_writer_gives_is_refused_with_the_first_reader_that_gets_it():
+    model, data = fresh(), examples(3)
+    with torch.no_grad():
+        model.blocks[0].mlp.out.original_component.bias[2] = float("nan")
+    with pytest.raises(ValueError, match=r"hook point blocks\.1\.attn\.q\.edges are NaN or infinite"):
+        run_values(model, data, edges(model))
+
+
+def test_large_values_whose_sum_overflows_are_values():
+    model, data = fresh(), examples(3)
+    with torch.no_grad():
+        model.blocks[1].mlp.out.original_component.bias[2:4] = 1e308
+    found = run_values(model, data, mlps(model)).tensors[1]
+    assert bool(found.sum().isinf()) and bool(found.isfinite().all())
 
 
 def test_a_value_that_is_not_finite_is_named_by_its_hook_point():

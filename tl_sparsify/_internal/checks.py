@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 MOST = 10**6
@@ -55,6 +56,12 @@ def check_temperature(value: Any) -> float:
         ValueError: a temperature that is no number from 0.001 to 1,000.
     """
     return check_positive("temperature", value, least=1e-3, most=1e3)
+
+
+def all_finite(x: Float[Tensor, "..."]) -> bool:
+    """Whether no entry is NaN or infinite: a sum is none where its terms are, and takes no memory."""
+    x = x.detach()
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def check_is_model(model: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparsify._internal.checks import all_finite
 from tl_sparsify._internal.ranks import totalled
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
@@ -169,7 +170,7 @@ def added(one: tuple[Moments, ...], other: tuple[Moments, ...]) -> tuple[Moments
 
 
 def _of_site(model: Model, batch: Examples, site: Site, v: Float[Tensor, "batch pos some width"]) -> Moments:
-    if not bool(torch.isfinite(v).all()):
+    if not all_finite(v):
         raise ValueError(f"activations at hook point {site.hook} are NaN or infinite")
     return Moments.of(v[unit_positions(model, batch, site, v)])
 

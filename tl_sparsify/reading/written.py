@@ -188,8 +188,9 @@ class _Write(torch.autograd.Function):
             share, slopes = note.share[..., mine].to(note.slopes), note.slopes.flatten(2)
             if share.ndim == 2:
                 part = (share.T @ slopes.flatten(1)).view(-1, *slopes.shape[1:])
-            else:
-                part = torch.bmm(share.mT, slopes.transpose(0, 1)).transpose(0, 1)
+            else:  # writers first in memory too, as their values are: or the way back to them makes a copy
+                part = slopes.new_empty(share.shape[2], *slopes.shape[1:])
+                part.transpose(0, 1).baddbmm_(share.mT, slopes.transpose(0, 1), beta=0)
             part = part.to(ctx.like.device)
             made = part if made is None else made + part
         if ctx.earliest:
