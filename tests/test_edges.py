@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,42 @@ def test_probes_are_the_derivatives_along_each_edges_removal(name: str, readers:
                 rows = model(examples.tokens)[:, -1][:, examples.choices]
                 slope = torch.autograd.grad(log_odds(rows, examples).sum(), keep)[0]
         assert float((part.effects[0].abs() - slope.abs()).abs().max()) < 1e-9 * float(slope.abs().max())
+
+
+@pytest.mark.parametrize("parts", (("k",), ("q", "v"), ("v", "mlp")))
+def test_effects_of_edges_into_some_parts_are_those_that_they_have_among_all(parts: tuple[str, ...]):
+    """What the other parts project goes back as it always does; heads that are units too change nothing."""
+    model, examples = native(), architectures.batch(n=3)
+    units = tls.edges(model)
+    some = tls.Units(tuple(site for site in units.sites if site.hook.split(".")[-2] in parts))
+
+    def effects(units: tls.Units) -> Tensor:
+        removal = tls.constants.reduced(model, tls.Circuit.full(units), tls.constants.mean(model, examples, units))
+        [part] = samples(model, examples, removal, metric=log_odds, probes=1)
+        return part.effects[0][:, [units.names.index(name) for name in some.names]]
+
+    among_all = effects(units)
+    for found in (effects(some), effects(some + tls.heads(model))):
+        assert float((found - among_all).abs().max()) < 1e-12 * float(among_all.abs().max())
+
+
+def test_nothing_of_a_score_of_edges_stays_in_memory():
+    """Not even until Python looks for what refers to itself."""
+    model, examples = native(), architectures.batch(n=2)
+    units = tls.edges(model)
+    values = constants_of(model, units)
+
+    def kept() -> int:
+        tls.score.risk(model, examples, units, values=values)
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    kept()
+    gc.collect()
+    gc.disable()
+    try:
+        assert kept() == kept()
+    finally:
+        gc.enable()
 
 
 def test_derivatives_with_respect_to_keep_are_differences():

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify._internal.layouts import post_norm
-from tl_sparsify.reading.heard import Heard
+from tl_sparsify.reading.heard import Behind, Heard, Ways
 from tl_sparsify.reading.written import Ledger, Written
 
 _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|attn|mlp)|(unembed))\.edges")
@@ -106,6 +106,7 @@ class _Pass:
     normed: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     projected: set[tuple[str, str]] = field(default_factory=set)
     heard: dict[str, Heard] = field(default_factory=dict)
+    ways: Ways = field(default_factory=dict)
     ledgers: dict[int, Ledger] = field(default_factory=dict)
 
 
@@ -293,7 +294,7 @@ def _take_attention(
     stream: Float[Tensor, "batch pos d_model"],
     hook: Any,
 ) -> Float[Tensor, "batch pos d_model"] | None:
-    state, whole, shared = _PASSES[model], None, {}
+    state, whole, behind = _PASSES[model], None, Behind(norm, stream)
     for name, here in acts.items():
         if name.endswith("attn.edges"):
             whole = _take_whole(model, name, here, stream, hook)
@@ -303,7 +304,7 @@ def _take_attention(
             attn, many = model.blocks[int(name.split(".")[1])].attn, _readers(model, name)
             copies = stream[:, :, None].expand(-1, -1, many, -1)
             if not (state.sums or whole is not None or name.split(".", 2)[2].removesuffix(".edges") in _SINGLE):
-                heard = Heard(name, stream, norm, attn, many, shared) if model not in _NORMS else None
+                heard = Heard(name, attn, many, behind) if model not in _NORMS else None
         taken = _acted(model, name, here, copies, heard)
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
@@ -338,7 +339,7 @@ def _project(
     """Queries, keys or values of copies of the stream, where these are no longer what they were."""
     state = _PASSES[model]
     if name in state.heard:
-        return state.heard[name].note(part, own)
+        return state.heard[name].note(part, own, state.ways)
     normed = state.normed.get(name)
     if normed is None or (name, part) in state.projected:
         return None

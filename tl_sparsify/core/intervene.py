@@ -292,7 +292,7 @@ class Recording:
             ValueError: a hook point that did not fire.
         """
         for hook in self.hooks:
-            if hook not in self.activations:
+            if hook not in self.activations and hook not in self.heard:
                 raise ValueError(f"hook point {hook} did not fire: the model does not compute it, or it is off")
         most = max(self.written.values(), key=len, default=())
         # what readers are told is a beginning of this
@@ -305,9 +305,10 @@ class Recording:
         )
 
     def pull(self, gradients: dict[str, Float[Tensor, "..."]]) -> tuple[Float[Tensor, "batch pos some width"], ...]:
-        """The gradients with respect to the units' values, per site, from those with respect to the activations."""
+        """The gradients with respect to the units' values, per site, from those with respect to the activations; of
+        what is heard nothing, as its effects are taken on the way."""
         return tuple(
-            self.heard[site.hook].joined(gradients)
+            torch.empty(0, 0, 0, 0)
             if site.hook in self.heard
             else joined([site.pull(gradients[h]) for h in site.hook_names])
             for site in self.units.sites
@@ -342,7 +343,7 @@ def recorded(model: Model, units: Units, *, gradients: bool = False, lean: bool 
                 check_places(site, activation)
         if isinstance(hook, Written):
             into.written[name] = hook.parts if gradients else tuple(part.detach() for part in hook.parts)
-            if lean and hook.heard is not None and hook.heard.slope is not None and not placed:
+            if lean and hook.heard is not None and hook.heard.behind.slope is not None and not placed:
                 return into.heard.setdefault(name, hook.heard)
         if not gradients:
             into.activations[name] = activation.detach()

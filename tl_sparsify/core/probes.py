@@ -19,6 +19,7 @@ An expansion says nothing about large steps: it has a third-order remainder. Mea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +46,7 @@ from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model
-from tl_sparsify.reading.heard import products
+from tl_sparsify.reading.heard import taking, together
 
 _LEAST = 1e-6
 """Of a slope's square: below it a slope is mostly rounding, which must not become a direction."""
@@ -244,9 +245,11 @@ def _linearised(
 ) -> Samples:
     """The samples of one batch; a function of its own, so that no activation outlives it."""
     with frozen(model), torch.enable_grad():
-        with intervened(model, *drawn), recorded(model, removal.units) as own:
+        before = recorded(model, removal.units) if removed else nullcontext()
+        with intervened(model, *drawn), before as own:
             with intervened(model, *removed), recorded(model, removal.units, gradients=True, lean=True) as recording:
                 changed = answer_logits(model, batch)
+        own = recording if own is None else own
         here = changed.detach()
         spared = first_tokens(model, batch.tokens, batch.attention_mask, removal.first_token)
         if z is None:
@@ -271,7 +274,7 @@ def _effects(
 ) -> Float[Tensor, "probes batch units"]:
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
     mechanism gives (before the removals made so far: overlapping directions share theirs) to its replacement."""
-    moved = list(zip(recording.units.sites, own.read(), values, strict=True))
+    moved = list(zip(recording.units.sites, (v.detach() for v in own.read()), values, strict=True))
     steps = _steps(moved, spared)
     heard = {i: recording.heard[site.hook] for i, (site, *_) in enumerate(moved) if site.hook in recording.heard}
 
@@ -281,17 +284,20 @@ def _effects(
 
     rows: list[dict[int, Tensor]] = []
     later: dict[int, list[Tensor]] = {}  # edges of which one product serves all vectors
-    for gradients in pulled(recording, logits, vectors):
-        rows.append({})
-        for number, ((site, _, _), g) in enumerate(zip(moved, gradients, strict=True)):
-            if number in heard or (site.kind == "edge" and g.shape[2] == 1):
-                later.setdefault(number, []).append(g)
-            else:
-                move = step(number)
-                rows[-1][number] = site.along(g.to(move), move)
-    alike = {number for number, kept in enumerate(steps) if kept is not None}
-    for number, part in products(later, heard, alike, step):
-        for row, one in zip(rows, part, strict=True):
+    with taking(heard, step):
+        for gradients in pulled(recording, logits, vectors):
+            rows.append({})
+            for number, ((site, v, _), g) in enumerate(zip(moved, gradients, strict=True)):
+                if number in heard:
+                    found = heard[number].take()
+                    rows[-1][number] = v.new_zeros(len(v), site.size) if found is None else found
+                elif site.kind == "edge" and g.shape[2] == 1:
+                    later.setdefault(number, []).append(g)
+                else:
+                    move = step(number)
+                    rows[-1][number] = site.along(g.to(move), move)
+    for number, gradients in later.items():
+        for row, one in zip(rows, together(gradients, step(number)), strict=True):
             row[number] = one
     return torch.stack([torch.cat([row[i].to(row[0].device) for i in range(len(moved))], 1) for row in rows])
 
@@ -301,19 +307,25 @@ def _steps(
     spared: Bool[Tensor, "batch pos"] | None,
 ) -> list[Float[Tensor, "batch _ _ _"] | None]:
     """The step of every site's values. Edges have the same writers' again and again: one step of all writers serves all
-    sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``."""
+    sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``. Where it serves
+    all edges it takes the place of their values, which nothing else needs: new memory would take longer."""
     edges = [part for part in moved if part[0].kind == "edge" and part[0].positions is None]
     most, all_v, all_c = max(edges or moved, key=lambda part: part[0].rows)
-    whole = rows_last(rows_first(step_to(most, all_v, all_c, spared)).contiguous()) if edges else all_v
 
     def shares(site: Site, v: Tensor, c: Tensor) -> bool:
         if site.kind != "edge" or site.positions is not None or v.data_ptr() != all_v.data_ptr():
             return False
         return torch.equal(c, all_c[: len(c)]) if c.ndim == 2 else c.data_ptr() == all_c.data_ptr()
 
+    alike = [shares(*part) for part in moved]
+    alone = all(same for same, (site, *_) in zip(alike, moved, strict=True) if site.kind == "edge")
+    whole = all_v
+    if edges:
+        whole = step_to(most, all_v, all_c, spared, in_place=alone)
+        whole = rows_last(rows_first(whole).contiguous())
     return [
-        whole[:, :, : site.rows] if shares(site, v, c) else None if site.kind == "edge" else step_to(site, v, c, spared)
-        for site, v, c in moved
+        whole[:, :, : site.rows] if same else None if site.kind == "edge" else step_to(site, v, c, spared)
+        for same, (site, v, c) in zip(alike, moved, strict=True)
     ]
 
 
@@ -322,13 +334,16 @@ def step_to(
     v: Float[Tensor, "batch pos some width"],
     c: Float[Tensor, "*run some width"],
     spared: Bool[Tensor, "batch pos"] | None,
+    *,
+    in_place: bool = False,
 ) -> Float[Tensor, "batch pos some width"]:
-    """By how much setting each value to its replacement moves it, where it is set at all."""
+    """By how much setting each value to its replacement moves it, where it is set at all; ``in_place`` it may take the
+    value's place."""
     v = v.detach() if v.dtype == torch.float64 else v.detach().float()
-    step = c.to(v) - v
+    step = torch.sub(c.to(v), v, out=v if in_place else None)
     where = site.position_mask(v.shape[0], v.shape[1])
     step = step if where is None else step * where.to(step)[..., None, None]
-    return step if spared is None else step.masked_fill(spared.to(step.device)[..., None, None], 0)
+    return step if spared is None else step.masked_fill_(spared.to(step.device)[..., None, None], 0)
 
 
 def pulled(
@@ -340,9 +355,9 @@ def pulled(
 ) -> Iterator[tuple[Float[Tensor, "batch pos some width"], ...]]:
     """For each vector on the outputs (logits, or other values of the same run) its gradient with respect to the
     recorded units' values, per site. One backward pass each; ``again``: the graph is needed afterwards."""
-    activations = recording.activations | {
-        k: leaf for one in recording.heard.values() for k, leaf in one.leaves.items()
-    }
+    activations = dict(recording.activations)
+    # what is heard takes its effects on the way to these
+    activations |= {f"{name}:stream": one.stream for name, one in recording.heard.items() if one.stream.is_leaf}
     hooks = list(activations)
     for number, xi in enumerate(vectors):
         keep = again or number < len(vectors) - 1

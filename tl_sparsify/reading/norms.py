@@ -44,9 +44,11 @@ class NormSlope:
     def through(
         self, weight: Float[Tensor, "readers some d_model"], added: Float[Tensor, "readers some"]
     ) -> tuple[Float[Tensor, "readers some d_model"], Float[Tensor, "readers some"]]:
-        """A linear map of what comes out of the norm as one of ``x'``: its weights, and what is added."""
+        """A linear map of what comes out of the norm as one of ``x'``: its weights, which see no mean where the norm
+        takes it away, and what is added."""
         added = added if self.bias is None else added + weight @ self.bias
-        return weight if self.weight is None else weight * self.weight, added
+        made = weight if self.weight is None else weight * self.weight
+        return made - made.mean(-1, keepdim=True) if self.centred else made, added
 
 
 def norm_slope(norm: Any, x: Float[Tensor, "batch pos d_model"]) -> NormSlope | None:
