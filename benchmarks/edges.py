@@ -4,11 +4,11 @@ One cell for each task, ablation, method and seed: a CSV of its own, so that a r
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter more; one-shot scores have no more to take. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete
-gates on edges; here one training gives the order for all sizes, by the gates' logits, where the paper trains for each
-size. Its penalty is 20, which was better on induction's test examples than the default, 2. Sharpened is a search of one
-round for each size that is reported and, in all other passes, masks from its order and from nothing, and exchanges.
-Sizes are reported on test examples.
+quarter more or, so that it has no fewer in all, three fifths; one-shot scores have no more to take. Edge pruning
+(Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training gives the order for all sizes, by
+the gates' logits, where the paper trains for each size. Its penalty is 20, which was better on induction's test
+examples than the default, 2. Sharpened is a search of one round for each size that is reported and, in all other
+passes, masks from its order and from nothing, and exchanges. Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -49,8 +49,6 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     ``per_round``: examples in a round of the joint search, all where ``None``."""
     quiet = {"progress": False}
     probing = tls.Probing(probes, examples=per_round)
-    # of the mask: no fewer passes in all than a search that is sharpened, which takes more forward ones
-    more = 1.25
 
     def backward(train: tls.Examples) -> int:
         """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
@@ -89,6 +87,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
+        # no fewer passes in all than a search that is sharpened, which takes more forward ones
+        more = 1.25 if per_round is None or values.paired else 1.6
         given = {"steps": math.ceil(more * backward(train) / many), "per_step": many, **quiet}
         return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
 
