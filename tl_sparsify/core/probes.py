@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.checks import all_finite
 from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify._internal.readers import rows_first, rows_last
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values
@@ -204,7 +205,7 @@ def samples(
         raise ValueError(f"temperature is {temperature}; it must be positive")
     paired = removal.values.paired or (current is not None and current.values.paired)
     for site, value in zip(removal.units.sites, removal.values.tensors, strict=True):
-        if not removal.values.paired and not bool(torch.isfinite(value).all()):
+        if not removal.values.paired and not all_finite(value):
             raise ValueError(f"values for {site.hook} hold NaN or infinite constants: no unit can be set to them")
     most = most_answers(examples)
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed, "most": most}

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_sparsify._internal.checks import all_finite
 from tl_sparsify.search.linearisation import Linearisation
 
 _POOL = 2048
@@ -85,7 +86,7 @@ def greedy(
     Raises:
         ValueError: NaN or infinite numbers in the linearisation.
     """
-    if not bool(torch.isfinite(linearisation.linear).all() & torch.isfinite(linearisation.matrix).all()):
+    if not (all_finite(linearisation.linear) and all_finite(linearisation.matrix)):
         raise ValueError("the linearisation holds NaN or infinite numbers: is the metric's gradient finite?")
     state = _State.of(linearisation, candidates, shrinkage, costs)
     if roughly and costs is None:
