@@ -60,7 +60,7 @@ class Behind:
         heard = list({id(one): one for one, _, _ in self.noted}.values())
         noted = [one.joined({part: g for other, part, g in self.noted if other is one}) for one in heard]
         self.noted.clear()
-        steps = [one.step() for one in heard]
+        steps = [one.moved() for one in heard]
         like = steps[0]
         if self.slope is None:
             raise ValueError(f"{heard[0].name} is behind a norm that is not known")
@@ -91,7 +91,7 @@ class Behind:
                 torch.bmm(by_example[:, rows], w[:, here].permute(1, 2, 0), out=into[here])
         parts = found if len(found) == len(heard) else list(found[0].split(many, 1))
         for one, part in zip(heard, parts, strict=True):
-            one.effects.append(part.flatten(1))
+            one.effects = part.flatten(1)
         return back.to(self.stream)
 
     def _space(self, size: int, like: Tensor) -> Float[Tensor, "size"]:
@@ -101,7 +101,7 @@ class Behind:
         return self.space[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Heard:
     """What readers in attention project the stream to, where none of them has a copy of its own: by part (``q``, ``k``,
     ``v``), once it is there. A hook that is offered it and gives it back needs no copies.
@@ -109,8 +109,8 @@ class Heard:
     Attributes:
         behind: what all readers behind one norm share.
         own: the parts.
-        steps: how what the writers write is moved, while effects are taken along it.
-        effects: of the last backward pass.
+        step: how what the writers write is moved, while effects are taken along it.
+        effects: of the last backward pass, until they are taken.
     """
 
     name: str
@@ -118,8 +118,8 @@ class Heard:
     readers: int
     behind: Behind
     own: dict[str, Float[Tensor, "batch pos ..."]] = field(default_factory=dict)
-    steps: list[Callable[[], Float[Tensor, "batch pos writers d_model"]]] = field(default_factory=list)
-    effects: list[Float[Tensor, "batch edges"]] = field(default_factory=list)
+    step: Callable[[], Float[Tensor, "batch pos writers d_model"]] | None = None
+    effects: Float[Tensor, "batch edges"] | None = None
 
     @property
     def stream(self) -> Float[Tensor, "batch pos d_model"]:
@@ -139,12 +139,16 @@ class Heard:
         made, ways[id(behind)] = _Projected.apply(before, own, self, part, first)
         return made
 
-    def step(self) -> Float[Tensor, "batch pos writers d_model"]:
-        return self.steps[0]()
+    def moved(self) -> Float[Tensor, "batch pos writers d_model"]:
+        """How far what each writer writes is moved."""
+        if self.step is None:
+            raise ValueError(f"{self.name} takes effects, and no step is known: go back within taking()")
+        return self.step()
 
     def take(self) -> Float[Tensor, "batch edges"] | None:
         """The effects of this hook point's edges in the last backward pass; ``None`` where no gradient came here."""
-        return self.effects.pop() if self.effects else None
+        found, self.effects = self.effects, None
+        return found
 
     def joined(self, parts: Mapping[str, Float[Tensor, "batch pos ..."]]) -> Float[Tensor, "batch pos readers some"]:
         """Of each reader all that it projects, or the gradients of that, one beside the other."""
@@ -173,14 +177,13 @@ def taking(
     """Backward passes in the context take effects along these steps of what the writers of each site write."""
     space: list[Tensor] = []
     for number, one in heard.items():
-        one.steps.append(partial(step, number))
+        one.step = partial(step, number)
         one.behind.space = space
     try:
         yield
     finally:
         for one in heard.values():
-            one.steps.clear()
-            one.effects.clear()
+            one.step = one.effects = None
             one.behind.space = []
 
 
