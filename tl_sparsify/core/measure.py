@@ -23,7 +23,7 @@ from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions, paired_values, removal
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, frozen, in_batches
-from tl_sparsify.core.intervene import intervened
+from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
@@ -236,6 +236,22 @@ def circuit_risks(
     return [Estimate(float(mean), float(stderr), int(count), unit) for mean, stderr, count in each]
 
 
+def with_slopes(
+    model: Model,
+    removed: Intervention,
+    batch: Examples,
+    measured: Callable[[Float[Tensor, "rows choices"]], Float[Tensor, "batch"]],
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch units"]]:
+    """What is ``measured`` of each example's logits under an intervention, and its derivative with respect to each
+    unit's ``keep``. One forward and one backward pass over the batch; the model is :func:`frozen` by the caller."""
+    keep = removed.keep.detach().to(device_of(model)).expand(len(batch), -1).clone().requires_grad_()
+    with torch.enable_grad():
+        with intervened(model, replace(removed, keep=keep)):
+            found = measured(answer_logits(model, batch))
+        (slopes,) = torch.autograd.grad(found.sum(), keep)
+    return found.detach(), slopes
+
+
 def risk_slopes(
     model: Model,
     reduction: Reduction,
@@ -255,10 +271,8 @@ def risk_slopes(
         here = reduction.for_examples(index, examples.spans).units
         source = paired_values(model, examples, index, here) if reduction.values.paired else None
         removed = removal(model, reduction, examples, index, source)
-        keep = removed.keep.to(device_of(model)).expand(len(batch), -1).clone().requires_grad_()
-        with torch.enable_grad(), intervened(model, replace(removed, keep=keep)):
-            total = divergence(original, answer_logits(model, batch), batch, metric).sum()
-        return Moments.of(torch.autograd.grad(total, keep)[0].double())
+        _, slopes = with_slopes(model, removed, batch, lambda logits: divergence(original, logits, batch, metric))
+        return Moments.of(slopes.double())
 
     with frozen(model), torch.no_grad():
         return Moments.over(in_batches(of, model, examples, batch_size, reduction.units), len(examples)).mean

@@ -31,8 +31,8 @@ from tl_sparsify.core.circuit import FirstToken, Values
 from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
-from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering
+from tl_sparsify.core.intervene import Intervention
+from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering, with_slopes
 from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
@@ -103,18 +103,15 @@ def trained(
     ) -> Iterator[tuple[Float[Tensor, "rows units"], Float[Tensor, "rows"]]]:
         def of(rows: Int[Tensor, "batch"], batch: Examples) -> tuple[Tensor, Tensor]:
             some, here = index[rows], units.for_examples(index[rows], examples.spans)
-            mine = keep.detach()[rows].requires_grad_()
             with torch.no_grad():
                 of_original = answer_logits(model, batch) if known is None else known(some)
                 if replaced is not None:
                     values_here = replaced(some, here, step)
                 else:
                     values_here = paired_values(model, examples, some, here) if constants.paired else constants
-            removal = Intervention(here, mine, Values(here, values_here.tensors), first_token=first_token)
-            with torch.enable_grad(), intervened(model, removal):
-                found = divergence(of_original, answer_logits(model, batch), batch, metric)
-                loss = found.sum() / len(index)
-            return torch.autograd.grad(loss, mine)[0], found.detach()
+            removed = Intervention(here, keep[rows], Values(here, values_here.tensors), first_token=first_token)
+            found, slope = with_slopes(model, removed, batch, lambda ours: divergence(of_original, ours, batch, metric))
+            return slope / len(index), found
 
         for rows in torch.arange(len(index))[share(len(index))].split(together):
             yield from halving(of, rows, examples[index[rows]], batch_size)

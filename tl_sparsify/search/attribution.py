@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,7 +31,8 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, in_batches, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.memory import device_of, dtype_of, rows_for
+from tl_sparsify.core.measure import with_slopes
+from tl_sparsify.core.memory import dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
@@ -276,20 +278,15 @@ def _line(
     def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
         here = units.for_examples(index, examples.spans)
         values = Values(here, replacement(index).tensors)
-        with modified(model, backward):
-            slopes = [_slopes(model, batch, here, values, level, metric) for level in levels]
+        slopes: list[Float[Tensor, "batch units"]] = []
+        with frozen(model), modified(model, backward):
+            for level in levels:
+                removed = Intervention(here, torch.full((1, len(here)), level, dtype=wide), values, first_token="bos")
+                slopes.append(with_slopes(model, removed, batch, partial(measured, batch=batch))[1])
         return Moments.of(torch.stack(slopes).double().mean(0))
 
-    return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
+    def measured(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "batch"]:
+        return by_example(measured_by(metric, logits, batch), batch)
 
-
-def _slopes(
-    model: Model, batch: Examples, units: Units, values: Values, level: float, metric: Metric
-) -> Float[Tensor, "batch units"]:
-    """``d metric / d keep`` of every example, with every unit at the same ``keep``."""
     wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
-    keep = torch.full((len(batch), len(units)), level, dtype=wide, device=device_of(model)).requires_grad_()
-    with frozen(model), torch.enable_grad():
-        with intervened(model, Intervention(units, keep, values, first_token="bos")):
-            logits = answer_logits(model, batch)
-        return torch.autograd.grad(by_example(measured_by(metric, logits, batch), batch).sum(), keep)[0]
+    return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
