@@ -75,6 +75,11 @@ def dtype_of(model: Any) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def keep_dtype_of(model: Any) -> torch.dtype:
+    """The precision of a ``keep`` that is differentiated: the model's own where that is float64, else float32."""
+    return torch.float64 if dtype_of(model) == torch.float64 else torch.float32
+
+
 def physical() -> int:
     """Bytes of memory that this machine has."""
     return psutil.virtual_memory().total

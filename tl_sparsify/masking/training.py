@@ -33,7 +33,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
 from tl_sparsify.core.intervene import Intervention
 from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering, with_slopes
-from tl_sparsify.core.memory import device_of, dtype_of
+from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -92,8 +92,7 @@ def trained(
     per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
     many = steps * size > len(examples)
     known = remembered(model, examples, batch_size=batch_size) if many and original is None else original
-    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
-    logits = start.to(device_of(model), wide).requires_grad_()
+    logits = start.to(device_of(model), keep_dtype_of(model)).requires_grad_()
     best, lowest, recall = logits.detach().clone(), float("inf"), remembering()
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

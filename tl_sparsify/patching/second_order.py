@@ -27,7 +27,7 @@ from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, frozen, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.memory import device_of, dtype_of
+from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.units import Model, Units
@@ -107,8 +107,7 @@ def _drops(
     signs: Float[Tensor, "products batch units"],
 ) -> Float[Tensor, "batch units"]:
     """The gradient of each example's metric less half its mean products with the Hessian, by sign."""
-    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
-    keep = torch.ones(len(batch), len(units), dtype=wide, device=device_of(model)).requires_grad_()
+    keep = torch.ones(len(batch), len(units), dtype=keep_dtype_of(model), device=device_of(model)).requires_grad_()
     with frozen(model), torch.enable_grad():
         with intervened(model, Intervention(units, keep, values, first_token="bos")):
             logits = answer_logits(model, batch)

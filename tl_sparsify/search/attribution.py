@@ -32,7 +32,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, frozen, in_batches, run_values, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.measure import with_slopes
-from tl_sparsify.core.memory import dtype_of, rows_for
+from tl_sparsify.core.memory import keep_dtype_of, rows_for
 from tl_sparsify.core.metrics import Metric, by_example, kl, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
@@ -281,12 +281,12 @@ def _line(
         slopes: list[Float[Tensor, "batch units"]] = []
         with frozen(model), modified(model, backward):
             for level in levels:
-                removed = Intervention(here, torch.full((1, len(here)), level, dtype=wide), values, first_token="bos")
+                keep = torch.full((1, len(here)), level, dtype=keep_dtype_of(model))
+                removed = Intervention(here, keep, values, first_token="bos")
                 slopes.append(with_slopes(model, removed, batch, partial(measured, batch=batch))[1])
         return Moments.of(torch.stack(slopes).double().mean(0))
 
     def measured(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "batch"]:
         return by_example(measured_by(metric, logits, batch), batch)
 
-    wide = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
     return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
