@@ -4,11 +4,13 @@ One cell for each task, ablation, method and seed: a CSV of its own, so that a r
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter more or, so that it has no fewer in all, three fifths; one-shot scores have no more to take. Edge pruning
-(Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one training gives the order for all sizes, by
-the gates' logits, where the paper trains for each size. Its penalty is 20, which was better on induction's test
-examples than the default, 2. Sharpened is a search of one round for each size that is reported and, in all other
-passes, masks from its order and from nothing, and exchanges. Sizes are reported on test examples.
+quarter more or, so that it has no fewer in all, three fifths; one-shot scores have no more to take. Integrated
+gradients over activations take two passes for each layer and step: they see no more examples than make them no fewer
+passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one
+training gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20,
+which was better on induction's test examples than the default, 2. Sharpened is a search of one round for each size that
+is reported and, in all other passes, masks from its order and from nothing, and exchanges; where rounds take all
+examples none of them is made again. Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -62,7 +64,9 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         sizes = (0.5, *SIZES)
         many = min(16, len(train))
         with counted(model) as passes:
-            found = tls.sparsify(model, train, units, sizes=sizes, probing=probing, values=values, seed=seed, **quiet)
+            given: dict[str, Any] = {"probing": probing, "values": values, "seed": seed, **quiet}
+            given["exchanges"] = 0 if per_round is None else None
+            found = tls.sparsify(model, train, units, sizes=sizes, **given)
         held_out = train if per_round is None else train[:per_round]
         settings = {"per_step": many, "exchanged": 2 if per_round is None else 0}
         given = {"train": len(train), "held_out": len(held_out), "rounds": len(sizes), "paired": values.paired}
@@ -73,6 +77,15 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:
         def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
             found = scorer(model, train, units, values=values, seed=seed, **settings)
+            return found.absolute if absolute else found
+
+        return order
+
+    def activations(absolute: bool) -> Method:
+        def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+            each = 2 * (1 + (2 * model.cfg.n_layers + 1) * (steps - 1))
+            some = train[: -(-(3 + values.paired) * backward(train) // each)]
+            found = tls.baselines.eap_ig_activations(model, some, units, steps=steps, values=values, seed=seed)
             return found.absolute if absolute else found
 
         return order
@@ -109,8 +122,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         "EAP, signed": ordered(gradient, False),
         "EAP-IG": ordered(integrated, True, steps=steps),
         "EAP-IG, signed": ordered(integrated, False, steps=steps),
-        "EAP-IG, activations": ordered(tls.baselines.eap_ig_activations, True, steps=steps),
-        "EAP-IG, activations, signed": ordered(tls.baselines.eap_ig_activations, False, steps=steps),
+        "EAP-IG, activations": activations(True),
+        "EAP-IG, activations, signed": activations(False),
         "information flow": flow,
         "EAP, rounds": again(gradient, 1),
         "EAP-IG, rounds": again(integrated, steps, steps=steps),

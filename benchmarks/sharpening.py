@@ -2,9 +2,9 @@
 
 Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples: of a search
 of 20 rounds; of a mask from nothing, with each size's divergence as it is, or relative to its own level; and of a
-search of one round for each size that is sharpened in all other passes, with exchanges and without. What was done
-before is kept, so that an interrupted run goes on. Writes
-``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
+search of one round for each size, none of them made again, that is sharpened in all other passes, with exchanges and
+without. What was done before is kept, so that an interrupted run goes on. Writes ``benchmarks/results/sharpening.csv``
+and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]
 """
@@ -42,7 +42,7 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
         given = quiet | {"per_step": size, "smallest": SIZES[-1], "values": values, "relative": relative}
         return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // size, **given)
     searching: dict[str, Any] = {"values": values} | (
-        {"rounds": ROUNDS, "smallest": SIZES[-1]} if kind == "search" else {"sizes": SIZES}
+        {"rounds": ROUNDS, "smallest": SIZES[-1]} if kind == "search" else {"sizes": SIZES, "exchanges": 0}
     )
     searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
     with counted(model) as passes:

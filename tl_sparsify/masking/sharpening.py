@@ -69,7 +69,9 @@ def sharpen(
     one within the next larger one, where that measures lower.
 
     Args:
-        path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards).
+        path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards). Where there
+            are passes for masks, search it with ``exchanges=0``, and leave to them what rounds that are made again
+            would take (``benchmarks/sharpening.py``).
         steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
             passes over ``train``.
         exchanged: units on either side of an exchange, by the masks and by the slope each; 0: none is made.
