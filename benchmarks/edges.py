@@ -4,7 +4,7 @@ One cell for each task, ablation, method and seed: a CSV of its own, so that a r
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter more or, so that it has no fewer in all, three fifths; one-shot scores have no more to take. Integrated
+quarter to three fifths more, so that it has no fewer in all; one-shot scores have no more to take. Integrated
 gradients over activations take two passes for each layer and step: they see no more examples than make them no fewer
 passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one
 training gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20,
@@ -101,7 +101,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
         # no fewer passes in all than a search that is sharpened, which takes more forward ones
-        more = 1.25 if per_round is None or values.paired else 1.6
+        more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
         given = {"steps": math.ceil(more * backward(train) / many), "per_step": many, **quiet}
         return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
 
