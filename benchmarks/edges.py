@@ -64,9 +64,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         sizes = (0.5, *SIZES)
         many = min(16, len(train))
         with counted(model) as passes:
-            given: dict[str, Any] = {"probing": probing, "values": values, "seed": seed, **quiet}
-            given["exchanges"] = 0 if per_round is None else None
-            found = tls.sparsify(model, train, units, sizes=sizes, **given)
+            searching: dict[str, Any] = {"sizes": sizes, "probing": probing, "values": values, "seed": seed, **quiet}
+            # where passes are few, a search of a deep model needs rounds that are taken back
+            repeated = 0 if per_round is None else None
+            found = tls.sparsify(model, train, units, exchanges=repeated, **searching)
         held_out = train if per_round is None else train[:per_round]
         settings = {"per_step": many, "exchanged": 2 if per_round is None else 0}
         given = {"train": len(train), "held_out": len(held_out), "rounds": len(sizes), "paired": values.paired}
@@ -81,14 +82,10 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
         return order
 
-    def activations(absolute: bool) -> Method:
-        def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-            each = 2 * (1 + (2 * model.cfg.n_layers + 1) * (steps - 1))
-            some = train[: -(-(3 + values.paired) * backward(train) // each)]
-            found = tls.baselines.eap_ig_activations(model, some, units, steps=steps, values=values, seed=seed)
-            return found.absolute if absolute else found
-
-        return order
+    def activations(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+        each = 2 * (1 + (2 * model.cfg.n_layers + 1) * (steps - 1))
+        some = train[: -(-(3 + values.paired) * backward(train) // each)]
+        return tls.baselines.eap_ig_activations(model, some, units, steps=steps, values=values, seed=seed)
 
     def again(scorer: Method, each: int, **settings: Any) -> Method:
         def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -122,8 +119,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         "EAP, signed": ordered(gradient, False),
         "EAP-IG": ordered(integrated, True, steps=steps),
         "EAP-IG, signed": ordered(integrated, False, steps=steps),
-        "EAP-IG, activations": activations(True),
-        "EAP-IG, activations, signed": activations(False),
+        "EAP-IG, activations": ordered(activations, True),
+        "EAP-IG, activations, signed": ordered(activations, False),
         "information flow": flow,
         "EAP, rounds": again(gradient, 1),
         "EAP-IG, rounds": again(integrated, steps, steps=steps),
