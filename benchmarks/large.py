@@ -27,7 +27,7 @@ import tl_sparsify as tls
 from tl_sparsify.comparison.cost import Cost, cost_of
 from tl_sparsify.comparison.tables import table_of
 from tl_sparsify.core import memory
-from tl_sparsify.search.selection import exchange, greedy
+from tl_sparsify.expansion.selection import exchange, greedy
 
 MANY = 6  # times the prompts: 192
 LONG = 2048  # tokens

@@ -5,9 +5,11 @@ it was. Every method sees the same training examples and the same means, leaves 
 at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
 search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
 every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
-order and from nothing, whose circuits are measured on a quarter of the training examples. With ``--refit`` the rows are
-of constants that are refitted from the means, for each circuit, until the validation risk no longer falls, or
-``--most`` steps are done, and for half of ``--patience`` steps more at a falling rate.
+order and from nothing, whose circuits are measured on an eighth of the training examples. Polished is what is sharpened
+after exact exchanges on all training examples, with the circuits of exact removal and of the mask as rivals; it is made
+where it is asked for by name, as exact removal is. With ``--refit`` the rows are of constants that are refitted from
+the means, for each circuit, until the validation risk no longer falls, or ``--most`` steps are done, and for half of
+``--patience`` steps more at a falling rate.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -36,7 +38,9 @@ SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
 TASKS = ("ioi", "subject_verb_agreement", "gendered_pronoun", "docstring", "greater_than")
 RESULTS = Path(__file__).parent / "results" / "real_model"
-REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit: where it is asked for by name
+REMOVED, EXACT = 64, "exact removal"  # examples; a forward pass for each unit
+POLISHED, POLISHING = "joint risk, polished", 30  # passes for each size
+BY_NAME = (EXACT, POLISHED)  # where they are asked for: they take more passes than all others
 EXCHANGED, HELD_OUT = 1, 8  # of a path that is sharpened: units on either side of an exchange; a part of the examples
 KINDS: dict[str, Callable[[Any], tls.Units]] = {
     "heads": tls.heads,
@@ -91,6 +95,15 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         steps = -(-backward // given["per_step"])
         return baselines.top_k_gate(model, train, units, steps=steps, values=values, **given)
 
+    def polished(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        path, *others = (find(model, train, units, values, seed) for find in (sharpened, mask, removed))
+        given: dict[str, Any] = {"passes": POLISHING, "probes": options.probes, "seed": seed, "batch_size": size}
+        found = dict[float, tls.Reduction]()
+        for kept in options.sizes:
+            rivals = [order.top(kept) for order in others]
+            found[kept] = tls.polish(model, path.at(kept), train, rivals=rivals, **given)
+        return found
+
     return {
         "joint risk": joint,
         "joint risk, sharpened": sharpened,
@@ -98,7 +111,15 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         "attribution, rounds": attribution,
         "top-k mask": mask,
         EXACT: removed,
+        POLISHED: polished,
     }
+
+
+def circuit_of(found: Any, size: float) -> tls.Circuit:
+    """What a method found at a size: in a path, in scores or by itself."""
+    if isinstance(found, dict):
+        return found[size].circuit
+    return found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
 
 
 def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> pd.DataFrame:
@@ -119,7 +140,7 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     same = {"clean": True, "many": True, "batch_size": options.batch_size}
     known = known_of(model, train, units, **same) if options.refit else None
     for size in options.sizes:
-        circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
+        circuit = circuit_of(found, size)
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
         if options.refit:
             fitting = {
@@ -184,7 +205,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=6000, help="steps of a refit, converged or not")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are reported")
     options = parser.parse_args()
-    names = options.methods or [name for name in methods(options) if name != EXACT]
+    names = options.methods or [name for name in methods(options) if name not in BY_NAME]
     folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
     for seed in options.seeds:
         for task in options.tasks:

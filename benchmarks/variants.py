@@ -20,7 +20,7 @@ from shared import LEAST, RESULTS, geometric_mean, marked, parser, write
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.tables import table_of
-from tl_sparsify.search.selection import NO_SHRINKAGE
+from tl_sparsify.expansion.selection import NO_SHRINKAGE
 
 SIZES = (0.1, 0.05)
 EXAMPLES = 256  # for training, and for validation

@@ -18,8 +18,9 @@ ORDER = {
     "distributions measure probes basis",
     "gradients": "rules backward",
     "patching": "atp_star second_order connections",
-    "search": "settings linearisation affine constants alone scores attribution score curvature path selection "
-    "shrinkage checkpoint joint compensating exchanges",
+    "expansion": "linearisation selection shrinkage",
+    "search": "settings affine constants alone scores attribution score curvature path checkpoint rounds joint "
+    "compensating exchanges",
     "dictionaries": "dictionary activity units files removal",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
@@ -38,7 +39,7 @@ ORDER = {
     "circuit_data neuronpedia page",
     "": "__init__ plan run cli __main__",
 }
-LEVEL = {"reading": -1, "_internal": 0, "core": 1, "gradients": 2,
+LEVEL = {"reading": -1, "_internal": 0, "core": 1, "gradients": 2, "expansion": 2,
          "search": 3, "dictionaries": 3, "folding": 3, "abstraction": 3,
          "formats": 4, "patching": 4, "masking": 4, "tasks": 5, "comparison": 6, "stressing": 7, "discovery": 8,
          "presentation": 9, "": 10}  # fmt: skip

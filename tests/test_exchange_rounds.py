@@ -15,12 +15,12 @@ from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.measure import risk
+from tl_sparsify.expansion.linearisation import Linearisation
+from tl_sparsify.expansion.selection import NO_SHRINKAGE, after, exchange
+from tl_sparsify.expansion.shrinkage import Trade, chosen, traded
 from tl_sparsify.search.joint import sparsify
-from tl_sparsify.search.linearisation import Linearisation
 from tl_sparsify.search.path import CircuitPath
-from tl_sparsify.search.selection import NO_SHRINKAGE, after, exchange
 from tl_sparsify.search.settings import Probing
-from tl_sparsify.search.shrinkage import Trade, chosen, traded
 
 SEEDS = st.integers(0, 2**31)
 

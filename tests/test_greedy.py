@@ -7,8 +7,8 @@ from helpers.models import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_sparsify.search.linearisation import Linearisation
-from tl_sparsify.search.selection import greedy
+from tl_sparsify.expansion.linearisation import Linearisation
+from tl_sparsify.expansion.selection import greedy
 
 SEEDS = st.integers(0, 2**31)
 

@@ -34,9 +34,9 @@ from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import kl, log_odds
 from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.expansion.selection import NO_SHRINKAGE
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
-from tl_sparsify.search.selection import NO_SHRINKAGE
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
 
 CHOICES = (1, 4, 7, 8)

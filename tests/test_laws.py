@@ -39,8 +39,8 @@ from tl_sparsify.core.measure import risk
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.expansion.linearisation import linearise
 from tl_sparsify.search.joint import sparsify
-from tl_sparsify.search.linearisation import linearise
 
 SEEDS = st.integers(0, 2**31)
 

@@ -38,10 +38,10 @@ from tl_sparsify.core.measure import risk
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import heads
+from tl_sparsify.expansion.linearisation import Linearisation, linearise
+from tl_sparsify.expansion.selection import greedy
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.search.joint import sparsify
-from tl_sparsify.search.linearisation import Linearisation, linearise
-from tl_sparsify.search.selection import greedy
 from tl_sparsify.search.settings import Probing
 
 SEEDS = st.integers(0, 2**31)

@@ -18,7 +18,7 @@ from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.metrics import kl
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.search.linearisation import linearise
+from tl_sparsify.expansion.linearisation import linearise
 
 CHOICES = (1, 4, 7, 8)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_sparsify.search.linearisation import Linearisation
-from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, greedy
-from tl_sparsify.search.shrinkage import chosen
+from tl_sparsify.expansion.linearisation import Linearisation
+from tl_sparsify.expansion.selection import NO_SHRINKAGE, Shrinkage, after, greedy
+from tl_sparsify.expansion.shrinkage import chosen
 
 SEEDS = st.integers(0, 2**31)
 

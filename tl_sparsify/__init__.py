@@ -91,7 +91,7 @@ _PUBLIC = {
     "tl_sparsify.search.joint": ("sparsify",),
     "tl_sparsify.search.settings": ("Constraints", "Probing", "Refitting"),
     "tl_sparsify.search.path": ("CircuitPath",),
-    "tl_sparsify.search.selection": ("Shrinkage",),
+    "tl_sparsify.expansion.selection": ("Shrinkage",),
     "tl_sparsify.search.scores": ("Scores",),
     "tl_sparsify.stressing.battery": ("stress",),
     "tl_sparsify.stressing.table": ("Stress", "StressRow"),

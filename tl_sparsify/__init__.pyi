@@ -69,6 +69,7 @@ from tl_sparsify.discovery.contexts import contexts as contexts
 from tl_sparsify.discovery.found import Behaviour as Behaviour
 from tl_sparsify.discovery.found import Behaviours as Behaviours
 from tl_sparsify.discovery.found import Ranged as Ranged
+from tl_sparsify.expansion.selection import Shrinkage as Shrinkage
 from tl_sparsify.folding.bridge import load_folded as load_folded
 from tl_sparsify.folding.bridge import save_folded as save_folded
 from tl_sparsify.folding.export import export_hf as export_hf
@@ -96,7 +97,6 @@ from tl_sparsify.search.exchanges import polish as polish
 from tl_sparsify.search.joint import sparsify as sparsify
 from tl_sparsify.search.path import CircuitPath as CircuitPath
 from tl_sparsify.search.scores import Scores as Scores
-from tl_sparsify.search.selection import Shrinkage as Shrinkage
 from tl_sparsify.search.settings import Constraints as Constraints
 from tl_sparsify.search.settings import Probing as Probing
 from tl_sparsify.search.settings import Refitting as Refitting

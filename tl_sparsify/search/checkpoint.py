@@ -24,9 +24,9 @@ from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
+from tl_sparsify.expansion.selection import Shrinkage
+from tl_sparsify.expansion.shrinkage import Trade
 from tl_sparsify.search.path import Round
-from tl_sparsify.search.selection import Shrinkage
-from tl_sparsify.search.shrinkage import Trade
 
 STATE, _KIND = "state.search", "search"
 
@@ -42,7 +42,8 @@ class State:
         found: the rounds.
         believed, promised, trade, spare: how the next round is chosen (:mod:`shrinkage`).
         picks, restored: what the last round changed.
-        before: the circuit that the last expansion was around.
+        before: the reduction that the last expansion was around.
+        current: the one that the search is at; after a round that round's.
     """
 
     step: int
@@ -58,6 +59,7 @@ class State:
     picks: Int[Tensor, "picks"]
     restored: Int[Tensor, "restored"]
     before: Reduction
+    current: Reduction
 
 
 def describe(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -183,4 +185,5 @@ def read(folder: Path, described: Mapping[str, str], units: Units) -> State | No
             tensors["picks"],
             tensors["restored"],
             kept(header["before"]),
+            found[-1].reduction,
         )

@@ -24,7 +24,7 @@ from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
-from tl_sparsify.search.linearisation import linearise
+from tl_sparsify.expansion.linearisation import linearise
 
 _AT_ONCE = 8
 _SHORTLIST = 512

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.ranks import agreed
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
@@ -30,18 +30,17 @@ from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.expansion.linearisation import noting, predicted_change
+from tl_sparsify.expansion.selection import Shrinkage
+from tl_sparsify.expansion.shrinkage import START, Trade
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
-from tl_sparsify.search.linearisation import Expansion, expanding, noting, predicted_change
-from tl_sparsify.search.path import LEAST, CircuitPath, Round, order_through, worse
+from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.rounds import NOTHING, Change, Measure, Search, all_rounds, expanding, path_of
 from tl_sparsify.search.scores import kept_count
-from tl_sparsify.search.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
-from tl_sparsify.search.shrinkage import START, Trade, chosen, traded
 
-_FAR = 3.0  # times the predicted divergence: more than that, and half of the round is taken back
 _MOST_ROUNDS = 10_000
-_WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
 
 
 @checked
@@ -142,7 +141,7 @@ def sparsify(
     fractions = schedule(rounds, least, sizes, float(weight[first.mask].sum()) / whole)
     targets = [kept_count(len(units), f) if costs is None else f * whole for f in fractions]
     held = 0.0 if always_keep is None else float(weight[always_keep.mask].sum())
-    if always_keep is not None and targets and held > targets[-1]:
+    if always_keep is not None and held > targets[-1]:
         raise ValueError(f"always_keep comes to {held:g}, the smallest size leaves {targets[-1]:g}: keep fewer")
     if start is None:
         values = mean(model, train, units, batch_size=batch_size) if values is None else values
@@ -153,33 +152,58 @@ def sparsify(
         if refitting.steps is not None:
             raise ValueError(f"refitting.steps is {refit_steps}, and values are no constants to be refitted: give 0")
         refit_steps = 0
-    free = torch.ones(len(units), dtype=torch.bool) if always_keep is None else ~always_keep.mask
     judged = train if held_out is None else held_out
     predict = held_out is not None or metric is not None if predict is None else predict
     clean = interventions == NONE
     shared: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
     of_train = remembering() if clean else computed
     of_judged = of_train if held_out is None else remembering() if clean else computed
-    look = expanding(model, train, probing, carry_deviation, seed, of_train, shared)
-    unit = "nats" if metric is None else "squared units"
-    seen = clean and (predict or held_out is None)  # the next round passes over the examples where risk is measured
     most = rounds // 2 if exchanges is None else exchanges
-    trading = shrinkage is None and costs is None
-    nothing = torch.zeros(0, dtype=torch.long)
-    unknown = Estimate(float("nan"), float("nan"), len(judged), unit)
 
-    def foretold(
-        here: Reduction, removed: Int[Tensor, "some"], restored: Int[Tensor, "others"], number: int
-    ) -> tuple[Estimate, float, list[Moments]]:
-        """The predicted risk after a change, its additivity, and the divergence made before; else unknown."""
-        if not predict:
-            return unknown, float("nan"), []
+    def foretold(here: Reduction, change: Change, number: int) -> tuple[Estimate, float, Moments]:
         made: list[Moments] = []
         given = {"current": None if len(here.circuit) == len(units) else here, "restorable": True}
         given |= {"probes": probing.probes, "seed": seed + number, "recall": of_judged}
         parts = samples(model, judged, here, temperature=1.0, **given, **shared)
-        return *predicted_change(noting(parts, made), removed, restored, len(judged), unit), made
+        estimate, additivity = predicted_change(noting(parts, made), *change, len(judged), unit)
+        return estimate, additivity, Moments.over(made, len(judged))
 
+    def measuring(index: Int[Tensor, "some"] | None) -> Measure:
+        recall = of_judged if index is None else remembering()
+        examples = judged if index is None else judged[index]
+
+        def measured(reduction: Reduction) -> Estimate:
+            here = reduction if index is None else reduction.for_examples(index)
+            return risk(model, here, examples, seed=seed, recall=recall, **shared)
+
+        return measured
+
+    @cache
+    def known() -> Known:
+        many = refit_steps * min(refitting.per_step or len(train), len(train)) > len(train)
+        return known_of(model, train, units, clean=clean, many=many, batch_size=batch_size)
+
+    def refitted(reduction: Reduction) -> Reduction:
+        settings: dict[str, Any] = {"steps": refit_steps, "per_step": refitting.per_step, "seed": seed, **shared}
+        return refit(model, reduction, train, judged, known=known(), progress=False, **settings)
+
+    unit = "nats" if metric is None else "squared units"
+    search = Search(
+        units=units,
+        first=first,
+        targets=tuple(targets),
+        free=torch.ones(len(units), dtype=torch.bool) if always_keep is None else ~always_keep.mask,
+        weight=weight,
+        costs=costs,
+        shrinkage=shrinkage,
+        most=most,
+        unknown=Estimate(float("nan"), float("nan"), len(judged), unit),
+        seen=clean and (predict or held_out is None),
+        expand=expanding(model, train, probing, carry_deviation, seed, of_train, shared),
+        foretell=foretold if predict else None,
+        measuring=measuring,
+        refit=refitted if refit_steps else None,
+    )
     state = State(
         step=0,
         pending=(),
@@ -191,9 +215,10 @@ def sparsify(
         promised=float("inf"),
         trade=Trade(),
         spare=most,
-        picks=nothing,
-        restored=nothing,
+        picks=NOTHING,
+        restored=NOTHING,
         before=current,
+        current=current,
     )
     described: dict[str, str] = {}
     if checkpoint is not None:
@@ -204,130 +229,18 @@ def sparsify(
         described = describe(given)
         with agreed("reading the search"):
             state = read(Path(checkpoint), described, units) or state
-    left, clock, number, found, before = state.left, state.clock, state.number, list(state.found), state.before
-    believed, promised, trade, spare = state.believed, state.promised, state.trade, state.spare
-    picks, restored = state.picks, state.restored  # what has changed since the last expansion
-    current = found[-1].reduction if found else current
-    expansion: Expansion | None = None
-    known: Known | None = None  # for all refits
-    # at the last size once more, for exchanges alone
-    goals = [*((target, False) for target in targets), *((target, True) for target in targets[-1:])]
-    for step, (target, last) in enumerate(bar(goals, "removing units", progress)):
-        reserved = most * (1 - 0.5 * step / len(targets))  # exchanges are worth most where few units are left
-        if step < state.step:
-            continue
-        pending = list(state.pending) if step == state.step and state.pending else [target]
-        while pending:
-            excess = float(weight[current.circuit.mask].sum()) - pending[-1]
-            settling = excess <= 0 and last and trading and spare > 0 and bool(found)
-            if excess <= 0 and not settling:
-                pending.pop()
-                continue
-            expansion, before = look(current, len(current.circuit) == len(units), number), current
-            number += 1
-            sketch = expansion.sketch
-            reached = bool(found) and found[-1].reduction.circuit == current.circuit  # not after half was taken back
-            if seen and not predict and reached:
-                found[-1] = replace(found[-1], measured=Estimate.of(expansion.made, unit))
-            if spare > 0 and sketch.offset > max(LEAST, _FAR * promised) and len(picks) > 1:
-                half = len(picks) // 2
-                left[picks[half:]] = torch.inf
-                pending.append(float(weight[current.circuit.mask].sum()))
-                current = current.with_circuit(Circuit(units, left.isinf()))
-                found.pop()
-                picks, spare, promised = picks[:half], spare - 1, float("inf")
-                continue
-            kept, gone = current.circuit.mask & free, first.mask & ~current.circuit.mask & free
-            exchanged = False
-            if trading and reached and (settling or spare > reserved) and bool(gone.any()):
-                trade, promise = traded(expansion.halves, kept, gone, near=trade)
-                exchanged = promise < (1 - (_WORTH_LAST if settling else _WORTH)) * sketch.offset
-            picks = restored = nothing
-            if exchanged:
-                count = min(trade.count(int(kept.sum())), int(gone.sum()))
-                restored, picks = exchange(sketch, kept, gone, 0, count, shrinkage=trade.shrinkage)
-                spare, promised = spare - 1, float("inf")
-            elif settling:
-                break
-            else:
-                if shrinkage is None:
-                    near = NO_SHRINKAGE if number == 1 and sketch.samples >= int(kept.sum()) else believed
-                    slopes = number % 2 == 0
-                    believed, promised = chosen(expansion.halves, kept, excess, near=near, slopes=slopes, costs=costs)
-                picks = greedy(sketch, kept, excess, shrinkage=believed, costs=costs)
-            left[restored] = torch.inf
-            left[picks] = clock + torch.arange(len(picks), dtype=torch.float64)
-            clock += len(picks)
-            predicted, additivity, made = foretold(current, picks, restored, number - 1)
-            if predict and seen and reached:
-                found[-1] = replace(found[-1], measured=Estimate.of(Moments.over(made, len(judged)), unit))
-            current = current.with_circuit(Circuit(units, left.isinf()))
-            if refit_steps:
-                settings = {"steps": refit_steps, "metric": metric, "interventions": interventions, "seed": seed}
-                settings |= {"per_step": refitting.per_step, "batch_size": batch_size}
-                if known is None:
-                    size = min(refitting.per_step or len(train), len(train))
-                    many = refit_steps * size > len(train)
-                    known = known_of(model, train, units, clean=clean, many=many, batch_size=batch_size)
-                current = refit(model, current, train, judged, known=known, progress=False, **settings)
-            measured = unknown if seen else risk(model, current, judged, seed=seed, **shared)
-            if exchanged:
-                found.pop()
-            found.append(Round(current, predicted, measured, additivity))
-            if checkpoint is not None:
-                so_far = (step, tuple(pending), left, clock, number, tuple(found), believed, promised, trade, spare)
-                now = State(*so_far, picks=picks, restored=restored, before=before)
-                write(Path(checkpoint), described, now)
-    if expansion is None and found:  # all rounds were there already
-        expansion = look(before, len(before.circuit) == len(units), number - 1)
+
+    def saved(now: State) -> State:
+        if checkpoint is not None:
+            write(Path(checkpoint), described, now)
+        return now
+
+    state, expansion = all_rounds(search, state, saved, progress)
+    if expansion is None and state.found:  # all rounds were there already
+        expansion = search.expand(state.before, state.number - 1)
     if expansion is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
-    alive = current.circuit.mask & free
-    rest = greedy(
-        after(expansion.sketch, picks, believed, restored), alive, float("inf"), shrinkage=believed, costs=costs
-    )
-    left[rest] = clock + torch.arange(len(rest), dtype=torch.float64)
-    order = left.argsort(stable=True)  # units that are always kept have not left
-
-    # where nothing else is asked for, risk is measured on the examples of a round
-    index = expansion.index if held_out is None and seen and not predict else None
-    recall = of_judged if index is None else remembering()
-
-    def remeasured(step: Round, mask: Bool[Tensor, "units"], reduction: Reduction) -> Round:
-        """The round with this circuit in place of its own."""
-        made = reduction.with_circuit(Circuit(units, mask))
-        here, examples = (made, judged) if index is None else (made.for_examples(index), judged[index])
-        measured = risk(model, here, examples, seed=seed, recall=recall, **shared)
-        return replace(step, reduction=made, measured=measured)
-
-    for place, step in enumerate(found):  # a unit that was taken back is in every larger circuit, too
-        mask = torch.zeros(len(units), dtype=torch.bool)
-        mask[order[len(units) - len(step.reduction.circuit) :]] = True
-        same = bool((mask == step.reduction.circuit.mask).all())
-        if not same or step.measured.mean != step.measured.mean:
-            found[place] = remeasured(step, mask, step.reduction)
-
-    for place in reversed(range(len(found) - 1 if trading else 0)):  # nor does a larger one do worse than a smaller one
-        if worse(*(step.measured for step in found[place : place + 2])) and index is not None:  # each on other examples
-            for at in (place, place + 1):
-                found[at] = remeasured(found[at], found[at].reduction.circuit.mask, found[at].reduction)
-        larger, smaller = found[place : place + 2]
-        if not worse(larger.measured, smaller.measured):
-            continue
-        around = found[place - 1].reduction.circuit.mask if place else first.mask
-        inside, missing = smaller.reduction.circuit.mask, len(larger.reduction.circuit) - len(smaller.reduction.circuit)
-        sketch = look(smaller.reduction, False, number).sketch
-        backs = [  # what helps most, or what does least of all
-            exchange(sketch, inside, around & ~inside, -missing, missing, shrinkage=belief)[0]
-            for belief in (believed, Shrinkage(0.0, 0.0))
-        ]
-        grown = [remeasured(larger, inside.index_fill(0, back, True), smaller.reduction) for back in backs]
-        best, back = min(zip(grown, backs, strict=True), key=lambda pair: pair[0].measured.mean)
-        if best.measured.mean < larger.measured.mean:
-            predicted, additivity, _ = foretold(smaller.reduction, nothing, back, number)
-            found[place] = replace(best, predicted=predicted, additivity=additivity)
-        number += 1
-    return CircuitPath(units, order_through(order, found), tuple(found), costs)
+    return path_of(search, state, expansion)
 
 
 @checked

@@ -21,8 +21,8 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
-from tl_sparsify.search.linearisation import linearise
-from tl_sparsify.search.selection import greedy
+from tl_sparsify.expansion.linearisation import linearise
+from tl_sparsify.expansion.selection import greedy
 from tl_sparsify.stressing.measuring import Interval, Measured, Setting, alike, assigned, halves, measured, removing
 from tl_sparsify.stressing.profiles import PROBES, TEMPERATURE, grouped
 from tl_sparsify.stressing.table import Stand, StressRow

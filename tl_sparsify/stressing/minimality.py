@@ -19,7 +19,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
-from tl_sparsify.search.linearisation import linearise
+from tl_sparsify.expansion.linearisation import linearise
 from tl_sparsify.stressing.measuring import Setting, added, halves, measured, removing, without
 from tl_sparsify.stressing.table import Stand, StressRow
 

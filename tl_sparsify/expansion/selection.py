@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparsify._internal.checks import all_finite
-from tl_sparsify.search.linearisation import Linearisation
+from tl_sparsify.expansion.linearisation import Linearisation
 
 _POOL = 2048
 _BLOCK = 512  # units at most that leave between two looks outside the pool

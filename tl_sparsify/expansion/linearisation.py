@@ -4,7 +4,7 @@ circuit, in bounded memory."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,8 @@ from torch import Tensor
 
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.ranks import agreed, gathered, summed
-from tl_sparsify.core.distributions import NONE
-from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import Recall, computed, remembered
 from tl_sparsify.core.moments import Estimate, Moments
-from tl_sparsify.core.probes import Samples, joint_moments, samples
-from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model
-from tl_sparsify.gradients.backward import modified
-from tl_sparsify.search.settings import Probing
+from tl_sparsify.core.probes import Samples, joint_moments
 
 HEIGHT = 1024
 """More samples than this are projected at random onto as many rows."""
@@ -188,54 +181,6 @@ def merged(folds: Sequence[Linearisation]) -> Linearisation:
         torch.stack(spreads).sum(0) / math.sqrt(len(folds)) if len(spreads) == len(folds) else None,
         total,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Expansion:
-    """The divergence around a circuit: halves of its samples, both together, the divergence already made at temperature
-    1, and the examples (all where ``None``)."""
-
-    halves: tuple[Linearisation, ...]
-    sketch: Linearisation
-    made: Moments
-    index: Int[Tensor, "some"] | None
-
-
-def expanding(
-    model: Model,
-    train: Examples,
-    probing: Probing,
-    carry_deviation: bool,
-    seed: int,
-    of_train: Recall,
-    shared: dict[str, Any],
-) -> Callable[[Reduction, bool, int], Expansion]:
-    """The function that expands the divergence around a reduction, with a number of its own for what is random."""
-    some = None if probing.examples is None or probing.examples >= len(train) else probing.examples
-    clean = shared["interventions"] == NONE
-    known = remembered(model, train, batch_size=shared["batch_size"]) if some is not None and clean else None
-
-    def look(current: Reduction, whole: bool, number: int) -> Expansion:
-        examples, here, recall, index = train, current, of_train, None
-        if some is not None:
-            index = _random.permutation(len(train), seed, 97, number)[:some].sort().values
-            examples, here, recall = train[index], current.for_examples(index), _for_some(known, index)
-        made: list[Moments] = []
-        settings = {"temperature": probing.temperature, "probes": probing.probes, "seed": seed + number}
-        before = None if whole else here
-        parts = samples(model, examples, here, current=before, restorable=True, recall=recall, **settings, **shared)
-        with modified(model, probing.backward):
-            halves = linearise_folds(noting(parts, made), len(examples), seed=seed + number)
-        if not carry_deviation:
-            halves = tuple(replace(half, linear=torch.zeros_like(half.linear), deviation=None) for half in halves)
-        return Expansion(halves, merged(halves), Moments.over(made, len(examples)), index)
-
-    return look
-
-
-def _for_some(known: Callable[[Int[Tensor, "batch"]], Tensor] | None, some: Int[Tensor, "some"]) -> Recall:
-    """From logits that are known for all examples those of some."""
-    return computed if known is None else lambda index, _: known(some[index])
 
 
 def noting(parts: Iterator[Samples], made: list[Moments]) -> Iterator[Samples]:

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.ranks import gathered, share
-from tl_sparsify.search.linearisation import Linearisation
-from tl_sparsify.search.selection import Shrinkage, exchange, greedy
+from tl_sparsify.expansion.linearisation import Linearisation
+from tl_sparsify.expansion.selection import Shrinkage, exchange, greedy
 
 _INTERACTIONS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0)
 _SLOPES = (1.0, 0.75, 0.5, 0.25, 0.0)
