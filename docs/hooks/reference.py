@@ -18,6 +18,7 @@ MARKER = "<!-- public names -->"
 ABOUT = {
     "core": "What everything else is made of: units, examples, circuits, interventions, measured risk.",
     "gradients": "Backward passes by other rules than the true gradient.",
+    "expansion": "How much of a second-order expansion a search believes.",
     "search": "Scores, replacements and searches.",
     "dictionaries": "Features of sparse autoencoders and transcoders as units.",
     "folding": "A circuit as a smaller model.",

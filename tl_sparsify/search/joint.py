@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
@@ -32,11 +32,10 @@ from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import noting, predicted_change
 from tl_sparsify.expansion.selection import Shrinkage
-from tl_sparsify.expansion.shrinkage import START, Trade
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.path import CircuitPath
-from tl_sparsify.search.rounds import NOTHING, Change, Measure, Search, all_rounds, expanding, path_of
+from tl_sparsify.search.rounds import Change, Measure, Search, all_rounds, expanding, path_of, starting
 from tl_sparsify.search.scores import kept_count
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
 
@@ -124,25 +123,14 @@ def sparsify(
         raise ValueError(f"rounds is {rounds}; at least one is needed, and at most {_MOST_ROUNDS:,}")
     if exchanges is not None and exchanges < 0:
         raise ValueError(f"exchanges is {exchanges}; it must not be negative: 0 makes no round again")
-    always_keep, costs = constraints.always_keep, constraints.costs
     refit_steps = (0 if held_out is None else 20) if refitting.steps is None else refitting.steps
     if refit_steps and held_out is None:
         raise ValueError("refitting.steps needs held_out examples, on which the refit stops early")
     if start is not None and start.units != units:
         raise ValueError(f"start is a reduction over {start.units!r}, not over {units!r}")
-    if always_keep is not None and always_keep.units != units:
-        raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
-    if costs is not None and (costs.shape != (len(units),) or not bool((costs > 0).all())):
-        raise ValueError(f"costs must hold a positive number for each of the {len(units)} units")
-    weight = torch.ones(len(units), dtype=torch.float64) if costs is None else costs.double().cpu()
     first = Circuit.full(units) if start is None else start.circuit
-    whole = float(weight.sum())
-    least = smallest if costs is not None else kept_count(len(units), smallest, "smallest") / len(units)
-    fractions = schedule(rounds, least, sizes, float(weight[first.mask].sum()) / whole)
-    targets = [kept_count(len(units), f) if costs is None else f * whole for f in fractions]
-    held = 0.0 if always_keep is None else float(weight[always_keep.mask].sum())
-    if always_keep is not None and held > targets[-1]:
-        raise ValueError(f"always_keep comes to {held:g}, the smallest size leaves {targets[-1]:g}: keep fewer")
+    weight = _weights(units, constraints)
+    targets = _targets(first, weight, constraints, rounds, smallest, sizes)
     if start is None:
         values = mean(model, train, units, batch_size=batch_size) if values is None else values
         current = replace(reduced(model, first, values), first_token=first_token)
@@ -188,13 +176,14 @@ def sparsify(
         return refit(model, reduction, train, judged, known=known(), progress=False, **settings)
 
     unit = "nats" if metric is None else "squared units"
+    always_keep = constraints.always_keep
     search = Search(
         units=units,
         first=first,
-        targets=tuple(targets),
-        free=torch.ones(len(units), dtype=torch.bool) if always_keep is None else ~always_keep.mask,
+        targets=targets,
+        free=Circuit.full(units).mask if always_keep is None else ~always_keep.mask,
         weight=weight,
-        costs=costs,
+        costs=constraints.costs,
         shrinkage=shrinkage,
         most=most,
         unknown=Estimate(float("nan"), float("nan"), len(judged), unit),
@@ -204,25 +193,10 @@ def sparsify(
         measuring=measuring,
         refit=refitted if refit_steps else None,
     )
-    state = State(
-        step=0,
-        pending=(),
-        left=torch.where(first.mask, torch.inf, torch.arange(-len(units), 0, dtype=torch.float64)),
-        clock=0,
-        number=0,
-        found=(),
-        believed=START if shrinkage is None else shrinkage,
-        promised=float("inf"),
-        trade=Trade(),
-        spare=most,
-        picks=NOTHING,
-        restored=NOTHING,
-        before=current,
-        current=current,
-    )
+    state = starting(search, current)
     described: dict[str, str] = {}
     if checkpoint is not None:
-        given: dict[str, Any] = {"model": fingerprint(model), "train": train, "units": units, "sizes": targets}
+        given: dict[str, Any] = {"model": fingerprint(model), "train": train, "units": units, "sizes": list(targets)}
         given |= {"probing": probing, "refitting": refitting, "constraints": constraints, "start": current}
         given |= {"held_out": held_out, "metric": metric, "interventions": interventions, "shrinkage": shrinkage}
         given |= {"carry_deviation": carry_deviation, "exchanges": most, "predict": predict, "seed": seed}
@@ -241,6 +215,38 @@ def sparsify(
     if expansion is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
     return path_of(search, state, expansion)
+
+
+def _weights(units: Units, constraints: Constraints) -> Float[Tensor, "units"]:
+    """What each unit counts for: 1, or what it costs."""
+    always_keep, costs = constraints.always_keep, constraints.costs
+    if always_keep is not None and always_keep.units != units:
+        raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
+    if costs is None:
+        return torch.ones(len(units), dtype=torch.float64)
+    if costs.shape != (len(units),) or not bool((costs > 0).all()):
+        raise ValueError(f"costs must hold a positive number for each of the {len(units)} units")
+    return costs.double().cpu()
+
+
+def _targets(
+    first: Circuit,
+    weight: Float[Tensor, "units"],
+    constraints: Constraints,
+    rounds: int,
+    smallest: float,
+    sizes: Sequence[float] | None,
+) -> tuple[int | float, ...]:
+    """What each round leaves, in units or in what they cost."""
+    n, whole, by_cost = len(first.units), float(weight.sum()), constraints.costs is not None
+    least = smallest if by_cost else kept_count(n, smallest, "smallest") / n
+    fractions = schedule(rounds, least, sizes, float(weight[first.mask].sum()) / whole)
+    targets = tuple(f * whole if by_cost else kept_count(n, f) for f in fractions)
+    if constraints.always_keep is not None:
+        held = float(weight[constraints.always_keep.mask].sum())
+        if held > targets[-1]:
+            raise ValueError(f"always_keep comes to {held:g}, the smallest size leaves {targets[-1]:g}: keep fewer")
+    return targets
 
 
 @checked

@@ -27,7 +27,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import Linearisation, linearise_folds, merged, noting
 from tl_sparsify.expansion.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
-from tl_sparsify.expansion.shrinkage import chosen, traded
+from tl_sparsify.expansion.shrinkage import START, Trade, chosen, traded
 from tl_sparsify.gradients.backward import modified
 from tl_sparsify.search.checkpoint import State
 from tl_sparsify.search.path import LEAST, CircuitPath, Round, order_through, worse
@@ -35,7 +35,7 @@ from tl_sparsify.search.settings import Probing
 
 _FAR = 3.0  # times the predicted divergence: more than that, and half of the round is taken back
 _WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
-NOTHING = torch.zeros(0, dtype=torch.long)
+_NOTHING = torch.zeros(0, dtype=torch.long)
 Measure = Callable[[Reduction], Estimate]
 Change = tuple[Int[Tensor, "removed"], Int[Tensor, "restored"]]
 
@@ -132,6 +132,27 @@ class Search:
         return float(self.weight[circuit.mask].sum())
 
 
+def starting(search: Search, current: Reduction) -> State:
+    """The state before the first round, at this reduction."""
+    n = len(search.units)
+    return State(
+        step=0,
+        pending=(),
+        left=torch.where(search.first.mask, torch.inf, torch.arange(-n, 0, dtype=torch.float64)),
+        clock=0,
+        number=0,
+        found=(),
+        believed=START if search.shrinkage is None else search.shrinkage,
+        promised=float("inf"),
+        trade=Trade(),
+        spare=search.most,
+        picks=_NOTHING,
+        restored=_NOTHING,
+        before=current,
+        current=current,
+    )
+
+
 def all_rounds(
     search: Search, state: State, saved: Callable[[State], State], progress: bool
 ) -> tuple[State, Expansion | None]:
@@ -159,7 +180,7 @@ def all_rounds(
             if state.spare > 0 and far and len(state.picks) > 1:
                 state = _half_taken_back(search, state)
                 continue
-            state = replace(state, picks=NOTHING, restored=NOTHING)
+            state = replace(state, picks=_NOTHING, restored=_NOTHING)
             reserved = search.most * (1 - 0.5 * step / len(search.targets))  # most where few units are left
             if search.trading and reached and (settling or state.spare > reserved):
                 state = _with_exchange(search, state, expansion, _WORTH_LAST if settling else _WORTH)
@@ -287,7 +308,7 @@ def _grown(
         if best.measured.mean < larger.measured.mean:
             predicted, additivity = search.unknown, float("nan")
             if search.foretell is not None:
-                predicted, additivity, _ = search.foretell(smaller.reduction, (NOTHING, back), number)
+                predicted, additivity, _ = search.foretell(smaller.reduction, (_NOTHING, back), number)
             found[place] = replace(best, predicted=predicted, additivity=additivity)
         number += 1
     return found
