@@ -205,6 +205,11 @@ def test_a_search_takes_the_passes_that_it_says(size: int):
     with counted(model) as passes:
         sparsify(model, data, units_of(model), held_out=data, refitting=Refitting(0), **settings)
     assert passes == {"forward": (1 + 4 + 1 + 4 + 1 + 1) * 10, "backward": 2 * 4 * 3 * 10}
+    other = examples(5, 2, choices=CHOICES)
+    with counted(model) as passes:
+        sparsify(model, data, units_of(model), held_out=other, predict=False, refitting=Refitting(0), **settings)
+    # on the held-out examples the original once, and every round's risk
+    assert passes == {"forward": (1 + 4 + 1) * 10 + (1 + 4) * 5, "backward": 4 * 3 * 10}
 
 
 def test_what_is_remembered_is_bounded():
