@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, geometric_mean, nats, parser, steps_left
+from shared import RESULTS, circuit_of, geometric_mean, nats, parser, steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -143,7 +143,7 @@ def cell(options: Any, task: str, ablation: str, method: str, seed: int) -> pd.D
     seconds = time.perf_counter() - started
     rows, recall = list[dict[str, Any]](), remembering()
     for size in SIZES:
-        circuit = found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
+        circuit = circuit_of(found, size)
         reduction = tls.constants.reduced(model, circuit, values)
         judged = compared(model, reduction, test, risk_and_right, recall=recall)
         (risk, right), (error, _) = judged.mean.tolist(), judged.stderr.tolist()

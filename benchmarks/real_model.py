@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import steps_left
+from shared import circuit_of, steps_left
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -113,13 +113,6 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         EXACT: removed,
         POLISHED: polished,
     }
-
-
-def circuit_of(found: Any, size: float) -> tls.Circuit:
-    """What a method found at a size: in a path, in scores or by itself."""
-    if isinstance(found, dict):
-        return found[size].circuit
-    return found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
 
 
 def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> pd.DataFrame:

@@ -80,6 +80,13 @@ def steps_left(
     return max(2, min(budget - spent["backward"] - offers * rounds * held_out, left // (2 + paired)) // per_step)
 
 
+def circuit_of(found: tls.CircuitPath | tls.Scores | Mapping[float, tls.Reduction], size: float) -> tls.Circuit:
+    """What a method found at a size: in a path, by scores, or for this size by itself."""
+    if isinstance(found, Mapping):
+        return found[size].circuit
+    return found.at(size).circuit if isinstance(found, tls.CircuitPath) else found.top(size)
+
+
 def nats(risk: float) -> str:
     """A risk in two digits; ``< 1e-6`` where it says no more."""
     return "< 1e-6" if 0 <= risk <= LEAST else f"{risk:.2g}"

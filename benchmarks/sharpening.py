@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, geometric_mean, marked, parser, steps_left, write
+from shared import RESULTS, circuit_of, geometric_mean, marked, parser, steps_left, write
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.cost import counted
@@ -68,7 +68,7 @@ def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any
     order = found_by(method, model, train, units, values, seed)
     found: list[dict[str, Any]] = []
     for size in SIZES:
-        circuit = order.at(size).circuit if isinstance(order, tls.CircuitPath) else order.top(size)
+        circuit = circuit_of(order, size)
         measured = tls.risk(model, tls.constants.reduced(model, circuit, values), validation)
         row = {"task": name, "ablation": ablation, "seed": seed, "method": method, "size": size}
         found.append(row | {"kept": len(circuit), "risk": measured.mean})

@@ -246,8 +246,7 @@ def _with_removal(search: Search, state: State, expansion: Expansion, excess: fl
 def _made(search: Search, state: State, reached: bool) -> State:
     """The change is made, and a round of it; a round that is an exchange takes the place of the one before."""
     picks, restored = state.picks, state.restored
-    times = state.clock + torch.arange(len(picks), dtype=torch.float64)
-    left = state.left.index_fill(0, restored, torch.inf).index_copy(0, picks, times)
+    left = _leaving(state.left.index_fill(0, restored, torch.inf), picks, state.clock)
     predicted, additivity = search.unknown, float("nan")
     if search.foretell is not None:
         predicted, additivity, made = search.foretell(state.current, (picks, restored), state.number - 1)
@@ -261,13 +260,17 @@ def _made(search: Search, state: State, reached: bool) -> State:
     return replace(state, left=left, clock=state.clock + len(picks), current=current, found=found)
 
 
+def _leaving(left: Float[Tensor, "units"], picks: Int[Tensor, "picks"], clock: int) -> Float[Tensor, "units"]:
+    """When each unit left, once these have left one after the other."""
+    return left.index_copy(0, picks, clock + torch.arange(len(picks), dtype=torch.float64))
+
+
 def path_of(search: Search, state: State, expansion: Expansion) -> CircuitPath:
     """The rounds as nested circuits, each of them measured, and the order in which the units that are left would go."""
     sketch = after(expansion.sketch, state.picks, state.believed, state.restored)
     alive = state.current.circuit.mask & search.free
     rest = greedy(sketch, alive, float("inf"), shrinkage=state.believed, costs=search.costs)
-    times = state.clock + torch.arange(len(rest), dtype=torch.float64)
-    order = state.left.index_copy(0, rest, times).argsort(stable=True)  # units that are always kept have not left
+    order = _leaving(state.left, rest, state.clock).argsort(stable=True)  # units that are always kept have not left
     # where nothing else is asked for, risk is measured on the examples of a round
     index = expansion.index if search.seen and search.foretell is None else None
     measure = search.measuring(index)
