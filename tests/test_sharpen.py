@@ -187,6 +187,43 @@ def test_the_slope_offers_a_unit_that_the_masks_would_take_last():
     assert found.rounds[-1].reduction.circuit <= found.rounds[0].reduction.circuit
 
 
+def test_sizes_below_the_path_are_made_by_one_mask_inside_of_its_last_circuit():
+    model, data = exclusive_or(), exclusive_or_inputs(64)
+    first, second = (model.units.names.index(name) for name in EXCLUSIVE_OR)
+    others = [index for index in range(len(model.units)) if index not in (first, second)]
+    path = path_of(model, data, model.units, torch.tensor([*others[:2], first, second, *others[2:]]), (6,))
+    settings: dict[str, Any] = {"steps": 60, "exchanged": 0, "progress": False}
+    with counted(model) as passes:
+        found = sharpen(model, path, data, sizes=(0.75, 0.5, 0.25), **settings)
+    assert passes["backward"] == 60 * 32
+    assert [len(step.reduction.circuit) for step in found.rounds] == [6, 4, 2]
+    assert found.rounds[0].reduction.circuit == path.rounds[0].reduction.circuit
+    assert set(found.rounds[-1].reduction.circuit.names) == set(EXCLUSIVE_OR)
+    assert found.rounds[-1].measured.mean < 1e-6 < risk(model, path.at(0.25), data).mean
+
+
+def test_what_a_path_left_out_stays_the_first_to_go_in_its_order():
+    model, data = bridge(), examples(12)
+    units = units_of(model)
+    for seed in range(3):
+        order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
+        path = path_of(model, data, units, order, (9, 7))
+        settings: dict[str, Any] = {"steps": 2, "learning_rate": 0.1, "exchanged": 0, "seed": seed, "progress": False}
+        found = sharpen(model, path, data, sizes=(9 / len(units), 3 / len(units)), **settings)
+        assert found.order[: len(units) - 7].tolist() == order[: len(units) - 7].tolist()
+
+
+def test_sizes_of_the_path_are_the_default():
+    model, data = bridge(), examples(12)
+    units = units_of(model)
+    path = path_of(model, data, units, torch.arange(len(units)), (9, 5))
+    settings: dict[str, Any] = {"steps": 4, "learning_rate": 1.0, "progress": False}
+    named = sharpen(model, path, data, sizes=(9 / len(units), 5 / len(units)), **settings)
+    assert named.order.tolist() == sharpen(model, path, data, **settings).order.tolist()
+    larger = sharpen(model, path, data, sizes=(0.9, 0.7, 0.5), **settings)
+    assert [len(step.reduction.circuit) for step in larger.rounds] == [round(f * len(units)) for f in (0.9, 0.7, 0.5)]
+
+
 def test_what_cannot_be_sharpened_is_refused_by_name():
     model, data = bridge(), examples(10)
     units = units_of(model)
@@ -199,6 +236,9 @@ def test_what_cannot_be_sharpened_is_refused_by_name():
         (path, {"steps": 0}, "steps is 0; at least one is needed"),
         (path, {"exchanged": -1}, "exchanged is -1"),
         (path, {"always_keep": Circuit.full(units.at(1))}, "always_keep is a circuit over"),
+        (path, {"sizes": (0.2, 0.5)}, "sizes is .0.2, 0.5.; it must name falling fractions"),
+        (path, {"sizes": ()}, "sizes is ..; it must name falling fractions"),
+        (path, {"sizes": (0.5, 0.1), "always_keep": Circuit.of(units, units.names[:3])}, "always_keep has 3 units"),
         (costly, {}, "path is ordered by costs"),
         (refitted, {}, r"path has refit values, fitted in its rounds: search with Refitting\(0\)"),
     ]:

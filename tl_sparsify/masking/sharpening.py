@@ -26,6 +26,7 @@ from tl_sparsify.masking.gates import of_random_sizes, relative_to_size
 from tl_sparsify.masking.training import trained
 from tl_sparsify.masking.weaving import followed, grown, together, with_exchanges, woven
 from tl_sparsify.search.path import CircuitPath, Round, order_through
+from tl_sparsify.search.scores import check_sizes, kept_count
 
 _SHARPENING, _PER_STEP = 20, 32  # passes over the data; examples
 _MOST_EXCHANGES = 32
@@ -38,6 +39,7 @@ def sharpen(
     path: CircuitPath,
     train: Examples,
     *,
+    sizes: Sequence[float] | None = None,
     steps: int | None = None,
     learning_rate: float = 0.15,
     temperature: float = 0.2,
@@ -61,6 +63,11 @@ def sharpen(
     and leaves out more and more of it, the other grows from the smallest. Of the six paths that with the lowest
     geometric mean of its risks is taken.
 
+    With ``sizes`` below the path's last circuit the path is gone on with instead: all steps train one mask inside of
+    that circuit, from logits of 0 and at no size above it; those of all other units start below -4, in the path's
+    order. Two orders are woven then, the path's and the mask's. On a deep model with few passes a search that halves
+    the units is cheap and good, takes most of its passes where few are left, and does worse there than a mask.
+
     Each of its circuits is then offered exchanges, between the next smaller and the next larger one: one of the units
     that are the first to drop, for one of the first to take. These are the ``exchanged`` that both masks together say,
     and as many by the slope of the measured risk. Of more than three pairs the best three on each fourth example are
@@ -72,6 +79,7 @@ def sharpen(
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards). Where there
             are passes for masks, search it with ``exchanges=0``, and leave to them what rounds that are made again
             would take (``benchmarks/sharpening.py``).
+        sizes: of the circuits, as fractions of the units that fall; those of the path's rounds where not given.
         steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
             passes over ``train``.
         exchanged: units on either side of an exchange, by the masks and by the slope each; 0: none is made.
@@ -87,7 +95,8 @@ def sharpen(
     of the four orders, and at most eight times for each round.
 
     Raises:
-        ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``steps``
+        ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``sizes``
+            that do not fall, or outside of (0, 1]; more units to keep always than the smallest circuit has; ``steps``
             or ``per_step`` below one; ``exchanged`` below 0 or above 32; a ``learning_rate`` or ``temperature`` that is
             not positive.
 
@@ -95,6 +104,8 @@ def sharpen(
         >>> better = tls.sharpen(model, path, train, steps=3, progress=False)
         >>> better.to_frame()["kept"].tolist() == path.to_frame()["kept"].tolist()
         True
+        >>> tls.sharpen(model, path, train, sizes=(0.5, 0.25), steps=3, progress=False).to_frame()["kept"].tolist()
+        [6, 3]
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be positive")
@@ -110,10 +121,14 @@ def sharpen(
     check_fingerprint(model, last)
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
+    kept = Circuit.empty(units) if always_keep is None else always_keep
+    order = path.order[kept.mask[path.order].argsort(stable=True)]
     size, n = min(per_step, len(train)), len(units)
-    spaced = torch.empty(n)
-    spaced[path.order] = torch.linspace(-1, 1, n)
-    gates = of_random_sizes(len(last.circuit), n, temperature, seed)
+    counts = _counts(path, sizes)
+    if len(kept) > counts[-1]:
+        raise ValueError(f"always_keep has {len(kept)} units, the smallest circuit {counts[-1]}: keep fewer")
+    within = len(last.circuit) if counts[-1] < len(last.circuit) else None
+    gates = of_random_sizes(counts[-1], within or n, temperature, seed)
     steps = math.ceil(_SHARPENING * len(train) / max(1, size)) if steps is None else steps
     settings: dict[str, Any] = {"learning_rate": learning_rate, "per_step": per_step, "values": last.values}
     settings |= {"held_out": None, "metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
@@ -124,13 +139,10 @@ def sharpen(
     def trained_from(start: Float[Tensor, "units"], steps: int) -> Int[Tensor, "units"]:
         weighting = relative_to_size() if relative else None
         mask = trained(model, train, units, start, gates, None, steps=steps, weighting=weighting, **settings)
-        logits = mask.scores.cpu().double()
-        if always_keep is not None:
-            logits = logits.masked_fill(always_keep.mask, float("inf"))
-        return logits.argsort(stable=True)
+        return mask.scores.cpu().double().masked_fill(kept.mask, float("inf")).argsort(stable=True)
 
-    orders = [path.order, trained_from(spaced, steps - steps // 2)]
-    if steps != 1:
+    orders = [order, trained_from(_logits(order, within), steps - (0 if within else steps // 2))]
+    if not within and steps != 1:
         orders.append(trained_from(torch.zeros(n), steps // 2))
         orders.append(together(orders[1:]))
     judged = train if held_out is None else held_out
@@ -151,15 +163,31 @@ def sharpen(
     def slopes(circuit: Circuit) -> Float[Tensor, "units"]:
         return risk_slopes(model, last.with_circuit(circuit), judged, **measuring)
 
-    kept = Circuit.empty(units) if always_keep is None else always_keep
-    circuits = woven(Circuit.full(units), orders, [len(step.reduction.circuit) for step in path.rounds], measure)
+    circuits = woven(Circuit.full(units), orders, counts, measure)
     offering: dict[str, Any] = {"measure": measure, "screen": screen, "slopes": slopes}
     circuits = grown(with_exchanges(circuits, orders[-1], kept, exchanged, **offering), orders, measure)
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
+    found = {step.reduction.circuit: step for step in path.rounds}
     rounds: list[Round] = []
-    for step, circuit in zip(path.rounds, circuits, strict=True):
-        same = circuit == step.reduction.circuit
-        predicted = (step.predicted, step.additivity) if same else (unknown, float("nan"))
-        rounds.append(Round(step.reduction.with_circuit(circuit), predicted[0], known[circuit], predicted[1]))
-    order = order_through(followed(orders, circuits), rounds)
-    return replace(path, order=order, rounds=tuple(rounds))
+    for circuit in circuits:
+        step = found.get(circuit)
+        predicted, additivity = (unknown, float("nan")) if step is None else (step.predicted, step.additivity)
+        rounds.append(Round(last.with_circuit(circuit), predicted, known[circuit], additivity))
+    return replace(path, order=order_through(followed(orders, circuits), rounds), rounds=tuple(rounds))
+
+
+def _counts(path: CircuitPath, sizes: Sequence[float] | None) -> list[int]:
+    """How many units each circuit keeps, from the largest on."""
+    if sizes is None:
+        return [len(step.reduction.circuit) for step in path.rounds]
+    check_sizes(sizes)
+    return [kept_count(len(path.units), size) for size in sizes]
+
+
+def _logits(order: Int[Tensor, "units"], within: int | None) -> Float[Tensor, "units"]:
+    """Where a mask starts: evenly spaced from -1 to 1 in an order, or at 0 for so many units that are kept longest and
+    from -5 to -4 for the rest, whose gates are shut by then, and which can still come back."""
+    logits, n = torch.zeros(len(order)), len(order)
+    spaced = torch.linspace(-1, 1, n) if within is None else torch.linspace(-5, -4, n - within)
+    logits[order[: len(spaced)]] = spaced
+    return logits

@@ -36,7 +36,7 @@ from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced, refit
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.rounds import Change, Measure, Search, all_rounds, expanding, path_of, starting
-from tl_sparsify.search.scores import kept_count
+from tl_sparsify.search.scores import check_sizes, kept_count
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
 
 _MOST_ROUNDS = 10_000
@@ -255,8 +255,5 @@ def schedule(rounds: int, smallest: float, sizes: Sequence[float] | None, start:
     kept_count(1, smallest, "smallest")
     if sizes is None:
         return [start * (smallest / start) ** (i / rounds) for i in range(1, rounds + 1)]
-    for size in sizes:
-        kept_count(1, size, "sizes")
-    if not sizes or list(sizes) != sorted(sizes, reverse=True):
-        raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
+    check_sizes(sizes)
     return list(sizes)

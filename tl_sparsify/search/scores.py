@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -116,3 +117,11 @@ def kept_count(n: int, fraction: float, name: str = "fraction") -> int:
         raise ValueError(f"{name} is {fraction!r}; it must lie in (0, 1]")
     check_count("n", n)
     return max(1, round(fraction * n))
+
+
+def check_sizes(sizes: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless these are fractions that fall, one at least."""
+    for size in sizes:
+        kept_count(1, size, "sizes")
+    if not sizes or list(sizes) != sorted(sizes, reverse=True):
+        raise ValueError(f"sizes is {list(sizes)}; it must name falling fractions")
