@@ -18,7 +18,9 @@ from tl_sparsify._internal.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WOVEN = 6  # circuits that are measured for each size of a path that is sharpened, beside its exchanges
+WOVEN, CONTINUED = 6, 4
+"""Circuits that are measured at most for each size of a path that is sharpened, beside its exchanges; and for one of a
+path that is gone on with below its last circuit."""
 LEAST = 1e-6
 """In nats; lower risks are told apart by rounding only."""
 Page = Callable[[pd.DataFrame], str]
@@ -67,15 +69,16 @@ def steps_left(
     exchanged: int,
     per_step: int,
     paired: bool,
+    woven: int = WOVEN,
 ) -> int:
     """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
 
     With it they take no more backward passes than the ``budget``, and no more than three times as many passes in all
-    (four times where values are ``paired``). ``train`` and ``held_out`` are numbers of examples; circuits of so many
-    ``rounds`` are measured, and offered exchanges twice.
+    (four times where values are ``paired``). ``train`` and ``held_out`` are numbers of examples; ``woven``
+    circuits of so many ``rounds`` are measured, and offered exchanges twice.
     """
     offers = 2 if exchanged else 0
-    measuring = WOVEN + offers * (exchanged**2 + 5) + 3 * paired
+    measuring = woven + offers * (exchanged**2 + 5) + 3 * paired
     left = (3 + paired) * budget - spent["forward"] - spent["backward"] - train - rounds * held_out * measuring
     return max(2, min(budget - spent["backward"] - offers * rounds * held_out, left // (2 + paired)) // per_step)
 
