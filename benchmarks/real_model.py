@@ -1,4 +1,4 @@
-"""A real language model: circuits of SmolLM2-135M by the joint search and by other orders, on text tasks.
+r"""A real language model: circuits of SmolLM2-135M by the joint search and by other orders, on text tasks.
 
 One cell for each task, kind of units, method and seed: a CSV of its own, so that a run that was stopped goes on where
 it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
@@ -13,7 +13,8 @@ the means, for each circuit, until the validation risk no longer falls, or ``--m
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
-    python benchmarks/real_model.py --tasks ioi --kinds heads+neurons --refit --sizes 0.1 --patience 20 --most 120
+    python benchmarks/real_model.py --tasks subject_verb_agreement --kinds heads+neurons --examples 256 --per-round 64 \
+        --test 128 --refit --sizes 0.1 --patience 40 --most 100
 """
 
 from __future__ import annotations
