@@ -65,8 +65,8 @@ def sharpen(
 
     With ``sizes`` below the path's last circuit the path is gone on with instead: all steps train one mask inside of
     that circuit, from logits of 0 and at no size above it; those of all other units start below -4, in the path's
-    order. Two orders are woven then, the path's and the mask's. On a deep model with few passes a search that halves
-    the units is cheap and good, takes most of its passes where few are left, and does worse there than a mask.
+    order. Two orders are woven then, the path's and the mask's. On a deep model with few passes a search down to a
+    fifth of the units is cheap and good; below that it takes most of its passes, and does worse than a mask.
 
     Each of its circuits is then offered exchanges, between the next smaller and the next larger one: one of the units
     that are the first to drop, for one of the first to take. These are the ``exchanged`` that both masks together say,
