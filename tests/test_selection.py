@@ -99,6 +99,17 @@ def test_noise_is_not_believed_and_what_both_halves_say_is():
     assert promise == pytest.approx(0.0, abs=1e-9)
 
 
+@given(SEEDS)
+def test_settings_that_choose_the_same_units_leave_the_setting_as_it_was(seed: int):
+    """Whatever order they choose them in: else round-off would choose the setting, and with it all that follows."""
+    generator = seeded(seed)
+    halves = tuple(sketch_of(torch.randn(6, 9, generator=generator, dtype=torch.float64)) for _ in range(2))
+    for near in (NO_SHRINKAGE, Shrinkage(0.5, 0.5), Shrinkage(0.1, 0.25)):
+        for slopes in (True, False):
+            found, _ = chosen(halves, torch.ones(9, dtype=torch.bool), 9, near=near, slopes=slopes)
+            assert found == near
+
+
 @pytest.mark.parametrize("name, value", [("interactions", -0.1), ("slope", 1.1), ("slope", float("nan"))])
 def test_shares_outside_nought_and_one_are_refused(name: str, value: float):
     with pytest.raises(ValueError, match=f"{name} is {value}"):

@@ -109,7 +109,8 @@ def _most_promising(
 
 def _promise(halves: Sequence[Linearisation], here: int, change: Change) -> float:
     """The divergence that a change chosen on this half promises on the others."""
-    restored, removed = change
+    # sorted: settings that choose the same units in another order promise the same bits, so that the first one stays
+    restored, removed = (None if units is None else units.sort().values for units in change)
     others = [half for there, half in enumerate(halves) if there != here]
     return sum(max(0.0, other.predicted(removed, restored)) for other in others) / len(others)
 
