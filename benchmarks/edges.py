@@ -28,11 +28,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import CONTINUED, RESULTS, WOVEN, circuit_of, geometric_mean, nats, parser, steps_left
+from shared import RESULTS, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
-from tl_sparsify.comparison.cost import cost_of, counted
+from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.core.measure import compared, remembering
 from tl_sparsify.core.metrics import risk_and_right
 
@@ -62,21 +62,15 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": probing}
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
 
-    def sharpened(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+    def sharpening(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
+        given: dict[str, Any] = {"values": values, "seed": seed, "probing": probing, "budget": backward(train)}
+        given["sizes"] = sizes = (0.5, *SIZES)
+        if per_round is None:
+            return sharpened(model, train, units, per_step=16, exchanges=0, exchanged=2, held_out=train, **given)
         # where passes are few, a search of a deep model goes down to a fifth, and one mask of small steps from there
-        further = per_round is not None and not values.paired
-        sizes = (0.5, *SIZES)
-        with counted(model) as passes:
-            searching: dict[str, Any] = {"probing": probing, "values": values, "seed": seed, **quiet}
-            searching |= {"exchanges": 0 if per_round is None else None, "sizes": sizes[:2] if further else sizes}
-            found = tls.sparsify(model, train, units, **searching)
-        held_out = train[:per_round]
-        settings = {"per_step": min(8 if further else 16, len(train)), "exchanged": 2 if per_round is None else 0}
-        kept = SIZES if further else sizes
-        given = {"train": len(train), "held_out": len(held_out), "rounds": len(kept), "paired": values.paired}
-        steps = steps_left(backward(train), passes, woven=CONTINUED if further else WOVEN, **settings, **given)
-        settings |= {"held_out": held_out, "sizes": kept, "seed": seed}
-        return tls.sharpen(model, found, train, steps=steps, **settings, **quiet)
+        given |= {"exchanges": None, "exchanged": 0, "held_out": train[:per_round]}
+        given |= {"per_step": 16} if values.paired else {"per_step": 8, "searched": sizes[:2], "sizes": SIZES}
+        return sharpened(model, train, units, **given)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:
         def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -100,11 +94,11 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         # where passes are few, small steps
-        many = min(32 if per_round is None or values.paired else 8, len(train))
+        many = 32 if per_round is None or values.paired else 8
         # no fewer passes in all than a search that is sharpened, which takes more forward ones
         more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
-        given = {"steps": math.ceil(more * backward(train) / many), "per_step": many, **quiet}
-        return tls.baselines.top_k_gate(model, train, units, values=values, seed=seed, **given)
+        given: dict[str, Any] = {"values": values, "seed": seed, "per_step": many}
+        return trained_mask(model, train, units, examples=math.ceil(more * backward(train)), **given)
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
@@ -117,7 +111,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     gradient, integrated = tls.score.gradient, tls.score.integrated
     return {
         OURS: joint,
-        SHARPENED: sharpened,
+        SHARPENED: sharpening,
         "risk, one shot": ordered(tls.score.risk, False, temperature=3.0),
         "EAP": ordered(gradient, True),
         "EAP, signed": ordered(gradient, False),

@@ -7,9 +7,9 @@ search draws some of the training examples for each round, a mask some for each 
 every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
 order and from nothing, whose circuits are measured on an eighth of the training examples. Polished is what is sharpened
 after exact exchanges on all training examples, with the circuits of exact removal and of the mask as rivals; it is made
-where it is asked for by name, as exact removal is. With ``--refit`` the rows are of constants that are refitted from
-the means, for each circuit, until the validation risk no longer falls, or ``--most`` steps are done, and for half of
-``--patience`` steps more at a falling rate.
+where it is asked for by name, as exact removal is. With ``--refit`` there are also rows of constants that are refitted
+from the means, for each circuit, until the validation risk no longer falls, or ``--most`` steps are done, and for half
+of ``--patience`` steps more at a falling rate.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -20,6 +20,7 @@ the means, for each circuit, until the validation risk no longer falls, or ``--m
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import circuit_of, steps_left
+from shared import circuit_of, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison import baselines
-from tl_sparsify.comparison.cost import cost_of, counted
+from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.core.measure import known_of
 
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -64,17 +65,11 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
             model, train, units, values=values, probing=probing, first_token=first, seed=seed, **settings
         )
 
-    def sharpened(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        settings: dict[str, Any] = {"sizes": SIZES, "batch_size": size, "progress": False}
-        settings |= {"probing": probing, "first_token": options.first_token}
-        with counted(model) as passes:
-            found = tls.sparsify(model, train, units, values=values, seed=seed, **settings)
-        given: dict[str, Any] = {"per_step": min(16, size, len(train)), "exchanged": EXCHANGED}
+    def sharpening(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
+        settings: dict[str, Any] = {"values": values, "seed": seed, "batch_size": size, "probing": probing}
+        settings |= {"first_token": options.first_token, "sizes": SIZES, "budget": backward, "exchanged": EXCHANGED}
         held_out = train[: len(train) // HELD_OUT]
-        lengths = {"train": len(train), "held_out": len(held_out), "rounds": len(SIZES)}
-        steps = steps_left(backward, passes, paired=False, **lengths, **given)
-        given |= {"held_out": held_out, "seed": seed, "batch_size": size, "progress": False}
-        return tls.sharpen(model, found, train, steps=steps, **given)
+        return sharpened(model, train, units, per_step=min(16, size), held_out=held_out, **settings)
 
     def one_shot(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         return tls.score.risk(model, train, units, values=values, temperature=3.0, seed=seed, batch_size=size)
@@ -92,22 +87,21 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         return tls.score.exact(model, some, units, values=values, seed=seed, batch_size=size, progress=False)
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        given: dict[str, Any] = {"per_step": min(size, len(train)), "seed": seed, "progress": False}
-        steps = -(-backward // given["per_step"])
-        return baselines.top_k_gate(model, train, units, steps=steps, values=values, **given)
+        given = {"values": values, "seed": seed, "examples": backward, "per_step": size}
+        return trained_mask(model, train, units, **given)
 
     def polished(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        path, *others = (find(model, train, units, values, seed) for find in (sharpened, mask, removed))
+        path, *others = (find(model, train, units, values, seed) for find in (sharpening, mask, removed))
         given: dict[str, Any] = {"passes": POLISHING, "probes": options.probes, "seed": seed, "batch_size": size}
         found = dict[float, tls.Reduction]()
-        for kept in options.sizes:
+        for kept in SIZES:
             rivals = [order.top(kept) for order in others]
             found[kept] = tls.polish(model, path.at(kept), train, rivals=rivals, **given)
         return found
 
     return {
         "joint risk": joint,
-        "joint risk, sharpened": sharpened,
+        "joint risk, sharpened": sharpening,
         "risk, one shot": one_shot,
         "attribution, rounds": attribution,
         "top-k mask": mask,
@@ -116,8 +110,8 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     }
 
 
-def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> pd.DataFrame:
-    """One method on one task: a row a size and kind of constants."""
+def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: int) -> dict[str, pd.DataFrame]:
+    """One method on one task: by kind of constants a row a size."""
     loaded = tls.load_task(task, model=options.model)
     model = loaded.model()
     model = model if options.device == "cpu" else model.to(options.device)
@@ -130,30 +124,25 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     started = time.perf_counter()
     found, cost = cost_of(model, len(train), lambda: find(model, train, units, values, seed))
     seconds = time.perf_counter() - started
-    rows: list[dict[str, Any]] = []
     same = {"clean": True, "many": True, "batch_size": options.batch_size}
     known = known_of(model, train, units, **same) if options.refit else None
-    for size in options.sizes:
+    fitting: dict[str, Any] = {"patience": options.patience, "most": options.most, "per_step": options.batch_size}
+    fitting |= {"batch_size": options.batch_size, "seed": seed, "known": known}
+    judging = [("mean", size) for size in SIZES] + [("refitted", size) for size in options.sizes if options.refit]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for constants, size in judging:
         circuit = circuit_of(found, size)
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
-        if options.refit:
-            fitting = {
-                "patience": options.patience,
-                "most": options.most,
-                "per_step": options.batch_size,
-                "batch_size": options.batch_size,
-                "seed": seed,
-                "known": known,
-            }
+        if constants == "refitted":
             reduction = tls.refit_until_converged(model, reduction, train, validation, **fitting)
         judged = tls.evaluate(model, reduction, test, batch_size=options.batch_size, seed=seed)
         row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size}
-        row |= {"constants": "refitted" if options.refit else "mean", "kept": len(circuit)}
+        row |= {"constants": constants, "kept": len(circuit)}
         row |= {"risk": judged.risk.mean, "risk_stderr": judged.risk.stderr, "accuracy": judged.accuracy}
         row |= {"examples": len(train), "per_round": options.per_round, "probes": options.probes}
         row |= {"first_token": options.first_token, "forward": cost.forward, "backward": cost.backward}
-        rows.append(row | {"seconds": seconds})
-    return pd.DataFrame(rows)
+        rows.setdefault(constants, []).append(row | {"seconds": seconds})
+    return {constants: pd.DataFrame(found) for constants, found in rows.items()}
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -197,23 +186,20 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--patience", type=int, default=50, help="of a refit, in steps")
     parser.add_argument("--most", type=int, default=6000, help="steps of a refit, converged or not")
-    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are reported")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are refitted")
     options = parser.parse_args()
     names = options.methods or [name for name in methods(options) if name not in BY_NAME]
     folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
-    for seed in options.seeds:
-        for task in options.tasks:
-            for kind in options.kinds:
-                for method in names:
-                    refit = "-refit" if options.refit else ""
-                    file = folder / f"{task}-{kind}-{method.replace(', ', '-').replace(' ', '_')}-{seed}{refit}.csv"
-                    if file.is_file():
-                        continue
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    found = cell(options, task, kind, method, seed)
-                    write_text(file, found.to_csv(index=False))
-                    risks = ", ".join(f"{risk:.4f}" for risk in found.risk)
-                    print(f"{task}, {kind}, {method}, seed {seed}: {risks} ({found.seconds[0]:.0f} s)", flush=True)
+    for seed, task, kind, method in itertools.product(options.seeds, options.tasks, options.kinds, names):
+        name = f"{task}-{kind}-{method.replace(', ', '-').replace(' ', '_')}-{seed}"
+        files = {"mean": folder / f"{name}.csv", "refitted": folder / f"{name}-refit.csv"}
+        if files["refitted" if options.refit else "mean"].is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for constants, found in cell(options, task, kind, method, seed).items():
+            write_text(files[constants], found.to_csv(index=False))
+            risks = ", ".join(f"{risk:.4f}" for risk in found.risk)
+            print(f"{task}, {kind}, {method}, seed {seed}, {constants}: {risks} ({found.seconds[0]:.0f} s)", flush=True)
     files = sorted(RESULTS.glob("*/*.csv"))
     if files:
         frame = pd.concat([pd.read_csv(file).assign(setting=file.parent.name) for file in files])

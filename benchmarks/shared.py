@@ -15,6 +15,7 @@ import pandas as pd
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
+from tl_sparsify.comparison.cost import counted
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,6 +82,46 @@ def steps_left(
     measuring = woven + offers * (exchanged**2 + 5) + 3 * paired
     left = (3 + paired) * budget - spent["forward"] - spent["backward"] - train - rounds * held_out * measuring
     return max(2, min(budget - spent["backward"] - offers * rounds * held_out, left // (2 + paired)) // per_step)
+
+
+def sharpened(
+    model: Any,
+    train: tls.Examples,
+    units: tls.Units,
+    *,
+    values: tls.Values,
+    seed: int,
+    sizes: Sequence[float],
+    probing: tls.Probing,
+    budget: int,
+    per_step: int,
+    exchanged: int,
+    held_out: tls.Examples,
+    exchanges: int | None = None,
+    searched: Sequence[float] | None = None,
+    first_token: Any = "bos",
+    batch_size: int | None = None,
+) -> tls.CircuitPath:
+    """A search of one round for each size, and in what it leaves of the ``budget`` (passes of one example each) masks;
+    where it is ``searched`` at other sizes, one mask inside of its last circuit."""
+    quiet: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": False}
+    with counted(model) as passes:
+        searching: dict[str, Any] = {"sizes": searched or sizes, "exchanges": exchanges, "first_token": first_token}
+        found = tls.sparsify(model, train, units, values=values, probing=probing, **searching, **quiet)
+    given: dict[str, Any] = {"per_step": min(per_step, len(train)), "exchanged": exchanged}
+    lengths = {"train": len(train), "held_out": len(held_out), "rounds": len(sizes)}
+    woven = CONTINUED if searched else WOVEN
+    steps = steps_left(budget, passes, woven=woven, paired=values.paired, **lengths, **given)
+    return tls.sharpen(model, found, train, steps=steps, held_out=held_out, sizes=sizes, **given, **quiet)
+
+
+def trained_mask(
+    model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int, examples: int, per_step: int
+) -> tls.Scores:
+    """A mask that sees so many examples."""
+    many = min(per_step, len(train))
+    given: dict[str, Any] = {"steps": math.ceil(examples / many), "per_step": many, "seed": seed, "progress": False}
+    return tls.baselines.top_k_gate(model, train, units, values=values, **given)
 
 
 def circuit_of(found: tls.CircuitPath | tls.Scores | Mapping[float, tls.Reduction], size: float) -> tls.Circuit:

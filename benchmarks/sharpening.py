@@ -1,10 +1,10 @@
 """Masks, beside a search and after it: what training from its order, weaving and exchanges bring.
 
 Circuits of edges of small tasks that the benchmark of edges does not report, judged on validation examples: of a search
-of 20 rounds; of a mask from nothing, with each size's divergence as it is, or relative to its own level; and of a
-search of one round for each size, none of them made again, that is sharpened in all other passes, with exchanges and
-without. What was done before is kept, so that an interrupted run goes on. Writes ``benchmarks/results/sharpening.csv``
-and ``sharpening.md``.
+of 20 rounds; of a mask from nothing, in steps of 32 examples or in more and smaller ones, with each size's divergence
+as it is, or relative to its own level; and of a search of one round for each size, none of them made again, that is
+sharpened in all other passes, with exchanges and without. What was done before is kept, so that an interrupted run goes
+on. Writes ``benchmarks/results/sharpening.csv`` and ``sharpening.md``.
 
     python benchmarks/sharpening.py [--seeds 2]
 """
@@ -29,7 +29,10 @@ PER_STEP = {"mask": 32, "sharpened": 16}  # examples
 ROUNDS, PROBES, EXCHANGED = 20, 4, 2
 PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
-METHODS = ("search", "mask", "mask, relative", "sharpened, no exchanges", "sharpened")
+METHODS = (
+    *("search", "mask", "mask, steps of 16", "mask, steps of 8", "mask, relative"),
+    *("sharpened, no exchanges", "sharpened", "sharpened, steps of 8"),
+)
 
 
 def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
@@ -37,7 +40,7 @@ def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, val
     relative, kind = method.endswith("relative"), method.split(",")[0]
     exchanged = 0 if method.endswith("no exchanges") else EXCHANGED
     quiet: dict[str, Any] = {"seed": seed, "progress": False}
-    size = PER_STEP.get(kind, TRAIN)
+    size = int(method.split()[-1]) if "steps of" in method else PER_STEP.get(kind, TRAIN)
     if kind == "mask":
         given = quiet | {"per_step": size, "smallest": SIZES[-1], "values": values, "relative": relative}
         return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // size, **given)

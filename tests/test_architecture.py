@@ -19,8 +19,8 @@ ORDER = {
     "gradients": "rules backward",
     "patching": "atp_star second_order connections",
     "expansion": "linearisation selection shrinkage",
-    "search": "settings affine constants alone scores attribution score curvature path checkpoint rounds joint "
-    "compensating exchanges",
+    "search": "settings affine refitting constants alone scores attribution score curvature path checkpoint rounds "
+    "joint compensating exchanges",
     "dictionaries": "dictionary activity units files removal",
     "folding": "checkpoint narrow stream_writes rebuild bridge export boot fold sizes",
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "

@@ -183,6 +183,23 @@ def test_with_everything_kept_there_is_nothing_to_fit():
     assert found == replace(full, reference=full.values)
 
 
+@pytest.mark.parametrize("width", [64, 3000])
+def test_where_much_is_fitted_it_moves_less_in_proportion(width: int):
+    model, data = bridge(d_mlp=width, act_fn="gelu"), examples(n=12)
+    units = neurons(model)
+    start = constants.reduced(model, Circuit.of(units, [units.names[0]]), constants.mean(model, data, units))
+    varying = [cached(model, data, f"blocks.{layer}.mlp.hook_post").flatten(0, 1).std(0) > 0 for layer in (0, 1)]
+    moving = int(torch.cat(varying)[1:].sum())
+    rate = 0.05 * min(1, 4096 / moving)
+    same: dict[str, Any] = {"steps": 10, "progress": False}
+    by_itself = constants.refit(model, start, data, data, **same)
+    told = constants.refit(model, start, data, data, learning_rate=rate, **same)
+    assert (moving > 4096) == (width == 3000)
+    for a, b in zip(by_itself.values.tensors, told.values.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(by_itself.values.tensors[0], start.values.tensors[0])
+
+
 def test_a_refit_of_a_metric_lowers_its_error():
     reduction = mean_ablation()
     found = refit(reduction, metric=log_odds)

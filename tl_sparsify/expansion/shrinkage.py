@@ -110,7 +110,7 @@ def _most_promising(
 def _promise(halves: Sequence[Linearisation], here: int, change: Change) -> float:
     """The divergence that a change chosen on this half promises on the others."""
     # sorted: settings that choose the same units in another order promise the same bits, so that the first one stays
-    restored, removed = (None if units is None else units.sort().values for units in change)
+    restored, removed = None if change[0] is None else change[0].sort().values, change[1].sort().values
     others = [half for there, half in enumerate(halves) if there != here]
     return sum(max(0.0, other.predicted(removed, restored)) for other in others) / len(others)
 

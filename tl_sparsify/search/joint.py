@@ -33,8 +33,9 @@ from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import noting, predicted_change
 from tl_sparsify.expansion.selection import Shrinkage
 from tl_sparsify.search.checkpoint import State, describe, read, write
-from tl_sparsify.search.constants import mean, reduced, refit
+from tl_sparsify.search.constants import mean, reduced
 from tl_sparsify.search.path import CircuitPath
+from tl_sparsify.search.refitting import refit
 from tl_sparsify.search.rounds import Change, Measure, Search, all_rounds, expanding, path_of, starting
 from tl_sparsify.search.scores import check_sizes, kept_count
 from tl_sparsify.search.settings import Constraints, Probing, Refitting

@@ -19,8 +19,9 @@ from tl_sparsify.core.circuit import REFIT, REFITTED_NEIGHBOURS, Circuit, Values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model
-from tl_sparsify.search.constants import mean, refit
+from tl_sparsify.search.constants import mean
 from tl_sparsify.search.joint import sparsify
+from tl_sparsify.search.refitting import refit
 from tl_sparsify.stressing.measuring import Setting, halves, measured, removing, sharing
 from tl_sparsify.stressing.minimality import ranked
 from tl_sparsify.stressing.table import Stand, StressRow
