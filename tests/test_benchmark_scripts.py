@@ -41,7 +41,7 @@ def table(name: str, **reading: Any) -> pd.DataFrame:
     ("name", "function", "page"),
     [
         *((name, "markdown", name) for name in ("algorithms", "behaviours", "folding_speed", "neighbours")),
-        *((name, "markdown", name) for name in ("other_methods", "overlap", "perceptron")),
+        *((name, "markdown", name) for name in ("other_methods", "overlap", "perceptron", "refit_rates")),
         *((name, "markdown", name) for name in ("score_speed", "sharpening", "stress", "truth", "variants")),
         ("algorithms", "alignments", "alignments"),
         ("feature_connections", "markdown", "feature_connections"),
@@ -63,7 +63,7 @@ def test_so_are_the_pages_of_the_orders(constants: str, script: Any):
     assert found == (BENCHMARKS / "results" / f"orders_{constants}.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["edge_truth"])
+@pytest.mark.parametrize("name", ["edge_truth", "few_passes"])
 def test_so_are_the_pages_of_cells(name: str, script: Any):
     cells = pd.concat(map(pd.read_csv, sorted((BENCHMARKS / "results" / name).glob("*.csv"))))
     assert script(name).page(cells) == (BENCHMARKS / "results" / f"{name}.md").read_text()

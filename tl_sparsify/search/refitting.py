@@ -25,7 +25,7 @@ from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
 
-_RATE, _MANY = 0.05, 4096  # standard deviations a step; numbers that are fitted: where there are more, less
+_RATE, _MANY = 0.05, 4096  # standard deviations a step; where constants are more numbers than that, less
 _FALL = 0.02  # of the validation risk: less does not count as progress
 
 
@@ -56,8 +56,8 @@ def refit(
     than what was given. The kept units' entries and ``baseline`` stay what they were. Both models are under the same
     ``interventions``, drawn anew in every step.
 
-    The learning rate is .05 where it is not given, and less in proportion where more than 4,096 numbers are fitted: all
-    of them move in every step, and what they move adds up (on SmolLM2 .05 does far worse than .005).
+    The learning rate is .05 where it is not given, and less in proportion where constants are more than 4,096 numbers:
+    all of them move in every step, and what they move adds up (``benchmarks/refit_rates.py``).
 
     With ``patience`` the learning rate stays as it is, and the fit ends early when the validation risk, taken every
     ``patience / 10`` steps, has not fallen by two percent in so many steps.
@@ -154,7 +154,7 @@ def refit(
         for part in index[share(len(index))].split(together):
             yield from halving(of, part, train[part], batch_size)
 
-    rate = _rate(start, scales, slopes) if learning_rate is None else learning_rate
+    rate = _rate(start, scales) if learning_rate is None else learning_rate
     optimizer = torch.optim.Adam(theta, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else rate)
     with frozen(model):
@@ -176,14 +176,10 @@ def refit(
     return at(best)
 
 
-def _rate(
-    values: Sequence[Float[Tensor, "..."]],
-    scales: Sequence[Float[Tensor, "..."]],
-    slopes: Sequence[Float[Tensor, "..."] | None],
-) -> float:
-    """The learning rate for so many numbers that move: all of many must not go further together than all of few."""
+def _rate(values: Sequence[Float[Tensor, "..."]], scales: Sequence[Float[Tensor, "..."]]) -> float:
+    """The learning rate for so many constants that move: all of many must not go further together than all of few. A
+    removed unit's weights do not count: their scale shares out its step among them."""
     moving = sum(int((scale.expand_as(value) != 0).sum()) for value, scale in zip(values, scales, strict=True))
-    moving += sum(int((slope != 0).sum()) for slope in slopes if slope is not None)
     return _RATE * min(1.0, _MANY / max(1, moving))
 
 
