@@ -186,7 +186,7 @@ def entries() -> dict[str, Entry]:
         constants.refit,
         {"model": model, "reduction": reduction, "train": data, "validation": data, "steps": 2, "progress": False},
         {"model": "model", "reduction": "reduction", "train": "examples", "validation": "examples", "steps": "count"}
-        | {"learning_rate": "positive", "seed": "seed", "batch_size": "size", "metric": "metric"},
+        | {"learning_rate": "positive?", "seed": "seed", "batch_size": "size", "metric": "metric"},
     )
     found["constants.neighbours"] = Entry(
         constants.neighbours,
