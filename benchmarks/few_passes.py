@@ -6,7 +6,7 @@ method has the passes that it has in the benchmarks of edges (here with whole la
 One cell for each kind of units, task, ablation and method: a CSV of its own, so that a run that was stopped goes on
 where it was. Writes ``benchmarks/results/few_passes.md``.
 
-    python benchmarks/few_passes.py --units edges --ablations mean --methods "mask, steps of 8"
+    python benchmarks/few_passes.py --units edges --ablations mean --methods "mask, 8"
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def rows(kind: str, task: str, ablation: str, method: str, seed: int) -> list[di
 
 
 def page(frame: pd.DataFrame) -> str:
-    """Markdown: one row for all methods of a kind of units, task, ablation and seed: each size's risk, and the
-    geometric mean over sizes, lowest bold."""
+    """Markdown: one row a method, for each kind of units, task, ablation and seed: each size's risk, and the geometric
+    mean over sizes, lowest of its group bold."""
     risks = frame.assign(risk=frame.risk.clip(lower=LEAST))
     lines: list[list[str]] = []
     for (kind, task, ablation, seed), part in risks.groupby(["units", "task", "ablation", "seed"], sort=False):
