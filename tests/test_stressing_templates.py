@@ -42,7 +42,7 @@ def test_four_tasks_are_no_templates_of_one():
     means = tls.constants.mean(model, train, units)
     scores = tls.score.risk(model, train.sample(128), units, values=means, temperature=3.0)
     reduction = tls.constants.reduced(model, scores.top(0.3), means)
-    some = test.sample(480)
+    some = test.sample(240)
     names = some.tokens[:, 0].tolist()  # the token that says which task it is
     table = tls.stress(model, reduction, some, rows=("templates",), templates=names, draws=5, bootstrap=200)
     [line] = table["templates"]

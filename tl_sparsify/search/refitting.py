@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal import random as _random
@@ -26,6 +26,7 @@ from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
 
 _RATE, _MANY = 0.05, 4096  # standard deviations a step; where constants are more numbers than that, less
+Parameters = list[Float[Tensor, "..."]]
 _FALL = 0.02  # of the validation risk: less does not count as progress
 
 
@@ -98,38 +99,18 @@ def refit(
     if not bool(removed.any()):
         values = replace(reduction.values, kind=REFIT)
         return replace(reduction, values=values, reference=reduction.baseline)
-    start = reduction.values.tensors
     clean = interventions == NONE
     size = len(train) if per_step is None else min(per_step, len(train))
     many = steps * size > len(train)
     if known is None:
         known = known_of(model, train, reduction.units, clean=clean, many=many, batch_size=batch_size)
-    deviations, logits = known.deviations, known.logits if many else None
-    sites = reduction.units.sites
-    scales = [
-        (s * site.by_row(gone)[:, None].to(s)).to(v)
-        for site, s, gone, v in zip(sites, deviations, reduction.units.split(removed), start, strict=True)
-    ]
-    mixing = reduction.mixing or (None,) * len(start)
-    slopes = [None if part is None else _slope_scale(part, s[:, 0]) for part, s in zip(mixing, deviations, strict=True)]
-    theta = [torch.zeros_like(v).requires_grad_() for v in start]
-    theta += [torch.zeros_like(part.weights).requires_grad_() for part in mixing if part is not None]
-
-    def at(parameters: list[Float[Tensor, "..."]]) -> Reduction:
-        moved = tuple(v + s.to(v) * t for v, s, t in zip(start, scales, parameters, strict=False))
-        rest = iter(parameters[len(start) :])
-        mixed = tuple(
-            None if part is None or scale is None else replace(part, weights=part.weights + scale * next(rest))
-            for part, scale in zip(mixing, slopes, strict=True)
-        )
-        kept_affine = None if reduction.mixing is None else mixed
-        values = Values(reduction.units, moved, REFIT if reduction.mixing is None else REFITTED_NEIGHBOURS)
-        return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
+    logits = known.logits if many else None
+    theta, at, moving = _movable(reduction, removed, known.deviations)
 
     judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
     judging |= {"batch_size": batch_size, "recall": known.recall}
 
-    def validated(parameters: list[Float[Tensor, "..."]]) -> float:
+    def validated(parameters: Parameters) -> float:
         return known_risk(model, at(parameters), validation, **judging).mean
 
     best, lowest = [t.detach().clone() for t in theta], validated([t.detach() for t in theta])
@@ -154,7 +135,8 @@ def refit(
         for part in index[share(len(index))].split(together):
             yield from halving(of, part, train[part], batch_size)
 
-    rate = _rate(start, scales) if learning_rate is None else learning_rate
+    # all of many constants must not go further together than all of few
+    rate = _RATE * min(1.0, _MANY / max(1, moving)) if learning_rate is None else learning_rate
     optimizer = torch.optim.Adam(theta, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.0 if patience is None else rate)
     with frozen(model):
@@ -176,11 +158,35 @@ def refit(
     return at(best)
 
 
-def _rate(values: Sequence[Float[Tensor, "..."]], scales: Sequence[Float[Tensor, "..."]]) -> float:
-    """The learning rate for so many constants that move: all of many must not go further together than all of few. A
-    removed unit's weights do not count: their scale shares out its step among them."""
-    moving = sum(int((scale.expand_as(value) != 0).sum()) for value, scale in zip(values, scales, strict=True))
-    return _RATE * min(1.0, _MANY / max(1, moving))
+def _movable(
+    reduction: Reduction, removed: Bool[Tensor, "units"], deviations: Sequence[Float[Tensor, "..."]]
+) -> tuple[Parameters, Callable[[Parameters], Reduction], int]:
+    """What a refit moves, at zero: for each site how far the removed units' constants are from the reduction's, and how
+    far the weights of their maps, each in its natural size; the reduction that is so far off; and how many numbers of
+    the constants can move. Weights do not count there: their size shares out a step among a unit's weights."""
+    units, start = reduction.units, reduction.values.tensors
+    scales = [
+        (s * site.by_row(gone)[:, None].to(s)).to(v)
+        for site, s, gone, v in zip(units.sites, deviations, units.split(removed), start, strict=True)
+    ]
+    mixing = reduction.mixing or (None,) * len(start)
+    slopes = [None if part is None else _slope_scale(part, s[:, 0]) for part, s in zip(mixing, deviations, strict=True)]
+    zeros = [torch.zeros_like(v).requires_grad_() for v in start]
+    zeros += [torch.zeros_like(part.weights).requires_grad_() for part in mixing if part is not None]
+
+    def at(parameters: Parameters) -> Reduction:
+        moved = tuple(v + s.to(v) * t for v, s, t in zip(start, scales, parameters, strict=False))
+        rest = iter(parameters[len(start) :])
+        mixed = tuple(
+            None if part is None or scale is None else replace(part, weights=part.weights + scale * next(rest))
+            for part, scale in zip(mixing, slopes, strict=True)
+        )
+        kept_affine = None if reduction.mixing is None else mixed
+        values = Values(units, moved, REFIT if reduction.mixing is None else REFITTED_NEIGHBOURS)
+        return replace(reduction, values=values, reference=reduction.baseline, mixing=kept_affine)
+
+    moving = sum(int((scale.expand_as(value) != 0).sum()) for value, scale in zip(start, scales, strict=True))
+    return zeros, at, moving
 
 
 def _slope_scale(mixing: NeighbourMap, deviation: Float[Tensor, "units"]) -> Float[Tensor, "entries"]:
