@@ -4,7 +4,8 @@ One cell for each task, ablation, method and seed: a CSV of its own, so that a r
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter to three fifths more, so that it has no fewer in all; one-shot scores have no more to take. Integrated
+quarter to three fifths more, so that it has no fewer in all than a search that is sharpened (on a real model edge
+pruning too, and attribution in rounds under mean ablation); one-shot scores have no more to take. Integrated
 gradients over activations take two passes for each layer and step: they see no more examples than make them no fewer
 passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one
 training gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20,
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
+from shared import RESULTS, chosen_of, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -58,6 +59,12 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
         return (rounds + rounds // 2) * (probes + 1) * min(len(train), per_round or len(train))
 
+    def trained(train: tls.Examples, values: tls.Values) -> int:
+        """Examples that a mask is trained on: no fewer passes in all than a search that is sharpened, which takes more
+        forward ones."""
+        more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
+        return math.ceil(more * backward(train))
+
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": probing}
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
@@ -86,7 +93,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def again(scorer: Method, each: int, **settings: Any) -> Method:
         def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-            many = max(rounds, -(-backward(train) // (each * len(train))))
+            least = backward(train) if per_round is None or values.paired else trained(train, values)
+            many = max(rounds, -(-least // (each * len(train))))
             some: dict[str, Any] = {"rounds": many, "smallest": SIZES[-1], "absolute": True, **quiet, **settings}
             return tls.baselines.in_rounds(scorer, model, train, units, values=values, seed=seed, **some)
 
@@ -95,14 +103,12 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         # where passes are few, small steps
         many = 32 if per_round is None or values.paired else 8
-        # no fewer passes in all than a search that is sharpened, which takes more forward ones
-        more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
         given: dict[str, Any] = {"values": values, "seed": seed, "per_step": many}
-        return trained_mask(model, train, units, examples=math.ceil(more * backward(train)), **given)
+        return trained_mask(model, train, units, examples=trained(train, values), **given)
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        many = min(32, len(train))
-        given = {"steps": -(-backward(train) // many), "per_step": many, "penalty": 20.0, **quiet}
+        many, examples = min(32, len(train)), backward(train) if per_round is None else trained(train, values)
+        given = {"steps": -(-examples // many), "per_step": many, "penalty": 20.0, **quiet}
         return tls.baselines.hard_concrete(model, train, units, values=values, seed=seed, **given)
 
     def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -224,7 +230,8 @@ def main() -> None:
     setting += "" if chosen.per_round is None else f"-{chosen.per_round}"
     folder = RESULTS / "edges" / setting
     folder.mkdir(parents=True, exist_ok=True)
-    names = chosen.methods or tuple(methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round))
+    every = tuple(methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round))
+    names = chosen_of(options, chosen.methods, every)
     for seed, task, ablation, method in itertools.product(chosen.seeds, chosen.tasks, chosen.ablations, names):
         file = folder / f"{task}-{ablation}-{method.replace(', ', '-').replace(' ', '_')}-{seed}.csv"
         if not file.is_file():

@@ -11,6 +11,7 @@ where it was. Writes ``benchmarks/results/few_passes.md``.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Callable
@@ -71,6 +72,14 @@ SETTINGS = {
     "heads+neurons": Setting(KINDS["heads+neurons"], 256, 20, 64, 32, 1, HEADS),
 }
 ENDS: dict[str, tuple[float, ...] | None] = {"all sizes": None, "a half": (0.5,), "a fifth": (0.5, 0.2)}
+
+
+def known(name: str) -> str:
+    """A name that :func:`found_by` knows."""
+    *way, per_step = name.split(", ")
+    if tuple(way) in {("mask",), *(("sharpened", end) for end in ENDS)} and per_step.isdecimal() and int(per_step):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} is neither 'mask, 8' nor 'sharpened, {' | '.join(ENDS)}, 8'")
 
 
 def repetition(tokenizer: Any, train: int, seed: int) -> tuple[tls.Examples, tls.Examples]:
@@ -144,7 +153,9 @@ def main() -> None:
     options.add_argument("--units", nargs="+", default=("edges",), choices=tuple(SETTINGS))
     options.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     options.add_argument("--ablations", nargs="+", default=ABLATIONS, choices=ABLATIONS)
-    options.add_argument("--methods", nargs="+", default=("mask, 32", "mask, 8", "sharpened, all sizes, 16"))
+    options.add_argument(
+        "--methods", nargs="+", type=known, default=("mask, 32", "mask, 8", "sharpened, all sizes, 16")
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=(0,))
     chosen = options.parse_args()
     folder = RESULTS / "few_passes"

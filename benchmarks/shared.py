@@ -37,6 +37,14 @@ def parser(doc: str | None, *, seeds: int | None = None, tasks: bool = False) ->
     return made
 
 
+def chosen_of(options: argparse.ArgumentParser, wanted: Sequence[str] | None, every: Sequence[str]) -> Sequence[str]:
+    """The methods that are asked for, all where none is; a name that there is none of ends the script."""
+    for name in wanted or ():
+        if name not in every:
+            options.error(f"--methods: there is no {name!r}; choose from {', '.join(map(repr, every))}")
+    return wanted or every
+
+
 def in_processes(
     doc: str | None, script: str, names: Sequence[str], measured: Callable[..., Mapping[str, float]]
 ) -> pd.DataFrame | None:

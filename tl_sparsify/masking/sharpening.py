@@ -73,7 +73,8 @@ def sharpen(
     and as many by the slope of the measured risk. Of more than three pairs the best three on each fourth example are
     measured on all, and the lowest is made, if it is lower than what was there. Once more around circuits that changed.
     A circuit that still measures worse than the next smaller one, by more than its standard error, is grown from that
-    one within the next larger one, where that measures lower.
+    one within the next larger one, where that measures lower: by one of the orders, or by the units whose slopes say
+    that they help most or do least.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards). Where there
@@ -90,9 +91,9 @@ def sharpen(
     By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
     the original's logits, as in :func:`top_k_gate`. Over ``held_out`` for each round at most eight forward passes (one
     for each circuit that differs), for its exchanges twice one forward and one backward pass and ``exchanged ** 2 + 3``
-    forward passes, and three where it is grown at last; and one of the original model, or two. Under counterfactual
-    values a forward pass more for every backward pass, and one for each time that circuits are measured together: all
-    of the four orders, and at most eight times for each round.
+    forward passes, and at most seven forward passes and a backward one where it is grown at last; and one of the
+    original model, or two. Under counterfactual values a forward pass more for every backward pass, and one for each
+    time that circuits are measured together: all of the four orders, and at most eight times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``sizes``
@@ -165,7 +166,8 @@ def sharpen(
 
     circuits = woven(Circuit.full(units), orders, counts, measure)
     offering: dict[str, Any] = {"measure": measure, "screen": screen, "slopes": slopes}
-    circuits = grown(with_exchanges(circuits, orders[-1], kept, exchanged, **offering), orders, measure)
+    circuits = with_exchanges(circuits, orders[-1], kept, exchanged, **offering)
+    circuits = grown(circuits, orders, measure=measure, slopes=slopes)
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
     found = {step.reduction.circuit: step for step in path.rounds}
     rounds: list[Round] = []

@@ -21,6 +21,8 @@ from tl_sparsify.search.path import worse
 Order = Int[Tensor, "units"]
 Measure = Callable[[Sequence[Circuit]], list[Estimate]]
 """The measured risk of each circuit; what was measured once is known."""
+Slopes = Callable[[Circuit], Float[Tensor, "units"]]
+"""The derivative of a circuit's risk with respect to each unit's ``keep``."""
 _LEAST = 1e-6  # nats; risks below it count as this
 _SWEEPS, _MEASURED = 2, 3  # times that exchanges are offered; how many of those that are screened are measured
 
@@ -63,7 +65,7 @@ def with_exchanges(
     *,
     measure: Measure,
     screen: Measure,
-    slopes: Callable[[Circuit], Float[Tensor, "units"]],
+    slopes: Slopes,
 ) -> list[Circuit]:
     """Each circuit, or that with one unit exchanged which measures lowest, between the next smaller and the next larger
     one: of the ``count`` that the order would drop first, and of as many that the slopes of its risk would, those
@@ -94,15 +96,17 @@ def with_exchanges(
     return found
 
 
-def grown(circuits: Sequence[Circuit], orders: Sequence[Order], measure: Measure) -> list[Circuit]:
+def grown(circuits: Sequence[Circuit], orders: Sequence[Order], *, measure: Measure, slopes: Slopes) -> list[Circuit]:
     """The same circuits, but that one which measures worse than the next smaller one is grown from it, within the next
-    larger one, where that measures lower."""
+    larger one, where that measures lower: by an order, or by what helps most or does least of all, to first order."""
     found = list(circuits)
     for place in reversed(range(len(found) - 1)):
         here, smaller = found[place : place + 2]
-        if worse(*measure([here, smaller])):
-            larger = found[place - 1] if place else Circuit.full(here.units)
-            found[place] = _lowest([here, *(_filled(order, len(here), smaller, larger) for order in orders)], measure)
+        if not worse(*measure([here, smaller])):
+            continue
+        larger, slope = found[place - 1] if place else Circuit.full(here.units), slopes(smaller).cpu()
+        ways = [*orders, slope.argsort(stable=True).flip(0), slope.abs().argsort(stable=True).flip(0)]
+        found[place] = _lowest([here, *(_filled(order, len(here), smaller, larger) for order in ways)], measure)
     return found
 
 
