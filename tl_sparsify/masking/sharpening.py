@@ -74,7 +74,7 @@ def sharpen(
     measured on all, and the lowest is made, if it is lower than what was there. Once more around circuits that changed.
     A circuit that still measures worse than the next smaller one, by more than its standard error, is grown from that
     one within the next larger one, where that measures lower: by one of the orders, or by the units whose slopes say
-    that they help most or do least.
+    that they do least.
 
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards). Where there
@@ -91,9 +91,9 @@ def sharpen(
     By default 21 forward and 20 backward passes over ``train``, in general ``steps per_step / n`` of both and one for
     the original's logits, as in :func:`top_k_gate`. Over ``held_out`` for each round at most eight forward passes (one
     for each circuit that differs), for its exchanges twice one forward and one backward pass and ``exchanged ** 2 + 3``
-    forward passes, and at most seven forward passes and a backward one where it is grown at last; and one of the
-    original model, or two. Under counterfactual values a forward pass more for every backward pass, and one for each
-    time that circuits are measured together: all of the four orders, and at most eight times for each round.
+    forward passes, and at most six forward passes and a backward one where it is grown at last; and one of the original
+    model, or two. Under counterfactual values a forward pass more for every backward pass, and one for each time that
+    circuits are measured together: all of the four orders, and at most eight times for each round.
 
     Raises:
         ValueError: a model in training mode; a path by cost, or whose constants were refitted in its rounds; ``sizes``
