@@ -4,8 +4,8 @@ One cell for each task, ablation, method and seed: a CSV of its own, so that a r
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
 and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter to three fifths more, so that it has no fewer in all than a search that is sharpened (on a real model edge
-pruning too, and attribution in rounds under mean ablation); one-shot scores have no more to take. Integrated
+quarter to three fifths more, so that it has no fewer in all than a search that is sharpened (under mean
+ablation of a real model edge pruning and attribution in rounds, too); one-shot scores have no more to take. Integrated
 gradients over activations take two passes for each layer and step: they see no more examples than make them no fewer
 passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one
 training gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20,
@@ -65,6 +65,11 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
         return math.ceil(more * backward(train))
 
+    def least(train: tls.Examples, values: tls.Values) -> int:
+        """Examples that attribution in rounds and edge pruning see, both ways: on a real model under mean ablation as
+        many as a mask."""
+        return backward(train) if per_round is None or values.paired else trained(train, values)
+
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": probing}
         return tls.sparsify(model, train, units, values=values, seed=seed, **settings, **quiet)
@@ -93,8 +98,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def again(scorer: Method, each: int, **settings: Any) -> Method:
         def order(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-            least = backward(train) if per_round is None or values.paired else trained(train, values)
-            many = max(rounds, -(-least // (each * len(train))))
+            many = max(rounds, -(-least(train, values) // (each * len(train))))
             some: dict[str, Any] = {"rounds": many, "smallest": SIZES[-1], "absolute": True, **quiet, **settings}
             return tls.baselines.in_rounds(scorer, model, train, units, values=values, seed=seed, **some)
 
@@ -107,8 +111,8 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         return trained_mask(model, train, units, examples=trained(train, values), **given)
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        many, examples = min(32, len(train)), backward(train) if per_round is None else trained(train, values)
-        given = {"steps": -(-examples // many), "per_step": many, "penalty": 20.0, **quiet}
+        many = min(32, len(train))
+        given = {"steps": -(-least(train, values) // many), "per_step": many, "penalty": 20.0, **quiet}
         return tls.baselines.hard_concrete(model, train, units, values=values, seed=seed, **given)
 
     def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
