@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, chosen_of, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
+from shared import RESULTS, check_methods, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -234,8 +234,9 @@ def main() -> None:
     setting += "" if chosen.per_round is None else f"-{chosen.per_round}"
     folder = RESULTS / "edges" / setting
     folder.mkdir(parents=True, exist_ok=True)
-    every = tuple(methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round))
-    names = chosen_of(options, chosen.methods, every)
+    every = methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round)
+    names = chosen.methods or tuple(every)
+    check_methods(options, names, every)
     for seed, task, ablation, method in itertools.product(chosen.seeds, chosen.tasks, chosen.ablations, names):
         file = folder / f"{task}-{ablation}-{method.replace(', ', '-').replace(' ', '_')}-{seed}.csv"
         if not file.is_file():

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import chosen_of, circuit_of, sharpened, trained_mask
+from shared import check_methods, circuit_of, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -188,8 +188,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=6000, help="steps of a refit, converged or not")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="that are refitted")
     options = parser.parse_args()
-    every = tuple(methods(options))
-    names = chosen_of(parser, options.methods, every if options.methods else [n for n in every if n not in BY_NAME])
+    every = methods(options)
+    names = options.methods or [name for name in every if name not in BY_NAME]
+    check_methods(parser, names, every)
     folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
     for seed, task, kind, method in itertools.product(options.seeds, options.tasks, options.kinds, names):
         name = f"{task}-{kind}-{method.replace(', ', '-').replace(' ', '_')}-{seed}"

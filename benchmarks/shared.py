@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,11 @@ def parser(doc: str | None, *, seeds: int | None = None, tasks: bool = False) ->
     return made
 
 
-def chosen_of(options: argparse.ArgumentParser, wanted: Sequence[str] | None, every: Sequence[str]) -> Sequence[str]:
-    """The methods that are asked for, all where none is; a name that there is none of ends the script."""
-    for name in wanted or ():
+def check_methods(options: argparse.ArgumentParser, names: Iterable[str], every: Collection[str]) -> None:
+    """End the script where there is no method of a name."""
+    for name in names:
         if name not in every:
             options.error(f"--methods: there is no {name!r}; choose from {', '.join(map(repr, every))}")
-    return wanted or every
 
 
 def in_processes(

@@ -208,7 +208,7 @@ def test_sizes_below_the_path_are_made_by_one_mask_inside_of_its_last_circuit():
     settings: dict[str, Any] = {"steps": 60, "exchanged": 0, "progress": False}
     with counted(model) as passes:
         found = sharpen(model, path, data, sizes=(0.75, 0.5, 0.25), **settings)
-    assert passes["backward"] - 60 * 32 in (0, 64, 2 * 64)  # one over all examples for each of two that may be grown
+    assert passes["backward"] == 60 * 32 + 64  # the mask's, and the slopes by which one circuit is grown
     assert [len(step.reduction.circuit) for step in found.rounds] == [6, 4, 2]
     assert found.rounds[0].reduction.circuit == path.rounds[0].reduction.circuit
     assert set(found.rounds[-1].reduction.circuit.names) == set(EXCLUSIVE_OR)
@@ -218,18 +218,12 @@ def test_sizes_below_the_path_are_made_by_one_mask_inside_of_its_last_circuit():
 def test_what_a_path_left_out_stays_the_first_to_go_in_its_order():
     model, data = bridge(), examples(12)
     units = units_of(model)
-    same = list[int]()
-    for seed in range(5):
+    for seed in range(3):
         order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
         path = path_of(model, data, units, order, (9, 7))
         settings: dict[str, Any] = {"steps": 2, "learning_rate": 0.1, "exchanged": 0, "seed": seed, "progress": False}
         found = sharpen(model, path, data, sizes=(9 / len(units), 3 / len(units)), **settings)
-        if found.rounds[0].reduction.circuit == path.rounds[0].reduction.circuit:
-            assert found.order[: len(units) - 7].tolist() == order[: len(units) - 7].tolist()
-            same.append(seed)
-        else:  # it was grown from the smaller one, because it measured worse
-            assert worse(risk(model, path.rounds[0].reduction, data), found.rounds[1].measured)
-    assert len(same) >= 3
+        assert found.order[: len(units) - 7].tolist() == order[: len(units) - 7].tolist()
 
 
 def test_sizes_of_the_path_are_the_default():

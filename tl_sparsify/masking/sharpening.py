@@ -167,7 +167,10 @@ def sharpen(
     circuits = woven(Circuit.full(units), orders, counts, measure)
     offering: dict[str, Any] = {"measure": measure, "screen": screen, "slopes": slopes}
     circuits = with_exchanges(circuits, orders[-1], kept, exchanged, **offering)
-    circuits = grown(circuits, orders, measure=measure, slopes=slopes)
+    # what a path that is gone on with left out stays left out, in its order
+    outermost = counts[0] if within else n
+    around = torch.zeros(n, dtype=torch.bool).index_fill(0, order[n - outermost :], True)
+    circuits = grown(circuits, orders, Circuit(units, around), measure=measure, slopes=slopes)
     unknown = Estimate(float("nan"), float("nan"), len(judged), "nats" if metric is None else "squared units")
     found = {step.reduction.circuit: step for step in path.rounds}
     rounds: list[Round] = []

@@ -96,18 +96,20 @@ def with_exchanges(
     return found
 
 
-def grown(circuits: Sequence[Circuit], orders: Sequence[Order], *, measure: Measure, slopes: Slopes) -> list[Circuit]:
+def grown(
+    circuits: Sequence[Circuit], orders: Sequence[Order], around: Circuit, *, measure: Measure, slopes: Slopes
+) -> list[Circuit]:
     """The same circuits, but that one which measures worse than the next smaller one is grown from it, within the next
-    larger one, where that measures lower: by an order, or by what does least of all to first order. (What would
-    help most overshoots: on a deep model a circuit that is grown by it does far worse than the smaller one.)"""
+    larger one (the first ``around``), where that measures lower: by an order, or by what does least of all to first
+    order. (What would help most overshoots: on a deep model a circuit that is grown by it does far worse than the
+    smaller one.)"""
     found = list(circuits)
     for place in reversed(range(len(found) - 1)):
         here, smaller = found[place : place + 2]
-        if not worse(*measure([here, smaller])):
-            continue
-        larger, slope = found[place - 1] if place else Circuit.full(here.units), slopes(smaller).cpu()
-        ways = [*orders, slope.abs().argsort(stable=True).flip(0)]
-        found[place] = _lowest([here, *(_filled(order, len(here), smaller, larger) for order in ways)], measure)
+        if worse(*measure([here, smaller])):
+            larger = found[place - 1] if place else around
+            ways = [*orders, slopes(smaller).cpu().abs().argsort(stable=True).flip(0)]
+            found[place] = _lowest([here, *(_filled(order, len(here), smaller, larger) for order in ways)], measure)
     return found
 
 

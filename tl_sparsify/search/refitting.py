@@ -26,8 +26,8 @@ from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
 
 _RATE, _MANY = 0.05, 4096  # standard deviations a step; where constants are more numbers than that, less
-Parameters = list[Float[Tensor, "..."]]
 _FALL = 0.02  # of the validation risk: less does not count as progress
+Parameters = list[Float[Tensor, "..."]]
 
 
 @checked
