@@ -29,7 +29,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, check_methods, circuit_of, geometric_mean, nats, parser, sharpened, trained_mask
+from shared import (
+    RESULTS,
+    check_methods,
+    circuit_of,
+    geometric_mean,
+    nats,
+    parser,
+    search_passes,
+    sharpened,
+    trained_mask,
+)
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -45,8 +55,20 @@ ONE_SHOT = (
     *("risk, one shot", "EAP", "EAP, signed", "EAP-IG", "EAP-IG, signed"),
     *("EAP-IG, activations", "EAP-IG, activations, signed", "information flow"),
 )
+SMALL = 8  # examples in a step, where passes are few
 TIE = 1e-4  # of a risk: the same circuit, measured in other batches
 Method = Callable[..., Any]
+
+
+def few(per_round: int | None, values: tls.Values) -> bool:
+    """Whether a mask has so few passes that it takes small steps: of a real model under mean ablation."""
+    return per_round is not None and not values.paired
+
+
+def mask_share(per_round: int | None, values: tls.Values) -> float:
+    """Of a search's backward passes: how many a mask takes, no fewer in all than a search that is sharpened, which
+    takes more forward ones."""
+    return 1.6 if few(per_round, values) else 1.25 if values.paired else 1.3
 
 
 def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) -> dict[str, Method]:
@@ -56,19 +78,17 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
     probing = tls.Probing(probes, examples=per_round)
 
     def backward(train: tls.Examples) -> int:
-        """Passes of one example each, in all rounds of the joint search and in all of its exchanges."""
-        return (rounds + rounds // 2) * (probes + 1) * min(len(train), per_round or len(train))
+        """Of the joint search."""
+        return search_passes(rounds, probes, min(len(train), per_round or len(train)))
 
     def trained(train: tls.Examples, values: tls.Values) -> int:
-        """Examples that a mask is trained on: no fewer passes in all than a search that is sharpened, which takes more
-        forward ones."""
-        more = 1.25 if values.paired else 1.3 if per_round is None else 1.6
-        return math.ceil(more * backward(train))
+        """Examples that a mask is trained on."""
+        return math.ceil(mask_share(per_round, values) * backward(train))
 
     def least(train: tls.Examples, values: tls.Values) -> int:
         """Examples that attribution in rounds and edge pruning see, both ways: on a real model under mean ablation as
         many as a mask."""
-        return backward(train) if per_round is None or values.paired else trained(train, values)
+        return trained(train, values) if few(per_round, values) else backward(train)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         settings: dict[str, Any] = {"rounds": rounds, "smallest": SIZES[-1], "probing": probing}
@@ -79,9 +99,9 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         given["sizes"] = sizes = (0.5, *SIZES)
         if per_round is None:
             return sharpened(model, train, units, per_step=16, exchanges=0, exchanged=2, held_out=train, **given)
-        # where passes are few, a search of a deep model goes down to a fifth, and one mask of small steps from there
-        given |= {"exchanges": None, "exchanged": 0, "held_out": train[:per_round]}
-        given |= {"per_step": 16} if values.paired else {"per_step": 8, "searched": sizes[:2], "sizes": SIZES}
+        given |= {"exchanges": None, "exchanged": 0, "held_out": train[:per_round], "per_step": 16}
+        if few(per_round, values):  # a search of a deep model goes down to a fifth, and one mask from there
+            given |= {"per_step": SMALL, "searched": sizes[:2], "sizes": SIZES}
         return sharpened(model, train, units, **given)
 
     def ordered(scorer: Method, absolute: bool, **settings: Any) -> Method:
@@ -105,9 +125,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         return order
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
-        # where passes are few, small steps
-        many = 32 if per_round is None or values.paired else 8
-        given: dict[str, Any] = {"values": values, "seed": seed, "per_step": many}
+        given: dict[str, Any] = {"values": values, "seed": seed, "per_step": SMALL if few(per_round, values) else 32}
         return trained_mask(model, train, units, examples=trained(train, values), **given)
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:

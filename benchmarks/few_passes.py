@@ -20,11 +20,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from edges import ABLATIONS
+from edges import ABLATIONS, mask_share
 from edges import SIZES as EDGES
 from real_model import KINDS
 from real_model import SIZES as HEADS
-from shared import LEAST, RESULTS, circuit_of, geometric_mean, marked, parser, sharpened, trained_mask
+from shared import LEAST, RESULTS, circuit_of, geometric_mean, marked, parser, search_passes, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -62,8 +62,8 @@ class Setting:
 
     @property
     def budget(self) -> int:
-        """Backward passes of one example each: a probe, and another, in every round and in half as many again."""
-        return 2 * (self.rounds + self.rounds // 2) * self.per_round
+        """Backward passes of one example each, of the search."""
+        return search_passes(self.rounds, 1, self.per_round)
 
 
 SETTINGS = {
@@ -104,7 +104,7 @@ def found_by(
     kind, *end, per_step = method.split(", ")
     given: dict[str, Any] = {"values": values, "seed": seed, "per_step": int(per_step)}
     if kind == "mask":
-        more = 1.25 if values.paired else 1.6 if setting.sizes == EDGES else 1.0
+        more = mask_share(setting.per_round, values) if setting.sizes == EDGES else 1.0
         return trained_mask(model, train, units, examples=math.ceil(more * setting.budget), **given)
     searched = ENDS[end[0]]
     sizes = setting.sizes if searched or 0.5 in setting.sizes else (0.5, *setting.sizes)

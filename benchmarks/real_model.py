@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from shared import check_methods, circuit_of, sharpened, trained_mask
+from shared import check_methods, circuit_of, search_passes, sharpened, trained_mask
 
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
@@ -54,8 +54,7 @@ KINDS: dict[str, Callable[[Any], tls.Units]] = {
 def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     """By name: a function of model, examples, units, and the settings that all share."""
     size = options.batch_size
-    # of one example each, in all rounds of the joint search and in all of its exchanges
-    backward = (ROUNDS + ROUNDS // 2) * (options.probes + 1) * options.per_round
+    backward = search_passes(ROUNDS, options.probes, options.per_round)
     probing = tls.Probing(options.probes, examples=options.per_round)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:

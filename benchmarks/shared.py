@@ -67,6 +67,12 @@ def in_processes(
     return pd.DataFrame(rows)
 
 
+def search_passes(rounds: int, probes: int, examples: int) -> int:
+    """Backward passes, of one example each, of a joint search: in all rounds that see so many examples, and in those
+    that are made again."""
+    return (rounds + rounds // 2) * (probes + 1) * examples
+
+
 def steps_left(
     budget: int,
     spent: Mapping[str, int],
@@ -106,6 +112,7 @@ def sharpened(
     held_out: tls.Examples,
     exchanges: int | None = None,
     searched: Sequence[float] | None = None,
+    relative: bool = False,
     first_token: Any = "bos",
     batch_size: int | None = None,
 ) -> tls.CircuitPath:
@@ -119,16 +126,25 @@ def sharpened(
     lengths = {"train": len(train), "held_out": len(held_out), "rounds": len(sizes)}
     woven = CONTINUED if searched else WOVEN
     steps = steps_left(budget, passes, woven=woven, paired=values.paired, **lengths, **given)
-    return tls.sharpen(model, found, train, steps=steps, held_out=held_out, sizes=sizes, **given, **quiet)
+    given |= {"sizes": sizes, "relative": relative}
+    return tls.sharpen(model, found, train, steps=steps, held_out=held_out, **given, **quiet)
 
 
 def trained_mask(
-    model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int, examples: int, per_step: int
+    model: Any,
+    train: tls.Examples,
+    units: tls.Units,
+    *,
+    values: tls.Values,
+    seed: int,
+    examples: int,
+    per_step: int,
+    **settings: Any,
 ) -> tls.Scores:
     """A mask that sees so many examples."""
     many = min(per_step, len(train))
     given: dict[str, Any] = {"steps": math.ceil(examples / many), "per_step": many, "seed": seed, "progress": False}
-    return tls.baselines.top_k_gate(model, train, units, values=values, **given)
+    return tls.baselines.top_k_gate(model, train, units, values=values, **given, **settings)
 
 
 def circuit_of(found: tls.CircuitPath | tls.Scores | Mapping[float, tls.Reduction], size: float) -> tls.Circuit:

@@ -15,10 +15,9 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-from shared import RESULTS, circuit_of, geometric_mean, marked, parser, steps_left, write
+from shared import RESULTS, circuit_of, geometric_mean, marked, parser, search_passes, sharpened, trained_mask, write
 
 import tl_sparsify as tls
-from tl_sparsify.comparison.cost import counted
 from tl_sparsify.comparison.tables import table_of
 
 TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
@@ -27,7 +26,6 @@ SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 TRAIN, VALIDATION = 64, 256  # examples
 PER_STEP = {"mask": 32, "sharpened": 16}  # examples
 ROUNDS, PROBES, EXCHANGED = 20, 4, 2
-PASSES = (ROUNDS + ROUNDS // 2) * (PROBES + 1)  # over the training examples
 LEAST = 1e-4  # nats; risks below it count as this
 METHODS = (
     *("search", "mask", "mask, steps of 16", "mask, steps of 8", "mask, relative"),
@@ -38,25 +36,19 @@ METHODS = (
 def found_by(method: str, model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
     """Scores of a mask, or a path."""
     relative, kind = method.endswith("relative"), method.split(",")[0]
-    exchanged = 0 if method.endswith("no exchanges") else EXCHANGED
-    quiet: dict[str, Any] = {"seed": seed, "progress": False}
     size = int(method.split()[-1]) if "steps of" in method else PER_STEP.get(kind, TRAIN)
-    if kind == "mask":
-        given = quiet | {"per_step": size, "smallest": SIZES[-1], "values": values, "relative": relative}
-        return tls.baselines.top_k_gate(model, train, units, steps=PASSES * TRAIN // size, **given)
-    searching: dict[str, Any] = {"values": values} | (
-        {"rounds": ROUNDS, "smallest": SIZES[-1]} if kind == "search" else {"sizes": SIZES, "exchanges": 0}
-    )
-    searching |= {"probing": tls.Probing(PROBES), "refitting": tls.Refitting(0)}
-    with counted(model) as passes:
-        path = tls.sparsify(model, train, units, **searching, **quiet)
+    given: dict[str, Any] = {"values": values, "seed": seed}
+    searching: dict[str, Any] = given | {"probing": tls.Probing(PROBES)}
     if kind == "search":
-        return path
-    settings = {"per_step": size, "exchanged": exchanged}
-    lengths = {"train": TRAIN, "held_out": TRAIN, "rounds": len(SIZES)}
-    steps = steps_left(PASSES * TRAIN, passes, paired=values.paired, **lengths, **settings)
-    settings["relative"] = relative
-    return tls.sharpen(model, path, train, steps=steps, **settings, **quiet)
+        searching |= {"rounds": ROUNDS, "smallest": SIZES[-1], "progress": False}
+        return tls.sparsify(model, train, units, **searching)
+    given |= {"per_step": size, "relative": relative}
+    budget = search_passes(ROUNDS, PROBES, TRAIN)
+    if kind == "mask":
+        return trained_mask(model, train, units, examples=budget, smallest=SIZES[-1], **given)
+    exchanged = 0 if method.endswith("no exchanges") else EXCHANGED
+    given |= searching | {"sizes": SIZES, "exchanges": 0, "exchanged": exchanged, "held_out": train}
+    return sharpened(model, train, units, budget=budget, **given)
 
 
 def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any]]:
