@@ -34,7 +34,8 @@ import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison import baselines
 from tl_sparsify.comparison.cost import cost_of
-from tl_sparsify.core.measure import known_of
+from tl_sparsify.core.measure import compared, known_of, remembering
+from tl_sparsify.core.metrics import risk_and_right
 
 SIZES = (0.5, 0.3, 0.2, 0.1, 0.05)
 ROUNDS = 20
@@ -128,16 +129,17 @@ def cell(options: argparse.Namespace, task: str, kind: str, method: str, seed: i
     fitting: dict[str, Any] = {"patience": options.patience, "most": options.most, "per_step": options.batch_size}
     fitting |= {"batch_size": options.batch_size, "seed": seed, "known": known}
     judging = [("mean", size) for size in SIZES] + [("refitted", size) for size in options.sizes if options.refit]
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows, recall = dict[str, list[dict[str, Any]]](), remembering()
     for constants, size in judging:
         circuit = circuit_of(found, size)
         reduction = replace(tls.constants.reduced(model, circuit, values), first_token=options.first_token)
         if constants == "refitted":
             reduction = tls.refit_until_converged(model, reduction, train, validation, **fitting)
-        judged = tls.evaluate(model, reduction, test, batch_size=options.batch_size, seed=seed)
+        judged = compared(model, reduction, test, risk_and_right, recall=recall, batch_size=options.batch_size)
+        (risk, accuracy), (error, _) = judged.mean.tolist(), judged.stderr.tolist()
         row = {"task": task, "units": kind, "method": method, "seed": seed, "size": size}
         row |= {"constants": constants, "kept": len(circuit)}
-        row |= {"risk": judged.risk.mean, "risk_stderr": judged.risk.stderr, "accuracy": judged.accuracy}
+        row |= {"risk": risk, "risk_stderr": error, "accuracy": accuracy}
         row |= {"examples": len(train), "per_round": options.per_round, "probes": options.probes}
         row |= {"first_token": options.first_token, "forward": cost.forward, "backward": cost.backward}
         rows.setdefault(constants, []).append(row | {"seconds": seconds})
