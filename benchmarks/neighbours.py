@@ -58,7 +58,7 @@ def rows(task: tls.Task, seed: int) -> list[dict[str, Any]]:
         key = {"task": task.name, "seed": seed, "kept": len(circuit), "circuit of": search}
         for name, reduction in kinds.items():
             outcome = {"replacement": name, "affine": reduction.mixing is not None}
-            found.append(key | outcome | {"risk": tls.evaluate(model, reduction, test).risk.mean})
+            found.append(key | outcome | {"risk": tls.risk(model, reduction, test).mean})
     return found
 
 
