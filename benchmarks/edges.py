@@ -3,17 +3,18 @@ r"""Circuits of edges: the joint search beside edge attribution in its forms, on
 One cell for each task, ablation, method and seed: a CSV of its own, so that a run that was stopped goes on where it
 was. Every method sees the same training examples and the same replacements (mean constants, or what the writers write
 on each example's counterfactual input), and leaves the same first tokens alone. Signed scores are ordered once by size
-and once by sign. In rounds, attribution takes at least as many backward passes as the joint search, and the mask a
-quarter to three fifths more, so that it has no fewer in all than a search that is sharpened (under mean
-ablation of a real model edge pruning and attribution in rounds, too); one-shot scores have no more to take. Integrated
-gradients over activations take two passes for each layer and step: they see no more examples than make them no fewer
-passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is hard-concrete gates on edges; here one
-training gives the order for all sizes, by the gates' logits, where the paper trains for each size. Its penalty is 20,
-which was better on induction's test examples than the default, 2. Sharpened is a search of one round for each size that
-is reported and, in all other passes, masks from its order and from nothing, and exchanges; where rounds take all
-examples none of them is made again. Where they do not, and the ablation is by means, the search ends at a fifth of the
-edges, and one mask in steps of eight examples goes on inside of these; a mask from nothing takes such steps there too,
-in place of 32 (both chosen on validation examples of prompts that no table has). Sizes are reported on test examples.
+and once by sign. In rounds, attribution takes at least as many backward passes as the joint search (or one for each
+round that can still remove an edge), and the mask and edge pruning a quarter to three fifths more, so that they have no
+fewer in all than a search that is sharpened (under mean ablation of a real model attribution in rounds, too); one-shot
+scores have no more to take. Integrated gradients over activations take two passes for each layer and step: they see no
+more examples than make them no fewer passes in all than the search. Edge pruning (Bhaskar et al., arXiv 2406.16778) is
+hard-concrete gates on edges; here one training gives the order for all sizes, by the gates' logits, where the paper
+trains for each size. Its penalty is 20, which was better on induction's test examples than the default, 2. Sharpened is
+a search of one round for each size that is reported and, in all other passes, masks from its order and from nothing,
+and exchanges; where rounds take all examples none of them is made again. Where they do not, and the ablation is by
+means, the search ends at a fifth of the edges, and one mask in steps of eight examples goes on inside of these; a mask
+from nothing takes such steps there too, in place of 32 (both chosen on validation examples of prompts that no table
+has). Sizes are reported on test examples.
 
     python benchmarks/edges.py --tasks ioi induction --ablations counterfactual
     python benchmarks/edges.py --model smollm2 --tasks ioi --readers layer --ablations counterfactual --seeds 0 \
@@ -82,12 +83,11 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
         return search_passes(rounds, probes, min(len(train), per_round or len(train)))
 
     def trained(train: tls.Examples, values: tls.Values) -> int:
-        """Examples that a mask is trained on."""
+        """Examples that a mask is trained on, and gates of edge pruning."""
         return math.ceil(mask_share(per_round, values) * backward(train))
 
     def least(train: tls.Examples, values: tls.Values) -> int:
-        """Examples that attribution in rounds and edge pruning see, both ways: on a real model under mean ablation as
-        many as a mask."""
+        """Examples that attribution in rounds sees, both ways; where passes are few, as many as a mask."""
         return trained(train, values) if few(per_round, values) else backward(train)
 
     def joint(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
@@ -130,7 +130,7 @@ def methods(rounds: int, probes: int, steps: int, per_round: int | None = None) 
 
     def pruning(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:
         many = min(32, len(train))
-        given = {"steps": -(-least(train, values) // many), "per_step": many, "penalty": 20.0, **quiet}
+        given = {"steps": -(-trained(train, values) // many), "per_step": many, "penalty": 20.0, **quiet}
         return tls.baselines.hard_concrete(model, train, units, values=values, seed=seed, **given)
 
     def flow(model: Any, train: tls.Examples, units: tls.Units, *, values: tls.Values, seed: int) -> Any:

@@ -105,7 +105,8 @@ def found_by(
     given: dict[str, Any] = {"values": values, "seed": seed, "per_step": int(per_step)}
     if kind == "mask":
         more = mask_share(setting.per_round, values) if setting.sizes == EDGES else 1.0
-        return trained_mask(model, train, units, examples=math.ceil(more * setting.budget), **given)
+        given |= {"examples": math.ceil(more * setting.budget), "smallest": setting.sizes[-1]}
+        return trained_mask(model, train, units, **given)
     searched = ENDS[end[0]]
     sizes = setting.sizes if searched or 0.5 in setting.sizes else (0.5, *setting.sizes)
     given |= {"probing": tls.Probing(1, examples=setting.per_round), "budget": setting.budget, "searched": searched}

@@ -87,8 +87,8 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
         return tls.score.exact(model, some, units, values=values, seed=seed, batch_size=size, progress=False)
 
     def mask(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
-        given = {"values": values, "seed": seed, "examples": backward, "per_step": size}
-        return trained_mask(model, train, units, **given)
+        given: dict[str, Any] = {"values": values, "seed": seed, "examples": backward, "per_step": size}
+        return trained_mask(model, train, units, smallest=SIZES[-1], **given)
 
     def polished(model: Any, train: tls.Examples, units: tls.Units, values: tls.Values, seed: int) -> Any:
         path, *others = (find(model, train, units, values, seed) for find in (sharpening, mask, removed))
