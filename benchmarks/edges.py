@@ -250,6 +250,9 @@ def main() -> None:
     setting = f"{chosen.model or 'shipped'}-{chosen.examples}-{chosen.rounds}-{chosen.probes}"
     setting += "" if chosen.readers == "qkv" else f"-{chosen.readers}"
     setting += "" if chosen.per_round is None else f"-{chosen.per_round}"
+    for option in ("test", "steps"):
+        given = getattr(chosen, option)
+        setting += "" if given == options.get_default(option) else f"-{option}{given}"
     folder = RESULTS / "edges" / setting
     folder.mkdir(parents=True, exist_ok=True)
     every = methods(chosen.rounds, chosen.probes, chosen.steps, chosen.per_round)

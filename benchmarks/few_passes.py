@@ -29,6 +29,7 @@ from shared import LEAST, RESULTS, circuit_of, geometric_mean, marked, parser, s
 import tl_sparsify as tls
 from tl_sparsify._internal.files import write_text
 from tl_sparsify.comparison.tables import table_of
+from tl_sparsify.core.measure import circuit_risks
 
 TASKS = ("repetition", "greater_than")
 WORDS = (
@@ -127,11 +128,12 @@ def rows(kind: str, task: str, ablation: str, method: str, seed: int) -> list[di
     values = getattr(tls.constants, ablation)(model, train, units)
     found = found_by(method, setting, model, train, units, values, seed)
     same = {"units": kind, "task": task, "ablation": ablation, "method": method, "seed": seed}
-    rows: list[dict[str, Any]] = []
-    for size in setting.sizes:
-        measured = tls.risk(model, tls.constants.reduced(model, circuit_of(found, size), values), validation)
-        rows.append(same | {"size": size, "risk": measured.mean, "risk_stderr": measured.stderr})
-    return rows
+    circuits = [circuit_of(found, size) for size in setting.sizes]
+    measured = circuit_risks(model, tls.constants.reduced(model, circuits[0], values), circuits, validation)
+    return [
+        same | {"size": size, "risk": risk.mean, "risk_stderr": risk.stderr}
+        for size, risk in zip(setting.sizes, measured, strict=True)
+    ]
 
 
 def page(frame: pd.DataFrame) -> str:

@@ -1,15 +1,15 @@
 r"""A real language model: circuits of SmolLM2-135M by the joint search and by other orders, on text tasks.
 
 One cell for each task, kind of units, method and seed: a CSV of its own, so that a run that was stopped goes on where
-it was. Every method sees the same training examples and the same means, leaves the same first tokens alone, and takes
-at least as many backward passes as the joint search but for one-shot scores, which have no more to take. The joint
-search draws some of the training examples for each round, a mask some for each step; attribution takes all of them
-every time. Sharpened is a search of one round for each size that is reported and, in all other passes, masks from its
-order and from nothing, whose circuits are measured on an eighth of the training examples. Polished is what is sharpened
-after exact exchanges on all training examples, with the circuits of exact removal and of the mask as rivals; it is made
-where it is asked for by name, as exact removal is. With ``--refit`` there are also rows of constants that are refitted
-from the means, for each circuit, until the validation risk no longer falls, or ``--most`` steps are done, and for half
-of ``--patience`` steps more at a falling rate.
+it was. Every method sees the same training examples and the same means, and takes at least as many backward passes as
+the joint search but for one-shot scores, which have no more to take. The joint search draws some of the training
+examples for each round, a mask some for each step; attribution takes all of them every time. Sharpened is a search of
+one round for each size that is reported and, in all other passes, masks from its order and from nothing, whose circuits
+are measured on an eighth of the training examples. Polished is what is sharpened after exact exchanges on all training
+examples, with the circuits of exact removal and of the mask as rivals; it is made where it is asked for by name, as
+exact removal is. With ``--refit`` there are also rows of constants that are refitted from the means, for each circuit,
+until the validation risk no longer falls, or ``--most`` steps are done, and for half of ``--patience`` steps more at a
+falling rate.
 
     tl-sparsify fetch smollm2
     python benchmarks/real_model.py --tasks ioi subject_verb_agreement --kinds heads+neurons
@@ -192,10 +192,12 @@ def main() -> None:
     every = methods(options)
     names = options.methods or [name for name in every if name not in BY_NAME]
     check_methods(parser, names, every)
-    folder = RESULTS / f"{options.examples}-{options.per_round}-{options.probes}-{options.first_token}"
+    named = ("model", "examples", "per_round", "probes", "first_token", "test")
+    folder = RESULTS / "-".join(str(getattr(options, option)) for option in named)
     for seed, task, kind, method in itertools.product(options.seeds, options.tasks, options.kinds, names):
         name = f"{task}-{kind}-{method.replace(', ', '-').replace(' ', '_')}-{seed}"
-        files = {"mean": folder / f"{name}.csv", "refitted": folder / f"{name}-refit.csv"}
+        fitted = f"{name}-refit-{options.patience}-{options.most}"
+        files = {"mean": folder / f"{name}.csv", "refitted": folder / f"{fitted}.csv"}
         if files["refitted" if options.refit else "mean"].is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)

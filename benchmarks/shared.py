@@ -20,8 +20,8 @@ from tl_sparsify.comparison.cost import counted
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 WOVEN, CONTINUED = 6, 4
-"""Circuits that are measured at most for each size of a path that is sharpened, beside its exchanges; and for one of a
-path that is gone on with below its last circuit."""
+"""About how many circuits are measured for each size of a path that is sharpened, beside its exchanges (eight at most);
+and for one of a path that is gone on with below its last circuit (six at most)."""
 LEAST = 1e-6
 """In nats; lower risks are told apart by rounding only."""
 Page = Callable[[pd.DataFrame], str]
@@ -68,8 +68,8 @@ def in_processes(
 
 
 def search_passes(rounds: int, probes: int, examples: int) -> int:
-    """Backward passes, of one example each, of a joint search: in all rounds that see so many examples, and in those
-    that are made again."""
+    """Backward passes, of one example each, of a joint search, at most: in all rounds that see so many examples, and in
+    those that may be made again."""
     return (rounds + rounds // 2) * (probes + 1) * examples
 
 
@@ -87,9 +87,9 @@ def steps_left(
 ) -> int:
     """How many steps of masks a search leaves that has ``spent`` its passes, each over one example.
 
-    With it they take no more backward passes than the ``budget``, and no more than three times as many passes in all
-    (four times where values are ``paired``). ``train`` and ``held_out`` are numbers of examples; ``woven``
-    circuits of so many ``rounds`` are measured, and offered exchanges twice.
+    With it they take about as many backward passes as the ``budget`` and three times as many passes in all (four times
+    where values are ``paired``), or fewer: each table has what was taken. ``train`` and ``held_out`` are numbers of
+    examples; ``woven`` circuits of so many ``rounds`` are measured, and offered exchanges twice.
     """
     offers = 2 if exchanged else 0
     measuring = woven + offers * (exchanged**2 + 5) + 3 * paired

@@ -19,6 +19,7 @@ from shared import RESULTS, circuit_of, geometric_mean, marked, parser, search_p
 
 import tl_sparsify as tls
 from tl_sparsify.comparison.tables import table_of
+from tl_sparsify.core.measure import circuit_risks
 
 TASKS = ("hierarchical_equality", "balanced_brackets", "greatest_of_list", "planted_gate", "tracr_sort")
 ABLATIONS = ("counterfactual", "mean")
@@ -61,12 +62,13 @@ def rows(name: str, ablation: str, method: str, seed: int) -> list[dict[str, Any
     make = tls.constants.counterfactual if ablation == "counterfactual" else tls.constants.mean
     values = make(model, train, units)
     order = found_by(method, model, train, units, values, seed)
-    found: list[dict[str, Any]] = []
-    for size in SIZES:
-        circuit = circuit_of(order, size)
-        measured = tls.risk(model, tls.constants.reduced(model, circuit, values), validation)
-        row = {"task": name, "ablation": ablation, "seed": seed, "method": method, "size": size}
-        found.append(row | {"kept": len(circuit), "risk": measured.mean})
+    circuits = [circuit_of(order, size) for size in SIZES]
+    measured = circuit_risks(model, tls.constants.reduced(model, circuits[0], values), circuits, validation)
+    same = {"task": name, "ablation": ablation, "seed": seed, "method": method}
+    found: list[dict[str, Any]] = [
+        same | {"size": size, "kept": len(circuit), "risk": risk.mean}
+        for size, circuit, risk in zip(SIZES, circuits, measured, strict=True)
+    ]
     print(f"{name}, {ablation}, seed {seed}: {method} " + ", ".join(f"{r['risk']:.3g}" for r in found), flush=True)
     return found
 

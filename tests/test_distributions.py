@@ -13,7 +13,7 @@ from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import InterventionDistribution, drawn_interventions
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
-from tl_sparsify.core.measure import risk
+from tl_sparsify.core.measure import known_of, risk
 from tl_sparsify.core.metrics import divergence
 from tl_sparsify.core.probes import joint_moments, samples
 from tl_sparsify.core.reduction import Reduction
@@ -103,6 +103,16 @@ def test_search_and_refit_take_a_distribution():
     fitted = constants.refit(model, given, batch, batch, steps=30, interventions=MIXED, progress=False)
     before = risk(model, given, batch, interventions=MIXED).mean
     assert risk(model, fitted, batch, interventions=MIXED).mean < before
+
+
+def test_a_refit_does_not_take_what_is_known_of_the_original_alone():
+    model, batch = bridge(), examples(n=20)
+    units = units_of(model)
+    given = sparsify(model, batch, units, sizes=(0.5,), progress=False).at(0.5)
+    known = known_of(model, batch, units, clean=True, many=True, batch_size=None)
+    settings: dict[str, Any] = {"steps": 5, "interventions": MIXED, "progress": False}
+    fitted, expected = (constants.refit(model, given, batch, batch, known=one, **settings) for one in (known, None))
+    assert fitted == expected
 
 
 def test_bad_distributions_are_refused():

@@ -152,8 +152,9 @@ def test_within_is_the_smallest_round_that_is_good_enough():
     for nats in sorted(risks):
         allowed = [step for step, value in zip(path.rounds, risks, strict=True) if value <= nats]
         assert path.within(model, data, nats) == allowed[-1].reduction
-    with pytest.raises(ValueError, match=r"within -1.0 nats; the lowest risk is 0\.\d+"):
+    with pytest.raises(ValueError, match=r"within -1.0 nats; the lowest risk is 0\.\d+"), counted(model) as passes:
         path.within(model, data, -1.0)
+    assert passes["forward"] == 20 * (len(path.rounds) + 1)
 
 
 def test_the_frame_has_a_row_a_round():

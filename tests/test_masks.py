@@ -124,6 +124,33 @@ def test_top_k_gates_have_sizes_from_the_smallest_to_all_evenly_by_logarithm():
     assert torch.equal(first[:8], first[8:16]) and len(first[:8].sum(1).unique()) == 8
 
 
+@pytest.mark.parametrize(("n", "per_step"), [(12, 4), (64, 64), (16, 256)])
+def test_examples_take_large_and_small_sizes_in_turn_whatever_their_number_in_a_step(n: int, per_step: int):
+    """Where a step takes them all, each of them takes all eight sizes."""
+    units = 40
+    model = TwoLayers(torch.ones(1, units, dtype=torch.float64), torch.eye(units, dtype=torch.float64))
+    inputs = torch.arange(1, n + 1, dtype=torch.float64)[:, None]
+    batch = Examples(inputs, torch.zeros(n, 1, dtype=torch.long))
+    zero = Values(model.units, (torch.zeros(units, 1, dtype=torch.float64),))
+    sizes: dict[int, set[int]] = {}  # of each example, in eighths of the way from 4 to 40 by logarithm
+
+    def metric(logits: Tensor, batch: Examples) -> Tensor:
+        for gated, value in zip(logits.detach(), batch.tokens[:, 0].tolist(), strict=True):
+            place = math.log(float(gated.sum()) / value / 4) / math.log(10)
+            sizes.setdefault(round(value), set()).add(min(7, int(8 * place)))
+        return logits.sum(1)
+
+    settings: dict[str, Any] = {"values": zero, "metric": metric, "smallest": 0.1, "learning_rate": 1e-9}
+    top_k_gate(model, batch, model.units, steps=60, per_step=per_step, **settings)
+    assert len(sizes) == n and set.union(*sizes.values()) == set(range(8))
+    assert per_step < n or all(len(found) == 8 for found in sizes.values())
+
+
+def test_a_mask_may_be_trained_at_all_units_alone():
+    for units in (3, 100):
+        assert bool((gates_of(top_k_gate, units=units, n=8, smallest=1.0) > 1 - 1e-6).all())
+
+
 @given(st.integers(0, 2**31), st.integers(1, 40), st.floats(1e-3, 1e3))
 def test_relative_weights_are_those_of_the_logarithms(seed: int, n: int, scale: float):
     """Of a first step: examples take eight sizes in turn, and each size's mean counts by its logarithm."""
@@ -132,15 +159,15 @@ def test_relative_weights_are_those_of_the_logarithms(seed: int, n: int, scale: 
     size = torch.arange(n) % 8
     logs = [(size == one).sum() * found[size == one].mean().log() for one in size.unique()]
     (slope,) = torch.autograd.grad(torch.stack(logs).sum(), found)
-    assert torch.allclose(relative_to_size()(found), slope, rtol=1e-12)
+    assert torch.allclose(relative_to_size()(found, 0), slope, rtol=1e-12)
 
 
 def test_relative_weights_follow_a_running_level_and_stay_finite():
     weights = relative_to_size()
     levels = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.0])
-    assert torch.allclose(1 / weights(levels), torch.cat([levels[:7], torch.tensor([8e-5])]))
-    assert torch.allclose(1 / weights(2 * levels)[:7], 1.1 * levels[:7])
-    assert bool((relative_to_size()(torch.zeros(3)) * 0 == 0).all())
+    assert torch.allclose(1 / weights(levels, 0), torch.cat([levels[:7], torch.tensor([8e-5])]))
+    assert torch.allclose(1 / weights(2 * levels, 1)[:7], 1.1 * levels[:7])
+    assert bool((relative_to_size()(torch.zeros(3), 0) * 0 == 0).all())
 
 
 # Training

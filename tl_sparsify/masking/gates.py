@@ -14,8 +14,8 @@ from tl_sparsify._internal.arguments import checked
 
 Gates = Callable[[Float[Tensor, "units"], Int[Tensor, "batch"], int], Float[Tensor, "batch units"]]
 """From the logits, the examples of a step and its number: each example's gates."""
-Weighting = Callable[[Float[Tensor, "batch"]], Float[Tensor, "batch"]]
-"""From the divergences of a step's examples: how much each counts."""
+Weighting = Callable[[Float[Tensor, "batch"], int], Float[Tensor, "batch"]]
+"""From the divergences of a step's examples and its number: how much each counts."""
 _STRATA = 8  # sizes in a step
 _SMOOTH, _FLOOR = 0.9, 1e-5  # of the levels of the sizes: a running mean; beside the highest none counts as less
 
@@ -25,10 +25,15 @@ def of_random_sizes(least: int, most: int, temperature: float, seed: int) -> Gat
 
     def gates(logits: Float[Tensor, "units"], index: Int[Tensor, "batch"], step: int) -> Float[Tensor, "batch units"]:
         u = (torch.arange(_STRATA) + _random.uniform(seed, 83, step, torch.arange(_STRATA))) / _STRATA
-        k = (math.log(least) + u * math.log(most / least)).exp()
-        return soft_top_k(logits, k.to(logits), temperature)[torch.arange(len(index)) % _STRATA]
+        k = (math.log(least) + u * math.log(most / least)).exp().to(logits).clamp_max(most)
+        return soft_top_k(logits, k, temperature)[_taken(len(index), step)]
 
     return gates
+
+
+def _taken(count: int, step: int) -> Int[Tensor, "batch"]:
+    """Which of the sizes each of so many examples takes: in turn, from one step to the next."""
+    return (torch.arange(count) + step * count) % _STRATA
 
 
 def relative_to_size() -> Weighting:
@@ -37,8 +42,8 @@ def relative_to_size() -> Weighting:
     learn nothing beside it."""
     levels = torch.full((_STRATA,), float("nan"), dtype=torch.float64)
 
-    def weights(divergences: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-        found, size = divergences.detach().double().cpu(), torch.arange(len(divergences)) % _STRATA
+    def weights(divergences: Float[Tensor, "batch"], step: int) -> Float[Tensor, "batch"]:
+        found, size = divergences.detach().double().cpu(), _taken(len(divergences), step)
         seen = torch.bincount(size, minlength=_STRATA)
         now = torch.zeros(_STRATA, dtype=torch.float64).index_add(0, size, found) / seen
         blended = torch.where(levels.isnan(), now, _SMOOTH * levels + (1 - _SMOOTH) * now)
@@ -64,7 +69,7 @@ def soft_top_k(
         raise ValueError(
             f"k lies between {float(k.min()):g} and {float(k.max()):g}; it must be positive and at most {n}"
         )
-    share = (k / n).clamp_max(1 - 1e-9)[:, None].double()
+    share = (k.double() / n).clamp_max(1 - 1e-9)[:, None]
     with torch.no_grad():
         scaled = logits.double() / temperature
         low, high = scaled.min() - share.logit(), scaled.max() - share.logit()  # all gates above, all below k / n

@@ -58,7 +58,7 @@ def hard_concrete(
 
     By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
     the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
-    one forward pass more for the means where not given, and 51 over ``held_out``.
+    one forward pass more for the means where not given, and at most 51 over ``held_out``.
 
     Raises:
         ValueError: a model in training mode; ``steps`` or ``per_step`` below one; a negative ``penalty``; a

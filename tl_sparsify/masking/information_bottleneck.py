@@ -67,8 +67,8 @@ def information_bottleneck(
 
     By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
     the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
-    one forward pass more for means and variances, one of one example, and 51 over ``held_out``. A random number for
-    each number of the units at each position of a step.
+    one forward pass more for means and variances, one of one example, and at most 51 over ``held_out``. A random number
+    for each number of the units at each position of a step.
 
     Raises:
         ValueError: a model in training mode; ``steps`` or ``per_step`` below one; a ``beta`` that is negative; a

@@ -155,11 +155,13 @@ def sharpen(
         known.update(zip(new, circuit_risks(model, last, new, judged, **measuring), strict=True))
         return [known[circuit] for circuit in circuits]
 
-    part = judged[torch.arange(0, len(judged), _SCREENED)]
+    some = torch.arange(0, len(judged), _SCREENED)
+    there = last.for_examples(some)
     screening: dict[str, Any] = measuring | {"recall": remembering()}
 
     def screen(circuits: Sequence[Circuit]) -> list[Estimate]:
-        return circuit_risks(model, last, circuits, part, **screening)
+        offered = [Circuit(there.units, circuit.mask) for circuit in circuits]
+        return circuit_risks(model, there, offered, judged[some], **screening)
 
     def slopes(circuit: Circuit) -> Float[Tensor, "units"]:
         return risk_slopes(model, last.with_circuit(circuit), judged, **measuring)
@@ -167,7 +169,7 @@ def sharpen(
     circuits = woven(Circuit.full(units), orders, counts, measure)
     offering: dict[str, Any] = {"measure": measure, "screen": screen, "slopes": slopes}
     circuits = with_exchanges(circuits, orders[-1], kept, exchanged, **offering)
-    # what a path that is gone on with left out stays left out, in its order
+    # where a path is gone on with, its order says what its largest circuit may be grown by
     outermost = counts[0] if within else n
     around = torch.zeros(n, dtype=torch.bool).index_fill(0, order[n - outermost :], True)
     circuits = grown(circuits, orders, Circuit(units, around), measure=measure, slopes=slopes)
@@ -182,11 +184,11 @@ def sharpen(
 
 
 def _counts(path: CircuitPath, sizes: Sequence[float] | None) -> list[int]:
-    """How many units each circuit keeps, from the largest on."""
+    """How many units each circuit keeps, from the largest on; sizes of the same number are one circuit."""
     if sizes is None:
         return [len(step.reduction.circuit) for step in path.rounds]
     check_sizes(sizes)
-    return [kept_count(len(path.units), size) for size in sizes]
+    return list(dict.fromkeys(kept_count(len(path.units), size) for size in sizes))
 
 
 def _logits(order: Int[Tensor, "units"], within: int | None) -> Float[Tensor, "units"]:

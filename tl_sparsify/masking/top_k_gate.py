@@ -53,7 +53,7 @@ def top_k_gate(
 
     By default 81 forward and 80 backward passes over the data, in general ``steps per_step / n`` of both and one for
     the original's logits; where these are more than 2^24 numbers, they are made in each step, by as many passes again;
-    one forward pass more for the means where not given, and 51 over ``held_out``.
+    one forward pass more for the means where not given, and at most 51 over ``held_out``.
 
     Raises:
         ValueError: as in :func:`hard_concrete`; a ``temperature`` that is not positive, or ``smallest`` outside (0, 1].

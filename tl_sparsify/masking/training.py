@@ -32,7 +32,7 @@ from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
 from tl_sparsify.core.intervene import Intervention
-from tl_sparsify.core.measure import Recall, circuit_risks, remembered, remembering, with_slopes
+from tl_sparsify.core.measure import circuit_risks, remembered, remembering, with_slopes
 from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
@@ -87,13 +87,14 @@ def trained(
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
     if constants.units != units or not (constants.constant or constants.paired):
         raise ValueError(f"values are {constants!r}: give constants for {units!r}")
-    size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size)
+    size, together = min(per_step, len(examples)), batch_size_for(model, examples, batch_size, units)
     steps = math.ceil(_EPOCHS * len(examples) / size) if steps is None else steps
-    per_epoch, every = len(examples) // size, max(1, steps // _JUDGED)
+    per_epoch, every = len(examples) // size, math.ceil(steps / _JUDGED)
     many = steps * size > len(examples)
     known = remembered(model, examples, batch_size=batch_size) if many and original is None else original
     logits = start.to(device_of(model), keep_dtype_of(model)).requires_grad_()
-    best, lowest, recall = logits.detach().clone(), float("inf"), remembering()
+    best, lowest = logits.detach().clone(), float("inf")
+    judging: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "recall": remembering()}
     optimizer = torch.optim.Adam([logits], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -118,20 +119,22 @@ def trained(
     with frozen(model):
         for step in bar(range(steps), "training a mask", progress):
             order = _random.permutation(len(examples), seed, 89, step // per_epoch)
-            index = order[(step % per_epoch) * size :][:size].sort().values
+            index = order[(step % per_epoch) * size :][:size]
+            if size < len(examples):  # else in random order: gates may depend on an example's place
+                index = index.sort().values
             with torch.enable_grad():
                 keep = gates(logits, index, step)
             rows = gathered(slopes(index, keep, step), len(index))
             slope = torch.cat([one for one, _ in rows])
             if weighting is not None:
-                slope = slope * weighting(torch.cat([found for _, found in rows])).to(slope)[:, None]
+                slope = slope * weighting(torch.cat([found for _, found in rows]), step).to(slope)[:, None]
             with torch.enable_grad():
                 loss = (keep * slope).sum() + (0 if penalty is None else penalty(logits))
             (logits.grad,) = torch.autograd.grad(loss, logits)
             optimizer.step()
             schedule.step()
-            if held_out is not None and (step + 1) % every == 0:
-                found = _judged(model, logits.detach(), constants, held_out, metric, batch_size, recall)
+            if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
+                found = _judged(model, logits.detach(), constants, held_out, first_token, **judging)
                 if found < lowest:
                     best, lowest = logits.detach().clone(), found
     scores = logits.detach() if held_out is None else best
@@ -147,13 +150,13 @@ def _judged(
     logits: Float[Tensor, "units"],
     values: Values,
     held_out: Examples,
-    metric: Metric | None,
-    batch_size: int | None,
-    recall: Recall,
+    first_token: FirstToken,
+    **judging: Any,
 ) -> float:
     """The measured risk of the circuits of the greatest logits, averaged over sizes."""
     scores = Scores(values.units, logits, logits, "", "", 0, 0)
     circuits = [scores.top(fraction) for fraction in _SIZES]
-    shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "recall": recall}
-    found = circuit_risks(model, Reduction(circuits[0], values), circuits, held_out, **shared)
-    return sum(estimate.mean for estimate in found) / len(circuits)
+    different = list(dict.fromkeys(circuits))
+    reduction = Reduction(circuits[0], values, first_token=first_token)
+    found = dict(zip(different, circuit_risks(model, reduction, different, held_out, **judging), strict=True))
+    return sum(found[circuit].mean for circuit in circuits) / len(circuits)

@@ -95,9 +95,9 @@ def polish(
     best, lowest = candidates[int(found.argmin())], float(found.min())
     if not 0 < len(best) < n:
         return reduction.with_circuit(best)
-    tried = {best}
+    tried = set(candidates)
     while spent + probes + 4 + _AT_ONCE < passes:
-        expanding = shared | {"probes": probes, "temperature": temperature, "seed": seed}
+        expanding = shared | {"probes": probes, "temperature": temperature, "seed": seed, "recall": recall}
         proposals = _exchanges(model, reduction.with_circuit(best), examples, expanding)
         spent += probes + 4
         improved = False

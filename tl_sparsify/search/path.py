@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.measure import risk
+from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
@@ -107,15 +107,15 @@ class CircuitPath:
         return reduction.with_circuit(Circuit(self.units, mask))
 
     def within(self, model: Model, validation: Examples, nats: float, *, batch_size: int | None = None) -> Reduction:
-        """The smallest round whose measured risk on ``validation`` is at most ``nats``; one risk for each round
-        tried, from the smallest.
+        """The smallest round whose measured risk on ``validation`` is at most ``nats``; a forward pass for each round
+        tried, from the smallest, and one for the original.
 
         Raises:
             ValueError: no round is within ``nats``.
         """
-        lowest = float("inf")
+        lowest, recall = float("inf"), remembering()
         for step in reversed(self.rounds):
-            found = risk(model, step.reduction, validation, batch_size=batch_size).mean
+            found = risk(model, step.reduction, validation, batch_size=batch_size, recall=recall).mean
             lowest = min(lowest, found)
             if found <= nats:
                 return step.reduction

@@ -20,7 +20,7 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
 from tl_sparsify.core.intervene import ablate, intervened
-from tl_sparsify.core.measure import Known, known_of, known_risk
+from tl_sparsify.core.measure import Known, computed, known_of, known_risk
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.units import Model
@@ -65,7 +65,8 @@ def refit(
 
     A step is on ``per_step`` examples (``None``: all of ``train``), ``batch_size`` of them at a time (as many as fit
     where not given): the numbers do not depend on that. ``known`` may come from an earlier refit of the same model on
-    the same examples and units (:func:`measure.known_of`); the reduction is then not checked to be the model's.
+    the same examples and units (:func:`measure.known_of`); the reduction is then not checked to be the model's. Under
+    ``interventions`` the original's logits in it are not used.
 
     About ``steps * per_step`` examples of one forward and one backward pass, two forward passes over ``train`` and 12
     over ``validation``. Where the original's logits are more than 2**24 numbers, under ``interventions``, and in less
@@ -104,11 +105,11 @@ def refit(
     many = steps * size > len(train)
     if known is None:
         known = known_of(model, train, reduction.units, clean=clean, many=many, batch_size=batch_size)
-    logits = known.logits if many else None
+    logits, recall = (known.logits if many else None, known.recall) if clean else (None, computed)
     theta, at, moving = _movable(reduction, removed, known.deviations)
 
     judging: dict[str, Any] = {"metric": metric, "interventions": interventions, "seed": seed}
-    judging |= {"batch_size": batch_size, "recall": known.recall}
+    judging |= {"batch_size": batch_size, "recall": recall}
 
     def validated(parameters: Parameters) -> float:
         return known_risk(model, at(parameters), validation, **judging).mean
