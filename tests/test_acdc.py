@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.models import unchanged
 from helpers.native import native
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import cost_of
 
 
 def slowly(model: Any, examples: tls.Examples, units: tls.Units, values: tls.Values, threshold: float) -> set[str]:
@@ -58,3 +60,21 @@ def test_what_would_take_for_ever_and_what_are_no_edges_are_refused():
         tls.baselines.acdc(model, examples, tls.edges(model), thresholds=[0.1] * 1000)
     with pytest.raises(ValueError, match="not all of them edges"):
         tls.baselines.acdc(model, examples, tls.heads(model))
+
+
+def test_the_other_run_is_taken_once():
+    model = architectures.fresh("GPT-2", n_layer=2, n_head=2, n_embd=8, n_inner=8)
+    examples = architectures.batch()
+    examples = replace(examples, counterfactual_tokens=examples.tokens.flip(0).roll(1, 1))
+    units = tls.edges(model, "head")
+    values = tls.constants.counterfactual(model, examples, units)
+
+    def sweep(size: int | None = None) -> tls.Scores:
+        settings: dict[str, Any] = {"thresholds": [0.003], "batch_size": size, "progress": False}
+        return tls.baselines.acdc(model, examples, units, values=values, **settings)
+
+    found, cost = cost_of(model, len(examples), sweep)
+    kept = {name for name, score in zip(units.names, found.scores.tolist(), strict=True) if score > 0}
+    assert kept == slowly(model, examples, units, values, 0.003) and 0 < len(kept) < len(units)
+    assert cost.forward == found.forward_passes <= 2 + len(units)
+    assert torch.equal(sweep(2).scores, found.scores)

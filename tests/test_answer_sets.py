@@ -25,7 +25,8 @@ YEARS = [
 
 
 def load(source: Any, **settings: Any) -> tls.LoadedExamples:
-    return tls.load_examples(word_level(), source, **{"padding_side": "left"} | settings)
+    given: dict[str, Any] = {"padding_side": "left"} | settings
+    return tls.load_examples(word_level(), source, **given)
 
 
 def test_all_right_and_wrong_answers_are_kept():
@@ -165,6 +166,36 @@ def test_a_wrong_answer_of_another_number_of_tokens():
     assert found.rows == (0, 1) and found.dropped["reason"].tolist() == ["wrong answer of another number of tokens"]
     with pytest.raises(ValueError, match="choices are of one token"):
         load(LONG, answer_tokens="several", choices=[" sat"])
+
+
+@pytest.mark.parametrize("other", ["the dog", None])
+def test_an_answer_that_does_not_fit_into_the_context(other: str | None):
+    """All tokens of the answer but the last are input too, behind the prompt and behind the counterfactual one."""
+    fits = {"prompt": "the cat", "answer": " sat home and", "corrupt": other}
+    rows = [fits, fits | {"answer": " sat home and then"}]
+    named = {} if other else {"counterfactual_prompt": None}
+    found = load(rows, answer_tokens="several", max_length=4, unusable="drop", **named)
+    assert found.rows == (0,) and found.examples.tokens.shape == (1, 4)
+    assert found.reasons == {"prompt and answer longer than the context": 1}
+    assert found.dropped["detail"].tolist() == ["5 tokens with all of the answer but its last token, at most 4"]
+
+
+def test_an_answer_fits_behind_the_longer_one_of_a_pair():
+    rows = [LONG[0] | {"wrong_answer": None, "corrupt": "then the cat"}, LONG[1]]
+    settings = {"wrong_answer": None, "answer_tokens": "several", "pairs": "any", "unusable": "drop"}
+    assert load(rows, max_length=4, **settings).rows == (0, 1)
+    assert load(rows, max_length=3, **settings).rows == (1,)
+
+
+def test_a_model_takes_every_answer_that_is_not_refused():
+    """To the last token of its context, with what goes before the prompt."""
+    model = spoken("GPT-2")
+    context = model.cfg.n_ctx
+    rows = [(" the" * n, " Paris Paris Paris") for n in range(context - 5, context + 1)]
+    found = tls.load_examples(model, rows, answer_tokens="several", prepend_bos=True, unusable="drop")
+    assert found.rows == (0, 1, 2) and found.examples.tokens.shape == (3, context)
+    with torch.no_grad():
+        model(found.examples.tokens)
 
 
 UNEQUAL = [

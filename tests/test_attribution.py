@@ -27,7 +27,9 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
 from tl_sparsify import constants, score
+from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.distributions import InterventionDistribution
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, run_values
 from tl_sparsify.core.intervene import ablate, intervened
@@ -283,6 +285,19 @@ def test_exact_removes_several_units_in_one_pass():
     passes.clear()
     score.exact(model, batch, units, values=values, batch_size=4 * N + 1)
     assert passes == [N, *[4 * N] * 3, 2 * N]  # 14 units, four at a time
+
+
+@pytest.mark.parametrize("source, given, more", [("constant", False, 1), ("constant", True, 1), ("shuffled", False, 2)])
+def test_means_that_replace_units_and_are_intervened_with_are_taken_once(source: Any, given: bool, more: int):
+    model, batch = bridge(), data()
+    units = units_of(model)
+    values = constants.mean(model, batch, units)
+    drawn = {"interventions": InterventionDistribution.mean(0.5), "source": source, "progress": False}
+    with counted(model) as passes:
+        found = score.exact(model, batch, units, values=values if given else None, **drawn)
+    assert passes["forward"] == found.forward_passes * len(batch) == (len(units) + 1 + more) * len(batch)
+    if source == "constant":
+        assert close(found.scores, score.exact(model, batch, units, values=values, **drawn).scores)
 
 
 @pytest.mark.parametrize("metric", [correct, log_odds])

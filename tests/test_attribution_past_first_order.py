@@ -13,6 +13,7 @@ from helpers.native import native
 from torch import Tensor
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import cost_of
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.metrics import by_example, log_odds, measured_by
 
@@ -136,3 +137,12 @@ def test_what_cannot_be_is_refused():
         tls.baselines.atp_star(model, examples, tls.mlps(model))
     with unchecked(), pytest.raises(ValueError, match="direction is 'both'; it is joint or alone"):
         tls.baselines.second_order(model, examples, tls.heads(model), direction="both")  # type: ignore[arg-type]
+
+
+def test_atp_star_runs_the_model_as_often_as_it_says():
+    model, examples = native(), with_partners()
+    for units, passes in ((tls.heads(model) + tls.neurons(model), 5), (tls.neurons(model), 2)):
+        found, cost = cost_of(
+            model, len(examples), lambda units=units: tls.baselines.atp_star(model, examples, units, drop=False)
+        )
+        assert cost.forward == found.forward_passes == passes + 1

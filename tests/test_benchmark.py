@@ -262,3 +262,59 @@ def test_methods_say_whether_they_are_ours_and_names_do_not(tmp_path: Path):
         assert found[found.ours].method.unique().tolist() == ["luck"]
         assert found[~found.ours].method.unique().tolist() == ["joint luck"]
     assert not Method.of(baselines.random).ours
+
+
+def test_cells_of_other_units_or_of_another_model_are_refused(tmp_path: Path):
+    given: dict[str, Any] = {"sizes": (0.5,), "seeds": 1, "out": tmp_path, **SMALL, "refit_patience": 0, "bootstrap": 0}
+    few, all_of_them = tls.heads(model()), tls.heads(model()) + tls.neurons(model())
+    first = tls.compare(model(), task(), [baselines.random], units=few, **given)
+    with pytest.raises(ValueError, match=r"out has cells of planted_backup made with units = Units\(.* heads\)"):
+        tls.compare(model(), task(), [baselines.random], units=all_of_them, **given)
+    with pytest.raises(ValueError, match=r"made with units = .*: name another folder"):
+        tls.compare(model(), task(), [baselines.random], units=few.at(1), **given)
+    weight = next(iter(model().parameters()))
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    try:
+        with pytest.raises(ValueError, match=r"out has cells of planted_backup made with model = "):
+            tls.compare(model(), task(), [baselines.random], units=few, **given)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    again = tls.compare(model(), task(), [baselines.random], units=few, **given)
+    pd.testing.assert_frame_equal(again, first, check_dtype=False)
+    (tmp_path / "cells" / "planted_backup" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="do not say of which model and units they are, as those of older versions"):
+        tls.compare(model(), task(), [baselines.random], units=few, **given)
+
+
+def test_methods_whose_names_make_one_file_are_refused(tmp_path: Path):
+    given: dict[str, Any] = {"sizes": (0.5,), "seeds": 1, **SMALL, "refit_patience": 0, "bootstrap": 0}
+    one, other = (Method(name, {"default": baselines.random}) for name in ("of mine", "of-mine"))
+    with pytest.raises(ValueError, match=r"'of mine' and 'of-mine', whose cells would both be of_mine-0\.csv"):
+        tls.compare(model(), task(), [one, other], out=tmp_path, **given)
+    assert len(set(tls.compare(model(), task(), [one, other], **given).method)) == 2
+    tls.compare(model(), task(), [one], out=tmp_path, **given)
+    with pytest.raises(ValueError, match=r"of_mine-0\.csv is the cell of method 'of mine', and 'of-mine' makes"):
+        tls.compare(model(), task(), [other], out=tmp_path, **given)
+
+
+def test_of_few_units_every_size_has_its_row():
+    units = tls.heads(model())
+    some = replace(task(), truth={"removal": (units.names[0], "L1N3")})
+    frame = tls.compare(model(), some, [baselines.random], units=units, seeds=1, **SMALL)
+    for kind in ("zero", "mean", "refitted"):
+        here = of(frame, ablation=kind)
+        assert {0.2, 0.1, 0.05, 0.03} <= set(here["size"]) and here["size"].is_unique
+        assert of(here, kept=1).risk.nunique() == 1 < len(of(here, kept=1))
+    assert frame.auroc.isna().all() and frame.average_precision.isna().all()  # not all true units are among these
+    assert all(f"refitted, {size}%" in markdown(frame, "planted_backup") for size in (20, 10, 5, 3))
+
+
+def test_the_table_has_a_column_for_every_size_however_small():
+    frame = table().assign(size=table()["size"].replace({0.1: 0.005, 0.05: 0.002, 0.03: 0.001}))
+    head = markdown(frame, "planted_backup").splitlines()[0]
+    assert [head.count(f"| mean, {size}% |") for size in (20, 0.5, 0.2, 0.1)] == [1] * 4
+    plain = markdown(of(table(), ablation="mean"), "planted_backup").splitlines()[0]
+    assert "| mean, 20% |" in plain and "| mean, 3% |" in plain and "refitted" not in plain

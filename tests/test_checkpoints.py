@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import counted
 from tl_sparsify.search import checkpoint as checkpoints
 from tl_sparsify.search import joint
 
@@ -57,6 +58,34 @@ def same(one: tls.CircuitPath, other: tls.CircuitPath) -> bool:
         and repr((a.predicted, a.measured, a.additivity)) == repr((b.predicted, b.measured, b.additivity))
         for a, b in rounds
     )
+
+
+def first_logit(logits: torch.Tensor, batch: tls.Examples, times: float = 1.0) -> torch.Tensor:
+    return times * logits[:, 0]
+
+
+def test_metrics_of_one_name_are_other_searches(tmp_path: Path):
+    def times(factor: float) -> Any:
+        return lambda logits, batch: factor * logits[:, 0]
+
+    pairs = [
+        (partial(first_logit, times=1.0), partial(first_logit, times=2.0)),
+        (times(1.0), times(2.0)),
+        (lambda logits, batch: logits[:, 0], lambda logits, batch: logits[:, 1]),
+    ]
+    for number, (one, other) in enumerate(pairs):
+        folder = tmp_path / str(number)
+        path = search(folder, "predicted", metric=one, sizes=(0.5,))
+        assert same(path, search(folder, "predicted", metric=one, sizes=(0.5,)))
+        with pytest.raises(ValueError, match="belongs to a search with another metric"):
+            search(folder, "predicted", metric=other, sizes=(0.5,))
+
+
+def test_units_that_no_file_holds_are_refused_before_a_pass(tmp_path: Path):
+    model, train, _, units = parts()
+    with counted(model) as passes, pytest.raises(ValueError, match="such units cannot be saved"):
+        tls.sparsify(model, train, units.at(slice(0, 1)), checkpoint=tmp_path, progress=False)
+    assert passes["forward"] == passes["backward"] == 0
 
 
 class Stopped(BaseException):

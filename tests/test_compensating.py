@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import psutil
@@ -13,6 +14,7 @@ from torch import Tensor
 from tl_sparsify import constants
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import output
 from tl_sparsify.core.measure import risk
@@ -70,6 +72,57 @@ def test_of_two_copies_one_is_kept():
     path = sparsify_affine(model, batch, model.units, sizes=[6 / 7], ridge=1e-9, probes=2, progress=False)
     assert path.order[0] in (2, 5)
     assert path.rounds[0].measured.mean < 1e-9
+
+
+def test_take_overs_of_earlier_rounds_are_counted_with():
+    """Unit 0 copies unit 1, and leaves in the first of two rounds: unit 1 is then read with the weights of both."""
+    w_in = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    one, other = torch.tensor([1.0, -1, 0]) / 2**0.5, torch.tensor([1.0, 1, -2]) / 6**0.5
+    model = TwoLayers(w_in, 0.05 * torch.stack([one, 1.1 * one, 1.6 * other, 1.8 * other]).double())
+    x = torch.randn(400, 3, generator=seeded(1), dtype=torch.float64)
+    x = 20 * torch.linalg.qr(x - x.mean(0))[0]  # unit variances, and nothing of a unit in another one but its copy
+    batch = Examples(x, torch.zeros(400, 1, dtype=torch.long))
+    units = model.units
+    means = constants.reduced(model, Circuit.full(units), constants.mean(model, batch, units))
+
+    def with_maps(kept: tuple[str, ...]) -> float:
+        reduction = means.with_circuit(Circuit.of(units, kept))
+        return risk(model, constants.neighbours(model, reduction, batch, nearest=None), batch).mean
+
+    lowest = min(map(with_maps, combinations(units.names, 2)))
+    for sizes in ([0.75, 0.5], [0.5]):
+        last = sparsify_affine(model, batch, units, sizes=sizes, temperature=1.0, progress=False).rounds[-1]
+        assert last.reduction.circuit.names[1] == "L0N3" and last.measured.mean == pytest.approx(lowest, rel=1e-3)
+        assert last.predicted.mean == pytest.approx(last.measured.mean, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_rounds_choose_and_foretell_what_one_does_within_a_hook_point(seed: int):
+    model, batch = network(seed=seed), inputs(n=60, seed=seed)
+    shared = {"metric": METRIC, "ridge": 1e-9, "progress": False}
+    one, many = (
+        sparsify_affine(model, batch, model.units, sizes=sizes, **shared)
+        for sizes in ([2 / 7], [i / 7 for i in (6, 5, 4, 3, 2)])
+    )
+    assert one.order[:5].tolist() == many.order[:5].tolist()
+    assert many.rounds[-1].predicted.mean == pytest.approx(one.rounds[-1].predicted.mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("interchanged", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_each_pass_is_counted(separate: bool, interchanged: bool):
+    """Two rounds; three of each on the training examples and two where risk is measured, as the docstring says."""
+    model, train, probes = bridge(), examples(n=12), 2
+    held_out = examples(n=7, seed=1) if separate else None
+    n, v = len(train), len(train if held_out is None else held_out)
+    interventions = InterventionDistribution.interchange(0.3) if interchanged else NONE
+    given = {"held_out": held_out, "interventions": interventions, "sizes": [0.8, 0.5], "probes": probes}
+    with counted(model) as passes:
+        sparsify_affine(model, train, units_of(model), progress=False, **given)
+    forward = n * (1 + 2 * 3 + 1) + v * (2 * 2 + 1)
+    if interchanged:  # the source runs, and the original's answers once more
+        forward += n * (2 * 2 + 1) + v * (2 * 3 + 1)
+    assert passes == {"forward": forward, "backward": probes * (n * (2 * 2 + 1) + v * 2)}
 
 
 def test_on_a_transformer_it_beats_constants_and_leaves_nothing_behind():

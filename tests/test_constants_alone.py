@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +78,23 @@ def test_the_newton_constant_is_the_published_one(seed: int):
         found = constants.newton(model, data, model.units, damping=0.0, clip=False).tensors[0][:, 0]
     used = h.sum(0) > 1e-6
     torch.testing.assert_close(found[used], ((h * v - g).sum(0) / h.sum(0))[used], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name, settings", [("newton", {"damping": 0.0, "clip": False}), ("curvature_weighted", {})])
+def test_an_example_of_several_answers_counts_as_their_mean(name: str, settings: dict[str, Any]):
+    """The same rows one to an example, two, or one in one and three in another: their weights are those shares."""
+    model, data = network(2), inputs(8, seed=2)
+    rule = partial(getattr(constants, name), model, units=model.units, **settings)
+    pairs = Examples(data.tokens.view(4, 2, 4), data.labels.view(4, 2))
+    some = torch.tensor([[0, 0, 0], [1, 2, 3]])
+    uneven = Examples(data.tokens[some], data.labels[some][..., 0])
+    uneven.labels[0, :2] = -100
+    thrice = data[torch.tensor([0, 0, 0, 1, 2, 3])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for several, alone in ((pairs, data), (uneven, thrice)):
+            found, expected = (rule(examples=given, probes=8).tensors[0] for given in (several, alone))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_clipped_newton_constants_stay_in_the_range_of_the_data():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import architectures
 from helpers.models import NoCasts, unchanged, unchecked
-from helpers.native import native
+from helpers.native import fresh, native
 from torch import Tensor
 
 import tl_sparsify as tls
@@ -206,5 +207,49 @@ def test_what_is_no_edge_or_no_step_is_refused():
         tls.baselines.eap_ig_activations(model, examples, units, steps=0)
     with pytest.raises(ValueError, match=r"values are .*give a constant for each writer"):
         tls.baselines.eap_ig_activations(model, examples, units, values=tls.run_values(model, examples, units))
+    with pytest.raises(ValueError, match="values are given, and source is 'shuffled': give one of them"):
+        values = tls.constants.mean(model, examples, units)
+        tls.baselines.eap_ig_activations(model, examples, units, values=values, source="shuffled")
     with unchecked(), pytest.raises(ValueError, match="source is 'corrupt'"):
         tls.baselines.eap_ig_activations(model, examples, units, source="corrupt")  # type: ignore[arg-type]
+
+
+def test_one_step_is_the_gradient_where_a_first_token_is_left_alone():
+    model, examples = fresh(), examples_of(3)
+    units = tls.edges(model)
+    values = tls.constants.zero(model, examples, units)
+    plain = tls.baselines.eap_ig_activations(model, examples, units, steps=1, values=values).scores
+    model.tokenizer = SimpleNamespace(bos_token_id=int(examples.tokens[0, 0]))
+    for given in ({"values": values}, {"source": "counterfactual"}):
+        found = tls.baselines.eap_ig_activations(model, examples, units, steps=1, **given).scores
+        expected = tls.score.gradient(model, examples, units, **given).scores
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-13)
+    found = tls.baselines.eap_ig_activations(model, examples, units, steps=1, values=values).scores
+    assert not torch.allclose(found, plain, rtol=1e-3)  # one of the examples begins with that token
+
+
+def test_constants_are_those_of_the_scorer_in_rounds():
+    model, examples = native(), examples_of(3)
+    units = tls.edges(model, "layer")
+    values = tls.constants.zero(model, examples, units)
+    scorer, settings = tls.baselines.eap_ig_activations, {"steps": 1, "values": values}
+    found = tls.baselines.in_rounds(scorer, model, examples, units, rounds=1, progress=False, **settings)
+    assert torch.equal(found.order, scorer(model, examples, units, **settings).order)
+    assert found.forward_passes == 1
+
+
+@pytest.mark.parametrize("readers", ["qkv", "layer"])
+def test_scores_of_what_is_written_are_those_of_each_edges_writer(readers: Any):
+    model, examples = native(), examples_of(3)
+    units = tls.edges(model, readers)
+    *_, written = tls.run_values(model, examples, units).tensors
+    lengths, spread = written.norm(dim=3).mean((0, 1)), written.flatten(0, 1).var(0, correction=0).sum(1)
+    of_edges = [units.sites[-1].writers.index(name.partition("->")[0]) for name in units.names]
+    for scorer, expected in (
+        (tls.baselines.activation_norm, lengths),
+        (tls.score.variance, spread),
+        (tls.score.scaled_variance, spread),
+    ):
+        found = scorer(model, examples, units)
+        torch.testing.assert_close(found.scores, expected[of_edges])
+        assert len(found.top(0.5)) == round(len(units) / 2) and found.stderr.shape == found.scores.shape

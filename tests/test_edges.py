@@ -332,6 +332,23 @@ def test_pruning_leaves_what_is_read_elsewhere():
     assert len(tls.prune(tls.Circuit.of(some, ["embed->L0H0.q"]))) == 1
 
 
+@pytest.mark.parametrize(("name", "readers"), [("native", "layer"), ("Llama", "qkv"), ("Llama", "head")])
+def test_pruning_leaves_what_is_read_by_heads_that_no_edge_is_from(name: str, readers: Any):
+    """The layer's heads are read outside of these units, as no later reader is among them."""
+    model, examples = model_of(name), architectures.batch(n=4)
+    sites = tls.edges(model, readers).sites
+    for some in (
+        tls.Units(sites[:1]),
+        tls.Units(tuple(site for site in sites if site.hook.startswith("blocks.0.attn"))),
+    ):
+        full = tls.Circuit.full(some)
+        assert tls.prune(full).mask.all() and tls.loose_ends(full) == tls.LooseEnds((), ())
+        removed = tls.constants.reduced(model, ~full, constants_of(model, some))
+        assert tls.risk(model, removed, examples).mean > 1e-6
+        found = tls.baselines.acdc(model, examples, some, thresholds=[1e-12], values=removed.values, progress=False)
+        assert bool((found.scores > 0).any())
+
+
 def test_what_edges_are_not_is_refused_by_name():
     model, examples = native(), architectures.batch()
     units = tls.edges(model)

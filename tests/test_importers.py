@@ -95,6 +95,21 @@ def test_edges_of_acdc(small: Any, tmp_path: Path):
         tls.importers.acdc(small, wrong)
 
 
+@pytest.mark.parametrize("index", [(None, None, 7), (None, None, -1), (None,), (), None, (None, None, "1")])
+def test_heads_of_acdc_that_the_model_does_not_have(small: Any, index: Any):
+    into = ("blocks.1.hook_k_input", index, "blocks.0.hook_mlp_out", EVERYWHERE)
+    out = ("blocks.1.hook_resid_post", EVERYWHERE, "blocks.1.attn.hook_result", index)
+    for edge, hook in [(into, r"blocks\.1\.hook_k_input"), (out, r"blocks\.1\.attn\.hook_result")]:
+        with pytest.raises(ValueError, match=rf"has the index .* at {hook}, and a model of .* has heads 0 to 1: name"):
+            tls.importers.acdc(small, [edge])
+
+
+@pytest.mark.parametrize("entry", [3, "edge", ("blocks.1.hook_k_input", HEAD), (3, 0.5)])
+def test_what_is_no_edge_of_acdc(small: Any, entry: Any):
+    with pytest.raises(ValueError, match=r"it must be \(reader, index, writer, index\)"):
+        tls.importers.acdc(small, [entry])
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return print, ("this must never be printed",)
@@ -136,6 +151,33 @@ def test_rotations_of_pyvene(small: Any, tmp_path: Path, rank: int):
     assert site.hook == "blocks.1.hook_mlp_out" and site.basis is not None
     assert torch.allclose(site.basis, expected, atol=1e-6)
     assert tls.importers.pyvene(small, tmp_path, hook="blocks.0.hook_resid_post", rank=1).names == ("L0POST0",)
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 3, 5])
+def test_a_rank_that_a_rotation_does_not_have(small: Any, tmp_path: Path, rank: int):
+    torch.save({"rotate_layer.weight": torch.eye(8)[:, :2]}, tmp_path / "intkey_layer.1.comp.mlp_output.unit.bin")
+    assert len(tls.importers.pyvene(small, tmp_path, rank=2)) == 2
+    with pytest.raises(ValueError, match=rf"rank is {rank}; .* has 2 directions: give 1 to 2"):
+        tls.importers.pyvene(small, tmp_path, rank=rank)
+
+
+def test_a_rotation_without_a_part_of_it(small: Any, tmp_path: Path):
+    file = tmp_path / "intkey_layer.1.comp.mlp_output.unit.bin"
+    whole = Rotation(8, 8).state_dict()
+    torch.save({name: value for name, value in whole.items() if not name.endswith("base")}, file)
+    with pytest.raises(ValueError, match=r"intkey.* lacks parts of its parametrised rotation .*base.*: save the whole"):
+        tls.importers.pyvene(small, file)
+    torch.save(whole | {"rotate_layer.parametrizations.weight.0.base": torch.eye(3)}, file)
+    with pytest.raises(ValueError, match="lacks parts of its parametrised rotation"):
+        tls.importers.pyvene(small, file)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(8), torch.eye(8).long(), "eye"])
+@pytest.mark.parametrize("name", ["rotate_layer.weight", "rotate_layer.parametrizations.weight.original"])
+def test_a_rotation_that_is_no_matrix(small: Any, tmp_path: Path, weight: Any, name: str):
+    torch.save({name: weight}, tmp_path / "intkey_a.bin")
+    with pytest.raises(ValueError, match=rf"holds no rotation: {name} is .*; it must be a matrix of floating-point"):
+        tls.importers.pyvene(small, tmp_path, rank=1)
 
 
 def test_a_file_without_a_rotation_or_a_place(small: Any, tmp_path: Path):

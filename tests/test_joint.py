@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,53 @@ def test_a_search_goes_on_where_another_ended():
     assert on.at(0.8).circuit == first.rounds[0].reduction.circuit
     with pytest.raises(ValueError, match="start is a reduction over"):
         found(start=reduction_of(bridge(), units=units_of(bridge()).at(1)))
+
+
+def test_what_a_search_cannot_go_on_from_is_refused_before_a_round():
+    model, data = bridge(), examples(10, choices=CHOICES)
+    here = found(sizes=[0.6]).at(0.6)
+    missing = ~here.circuit
+    with counted(model) as passes:
+        with pytest.raises(ValueError, match="made for the model"):
+            found(start=replace(here, fingerprint="0" * 64))
+        with pytest.raises(ValueError, match=f"always_keep has {missing.names[0]}, which start has removed already"):
+            found(start=here, constraints=Constraints(always_keep=missing))
+        assert passes["forward"] == 0
+    mapped = constants.neighbours(model, here, data)
+    with pytest.raises(ValueError, match="start has affine replacements"):
+        found(start=mapped)
+
+
+def test_units_that_always_stay_and_fill_the_smallest_size_are_exchanged_for_none():
+    model, data = bridge(), examples(10, choices=CHOICES)
+    kept = Circuit.of(units_of(model), units_of(model).names[:6])
+    with counted(model) as passes:
+        path = found(sizes=[0.8, 0.6, 6 / 14], constraints=Constraints(always_keep=kept))
+    assert [len(step.reduction.circuit) for step in path.rounds] == [11, 8, 6]
+    assert path.rounds[-1].reduction.circuit == kept
+    assert passes["forward"] < 30 * len(data)  # 23 rounds were made before
+
+
+def test_places_of_other_examples_are_refused():
+    model, data = bridge(), examples(12, choices=CHOICES)
+    units = units_of(model).at(torch.arange(12) % 5)
+    reduction = reduction_of(model, units=units)
+    for call in (
+        lambda: risk(model, reduction, data[6:]),
+        lambda: sparsify(model, data, units, sizes=(0.5,), held_out=data[6:], progress=False),
+        lambda: constants.mean(model, data[:4], units),
+    ):
+        with pytest.raises(ValueError, match=r"are places of 12 examples, and there are \d+: take those of a part"):
+            call()
+    part = reduction.for_examples(torch.arange(6, 12))
+    assert risk(model, part, data[6:]).n == 6
+    short = units_of(model).at(torch.zeros(12, dtype=torch.int16))
+    assert constants.mean(model, data, short).units.sites[0].positions.dtype == torch.int64  # type: ignore[union-attr]
+
+
+def test_one_possible_answer_is_refused():
+    with pytest.raises(ValueError, match="choices has one answer, 3, which is certain"):
+        sparsify(bridge(), examples(6, choices=(3,)), units_of(bridge()), sizes=(0.5,), progress=False)
 
 
 # What is refused, and what is left behind

@@ -227,3 +227,15 @@ def test_slopes_of_risk_are_those_of_finite_differences(paired: bool, batch_size
     away = step * torch.eye(len(units), dtype=torch.float64)
     expected = [(measured(mask.double() + one) - measured(mask.double() - one)) / (2 * step) for one in away]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_slopes_of_risk_are_as_precise_as_the_model():
+    model, data = bridge(), examples(12)
+    units = units_of(model)
+    values, mask = constants.mean(model, data, units), random_mask(units, 3, 0.6)
+    keep = mask.double().requires_grad_()
+    with intervened(model, Intervention(units, keep, values, first_token="bos")):
+        measured = divergence(answer_logits(fresh(), data).detach(), answer_logits(model, data), data).mean()
+    (expected,) = torch.autograd.grad(measured, keep)
+    found = risk_slopes(model, Reduction(Circuit(units, mask), values), data)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-16)

@@ -71,6 +71,18 @@ def test_gpt2_smalls_names_are_those_of_the_rule_and_come_back_from_a_file(tmp_p
     assert tls.mib.load(tmp_path / "gpt2.json") == graph
 
 
+def test_an_unknown_edge_among_many_is_named(tmp_path: Path):
+    sizes = tls.mib.Sizes(layers=10, heads=8, d_model=64)
+    n = len(sizes.nodes), len(sizes.edges)
+    graph = tls.mib.Graph(sizes, *(torch.ones(size).bool() for size in n), *(torch.zeros(size).double() for size in n))
+    graph.save(tmp_path / "graph.json")
+    content = json.loads((tmp_path / "graph.json").read_text())
+    content["edges"]["m0->m99"] = content["edges"]["m0->m1"]
+    (tmp_path / "graph.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"has unknown 1 edges for its sizes \(first: m0->m99\)"):
+        tls.mib.load(tmp_path / "graph.json")
+
+
 def test_two_layers_of_two_heads_by_hand(small: Any):
     sizes = tls.mib.sizes(small)
     assert sizes == tls.mib.Sizes(2, 2, 8, parallel=False)

@@ -135,6 +135,76 @@ def test_pairs_of_the_causal_variables(model: Any, tmp_path: Path):
     assert named["symbol_counterfactual"][1].labels.max(1).values.tolist() == [tokens(model, " Rome")[0]]
 
 
+FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no metadata at all": ("ioi", {"metadata": None}, "no metadata.indirect_object"),
+    "metadata that is text": ("ioi", {"metadata": "Rome"}, "no metadata.indirect_object"),
+    "no subject": ("ioi", {"metadata": {"indirect_object": "Rome", "random_c": "Rome"}}, "no metadata.subject"),
+    "a third name that is missing": (
+        "ioi", {"metadata": {"indirect_object": "Rome", "subject": "Paris", "random_c": None}}, "no metadata.random_c"
+    ),
+    "a key too large": ("arc_easy", {"answerKey": 7}, "answerKey is 7, of 2 choices"),
+    "a key below zero": ("arc_easy", {"answerKey": -1}, "answerKey is -1, of 2 choices"),
+    "no key": ("arc_easy", {"answerKey": None}, "answerKey is None, of 2 choices"),
+    "a letter": ("arc_easy", {"answerKey": "A"}, "answerKey is 'A', of 2 choices"),
+    "half a key": ("arc_easy", {"answerKey": 0.5}, "answerKey is 0.5, of 2 choices"),
+    "no choices": ("arc_easy", {"choices": None}, "no choices.label"),
+    "no choices in the counterfactual": (
+        "arc_easy", {"symbol_counterfactual": {"prompt": CHOICES[0]["prompt"], "answerKey": 0}}, "no choices.label"
+    ),
+    "no label": ("arithmetic_addition", {"label": None}, "no label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_row_that_lacks_what_the_task_is_told_by_is_dropped(model: Any, tmp_path: Path, what: str):
+    name, change, says = FAULTS[what]
+    good = {"ioi": IOI[0], "arc_easy": CHOICES[0], "arithmetic_addition": SUMS[0]}[name]
+    gone = {key: value for key, value in good.items() if key not in change or change[key] is not None}
+    (tmp_path / "train.json").write_text(json.dumps([good, good | change, gone, good]))
+    found = tls.mib.circuit_task(model, name, tmp_path, pairs="any")
+    assert found.reasons == {"left out": len(found.dropped)} and {0, 3} <= set(found.rows)
+    assert found.dropped["detail"].tolist() == [says] * (1 if gone == good else 2)
+
+
+def test_a_row_of_a_pair_without_an_answer_is_left_out(model: Any, tmp_path: Path):
+    rows = [CHOICES[0], CHOICES[1] | {"answerKey": 7}, CHOICES[1] | {"answerKey": "A"}, {**CHOICES[1], "prompt": None}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base, source = tls.mib.causal_pairs(model, tmp_path)["symbol_counterfactual"]
+    assert base.labels.max(1).values.tolist() == tokens(model, " Rome") and len(source) == 1
+
+
+@pytest.mark.parametrize("part", ["base", "source"])
+def test_a_kind_without_a_usable_row_is_left_out(model: Any, tmp_path: Path, part: str):
+    """Its sources have no answer, or its bases another length than they do."""
+    bad = {"prompt": CHOICES[0]["prompt"], "label": ""} if part == "source" else {"prompt": "the", "label": " Rome"}
+    rows = [row | {"bad_counterfactual": bad} for row in CHOICES[:2]]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(tls.mib.causal_pairs(model, tmp_path)) == ["symbol_counterfactual", "answerPosition_counterfactual"]
+    with pytest.raises(ValueError, match="max_length is 0"):  # a wrong setting is no fault of a kind
+        tls.mib.causal_pairs(model, tmp_path, max_length=0)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "the river", "label": "", "a_counterfactual": bad}))
+    with pytest.raises(ValueError, match="no counterfactual of"):
+        tls.mib.causal_pairs(model, tmp_path)
+
+
+def test_rows_are_left_out_of_both_sides_of_a_pair(model: Any, tmp_path: Path):
+    """The first row has no base, the second no source: the others stay side by side, as if they were alone."""
+    rows = [CHOICES[0] | {"answerKey": 7}, choice_row(0, 7, [" Rome", " Paris"], [" France", " Italy"]), *CHOICES[:2]]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = tls.mib.causal_pairs(model, tmp_path)["symbol_counterfactual"]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, CHOICES[:2])))
+    alone = tls.mib.causal_pairs(model, tmp_path, split="test")["symbol_counterfactual"]
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.labels, other.labels)
+
+
+def test_a_data_set_is_no_text_table(model: Any, tmp_path: Path):
+    """Columns that hold columns cannot be in one."""
+    pd.DataFrame(SUMS).to_csv(tmp_path / "train.csv")
+    with pytest.raises(FileNotFoundError, match=r"no file train\* \(\.parquet, \.jsonl, \.json\)"):
+        tls.mib.circuit_task(model, "arithmetic_addition", tmp_path)
+
+
 def test_an_unknown_task_and_no_counterfactual(model: Any, tmp_path: Path):
     with pytest.raises(ValueError, match="the benchmark's circuit tasks are ioi, mcqa, arc_easy"):
         tls.mib.circuit_task(model, "arc", tmp_path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.patching import get_act_patch_direct_path
 
 import tl_sparsify as tls
+from tl_sparsify.comparison.cost import cost_of
 
 QUIET: dict[str, Any] = {"progress": False}
 EDGES = ("embed->L0H0.k", "L0H1->L2H3.q", "L1MLP->L2H0.v", "L0H2->L0MLP", "L2H1->logits")
@@ -56,7 +57,7 @@ def test_edges_and_chains_are_what_a_sum_for_each_reader_gives():
     chain, both = "L0H1->L1H2.v->L1MLP->logits", ("L0H1->logits", "L0H1->L1H2.v->logits")
     with unchanged(model):
         found = tls.patch_paths(model, examples, [*EDGES, chain, "L0H1->L2H3", both], **QUIET)
-    assert found.forward_passes == 2 + 5 + 3 + 1 + 2
+    assert found.forward_passes == 2 + 5 + 3 + 1 + 1  # the last path's first edge is the first of the chain
     assert float((found.moments.mean - torch.stack(expected).mean(1)).abs().max()) < 1e-10
     assert float((found.moments.stderr - torch.stack(expected).std(1) / 2).abs().max()) < 1e-10
     assert float(found.moments.mean.abs().min()) > 1e-6
@@ -141,3 +142,38 @@ def test_of_heads_that_share_keys_the_reader_must_be_named():
         tls.patch_paths(model, examples, ["L0H1->L2H3"], **QUIET)
     found = tls.patch_paths(model, examples, ["L0H1->L2G1.k", "L0H1->L2H3.q->logits"], **QUIET)
     assert float(found.moments.mean.abs().min()) > 1e-6
+
+
+def test_what_paths_begin_with_alike_is_run_once():
+    model, examples = native(), paired()
+    paths = ["L0H1->L1H2.v->L1MLP->logits", "L0H1->logits", "L0H1->L1H2.v->L2H3.q", "L0H1->L1H2.v->L1MLP->L2H3.q"]
+    paths += ["L0H2->L1H2.v->logits", "L0H1->L1H2.v->L2H0.k->logits"]
+    for size in (None, 2):
+        found, cost = cost_of(
+            model, len(examples), lambda size=size: tls.patch_paths(model, examples, paths, batch_size=size, **QUIET)
+        )
+        ways = ["L0H1->L1H2.v", "L0H1->L1H2.v->L1MLP", "L0H1->L1H2.v->L2H0.k", "L0H2->L1H2.v"]
+        assert cost.forward == found.forward_passes == 2 + len(paths) + len(ways)
+        for path in paths:
+            alone = tls.patch_paths(model, examples, [path], **QUIET)
+            assert abs(found[path].mean - alone[path].mean) < 1e-12 < abs(alone[path].mean)
+
+
+@pytest.mark.parametrize("source", ["counterfactual", "shuffled"])
+def test_denoising_holds_right_answers_against_the_clean_runs_wrong_ones(source: Any):
+    model, examples = native(), paired()
+    wrong = torch.where(examples.labels == -100, -100, examples.labels.roll(1, 0))
+    named = replace(examples, counterfactual_labels=None, wrong_answers=wrong.amax(1, keepdim=True))
+    settings: dict[str, Any] = {"source": source, "direction": "denoising", "metric": tls.metrics.mean_difference}
+    found, expected = (
+        tls.patch_paths(model, one, EDGES, **settings, **QUIET).moments.mean
+        for one in (replace(examples, counterfactual_labels=wrong), named)
+    )
+    assert torch.equal(found, expected) and float(expected.abs().min()) > 1e-6
+    units = tls.heads(model)
+    for method in (tls.baselines.activation_patching, tls.baselines.eap):
+        scores, same = (
+            method(model, one, units, **settings).scores
+            for one in (replace(examples, counterfactual_labels=wrong), named)
+        )
+        assert torch.equal(scores, same)

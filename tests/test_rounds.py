@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers.kinds import N, data
+from helpers.kinds import EACH, N, data
 from helpers.models import (
     TwoLayers,
     bridge,
@@ -27,14 +28,16 @@ from tl_sparsify.core.units import heads
 # In rounds
 
 
-def by_rounds(model: Any, batch: Examples, units: Units, values: Any, counts: list[int], seed: int) -> list[int]:
+def by_rounds(
+    model: Any, batch: Examples, units: Units, values: Any, counts: list[int], seed: int, **settings: Any
+) -> list[int]:
     """The order of removal by exact effects: after each round so many units are left."""
     order: list[int] = []
     for number, count in enumerate(counts):
         mask = torch.ones(len(units), dtype=torch.bool)
         mask[order] = False
         with intervened(model, ablate(Reduction(Circuit(units, mask), values))):
-            scores = score.exact(model, batch, units, values=values, seed=seed + number).scores.tolist()
+            scores = score.exact(model, batch, units, values=values, seed=seed + number, **settings).scores.tolist()
         alive = sorted((i for i in range(len(units)) if mask[i]), key=lambda i: scores[i])
         order += alive[: len(alive) - count]
         rest = alive[len(alive) - count :]
@@ -54,6 +57,26 @@ def test_rounds_remove_the_lowest_in_the_ablated_model():
     assert (found.forward_passes, found.backward_passes) == (4 * 15, 0)
     once = score.exact(model, batch, units, values=values)
     assert found.order.tolist() != once.order.tolist()
+
+
+def test_units_at_another_position_of_each_example_are_removed_there():
+    model, batch = bridge(), data()
+    values, at_each, at_span = reduction_of(model).values, units_of(model).at(EACH), units_of(model).at("S")
+    placed = replace(values, units=at_each)
+    expected = by_rounds(model, batch, at_each, placed, [7, 4, 2, 1], 5, batch_size=N)
+    named = replace(batch, spans={"S": torch.stack([EACH, EACH + 1], 1)})
+    settings: dict[str, Any] = {"rounds": 4, "smallest": 0.1, "seed": 5}
+    for size in (None, 4):
+        settings["batch_size"] = size
+        found = baselines.in_rounds(score.exact, model, batch, at_each, values=placed, **settings)
+        assert found.order.tolist() == expected and found.forward_passes == 4 * 15
+        span = replace(values, units=at_span)
+        same = baselines.in_rounds(score.exact, model, named, at_span, values=span, **settings)
+        assert same.order.tolist() == expected
+        own = baselines.in_rounds(baselines.exact_mean, model, named, at_span, **settings)
+        means = constants.mean(model, batch, at_each)
+        assert own.order.tolist() == by_rounds(model, batch, at_each, means, [7, 4, 2, 1], 5, batch_size=N)
+        assert baselines.in_rounds(score.variance, model, named, at_span, **settings).scores.unique().numel() == 14
 
 
 def test_one_round_removes_by_the_score_itself():

@@ -42,6 +42,15 @@ def made_up(numbers: list[float]) -> Scores:
     return Scores(units, scores, torch.zeros(len(units), dtype=torch.float64), "mine", "nats", 1, 0)
 
 
+def test_scores_are_one_number_for_each_unit():
+    units, number = heads(bridge()), torch.zeros(4)
+    for scores, stderr, name in ((torch.ones(3), number, "scores"), (number, torch.ones(4, 1), "stderr")):
+        with pytest.raises(
+            ValueError, match=rf"{name} has shape \({len(scores if name == 'scores' else stderr)},.*holds 4"
+        ):
+            Scores(units, scores, stderr, "mine", "nats", 1, 0)
+
+
 # Second-order risk
 
 

@@ -110,6 +110,16 @@ def test_settings_that_choose_the_same_units_leave_the_setting_as_it_was(seed: i
             assert found == near
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cost", [0.1, 0.7])
+def test_costs_are_added_up_no_rougher_than_they_are_given(cost: float, dtype: torch.dtype):
+    """A budget for whole units of one cost is spent on so many, whatever the model's precision."""
+    sketch, everybody = sketch_of(torch.randn(4, 10, generator=seeded(0)).to(dtype)), torch.ones(10, dtype=torch.bool)
+    costs = torch.full((10,), cost, dtype=torch.float64)
+    found = [len(greedy(sketch, everybody, count * cost, costs=costs)) for count in range(11)]
+    assert found == list(range(11))
+
+
 @pytest.mark.parametrize("name, value", [("interactions", -0.1), ("slope", 1.1), ("slope", float("nan"))])
 def test_shares_outside_nought_and_one_are_refused(name: str, value: float):
     with pytest.raises(ValueError, match=f"{name} is {value}"):

@@ -99,7 +99,7 @@ def checked_positions(positions: Any, hook: str) -> Any:
             raise wrong
         if not positions.numel():
             raise wrong
-        return positions
+        return positions.long()
     if isinstance(positions, slice):
         parts = (positions.start, positions.stop, positions.step)
         if any(part is not None and not _whole(part) for part in parts):

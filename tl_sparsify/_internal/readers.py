@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -40,8 +40,8 @@ _POINT = re.compile(r"(?:blocks\.(\d+)\.(attn\.(?:q|k|v|heads|key|value|each)|at
 _READS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.heads": "qkv"}
 _SINGLE = {"attn.key": "k", "attn.value": "v", "attn.each": "qkv"}  # of each head, where heads share keys and values
 _READS |= _SINGLE
+_KINDS = {"attn": "layer", "attn.heads": "head", "attn.each": "head"}  # all others are the parts of a head
 _HEAD = re.compile(r"L(\d+)H\d+")
-"""Architectures with norms behind attention and MLPs whose stream is the sum of what comes out of these."""
 
 
 def reads(hook: str) -> bool:
@@ -129,16 +129,49 @@ def norms_of_copies(model: Any, act: Norm) -> Iterator[None]:
 
 
 _PASSES: WeakKeyDictionary[Any, _Pass] = WeakKeyDictionary()
-"""The pass that is under way, which nested interventions share."""
+"""The pass that is under way, which nested interventions share; there while a context with readers is open."""
+
+Hook = tuple[str, Callable[..., Any]]
 
 
-def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> list[tuple[str, Callable[..., Any]]]:
+@contextmanager
+def noting(model: Any, reading: bool, changed: Container[Any]) -> Iterator[list[Hook]]:
+    """Hooks that note what is written, for a context to add after its own: all of them for the outermost one with
+    readers, and what the last pass left goes when it is left. For one within it those at hook points that are changed
+    there, so that what is noted is what is written in the end."""
+    if model in _PASSES:
+        yield [(name, note) for name, note in _note_hooks(model) if name in changed]
+    elif reading:
+        _PASSES[model] = _Pass()
+        try:
+            yield _note_hooks(model)
+        finally:
+            del _PASSES[model]
+    else:
+        yield []
+
+
+def _note_hooks(model: Any) -> list[Hook]:
+    """By the hook points' own names."""
+    points: Mapping[str, Any] = model.hook_dict  # a bridge makes it anew each time that it is asked
+    made: list[Hook] = [("blocks.0.hook_in", partial(_begin, model))]
+    for layer, block in enumerate(model.blocks):
+        if f"blocks.{layer}.attn.hook_z" in points:
+            made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
+            if post_norm(block) is not None:
+                made.append((f"blocks.{layer}.ln1_post.hook_in", partial(_note_sum, model, layer)))
+        if f"blocks.{layer}.hook_mlp_out" in points:
+            made.append((f"blocks.{layer}.hook_mlp_out", partial(_note_mlp, model, layer)))
+    return [(points[name].name or name, note) for name, note in made]
+
+
+def reader_hooks(model: Any, hooks: list[Hook]) -> list[Hook]:
     """Hooks of TransformerLens that call these functions, in their order, with each reader's copies of the stream;
     what one returns takes their place."""
     acts: dict[str, list[Callable[..., Any]]] = defaultdict(list)
     for name, act in hooks:
         acts[name].append(act)
-    made: list[tuple[str, Callable[..., Any]]] = [("blocks.0.hook_in", partial(_begin, model))]
+    made: list[Hook] = []
     for layer, block in enumerate(model.blocks):
         attention = {name: here for name, here in acts.items() if name.startswith(f"blocks.{layer}.attn.")}
         if attention:
@@ -152,16 +185,9 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
             if _single(layer, attention):
                 many = partial(_repeated, model, layer, len(block.attn.W_Q))
                 made += [(f"blocks.{layer}.attn.{point}", many) for point in ("k.hook_out", "v.hook_out", "hook_rot_q")]
-        if f"blocks.{layer}.attn.hook_z" in model.hook_dict:
-            made.append((f"blocks.{layer}.attn.hook_z", partial(_note_heads, model, layer, block.attn)))
-            if post_norm(block) is not None:
-                made.append((f"blocks.{layer}.ln1_post.hook_in", partial(_note_sum, model, layer)))
-        if f"blocks.{layer}.hook_mlp_out" in model.hook_dict:
-            name = f"blocks.{layer}.mlp.edges"
-            if name in acts:
-                point = "mlp.hook_in" if getattr(block, "ln2", None) is None else "ln2.hook_in"
-                made.append((f"blocks.{layer}.{point}", partial(_take_whole, model, name, acts[name])))
-            made.append((f"blocks.{layer}.hook_mlp_out", partial(_note_mlp, model, layer)))
+        if (name := f"blocks.{layer}.mlp.edges") in acts:
+            point = "mlp.hook_in" if getattr(block, "ln2", None) is None else "ln2.hook_in"
+            made.append((f"blocks.{layer}.{point}", partial(_take_whole, model, name, acts[name])))
     if "unembed.edges" in acts:
         last = f"blocks.{len(model.blocks) - 1}.hook_out"
         point = last if getattr(model, "ln_final", None) is None else "ln_final.hook_in"
@@ -169,7 +195,7 @@ def reader_hooks(model: Any, hooks: list[tuple[str, Callable[..., Any]]]) -> lis
     return made
 
 
-def first_hooks(model: Any, names: list[str]) -> list[tuple[str, Callable[..., Any]]]:
+def first_hooks(model: Any, names: list[str]) -> list[Hook]:
     """Hooks that must come before all others: attention's output as others know it, where each head had keys and values
     of its own. TransformerLens repeats these once more for each head of a group, and so are queries: all are equal."""
     found = (re.fullmatch(rf"blocks\.(\d+)\.(?:{'|'.join(_SINGLE)})\.edges", name) for name in names)
@@ -309,14 +335,23 @@ def _take_attention(
         if name in state.taken:
             inner = getattr(norm, "original_component", None) or norm  # itself: hooks of its own see the stream alone
             state.normed[name] = taken if inner is None else rows_last(_normed(model, norm, inner, rows_first(taken)))
-    layer = int(next(iter(acts)).split(".")[1])
-    if _single(layer, state.taken) and any(
-        f"blocks.{layer}.attn.{p}.edges" in state.taken for p in ("k", "v", "heads")
-    ):
+    _check_apart(int(next(iter(acts)).split(".")[1]), {*state.taken, *state.heard})
+    return whole
+
+
+def _check_apart(layer: int, names: Container[str]) -> None:
+    """Refuse readers of which one is a part of another: what each takes in is worked out from its own copy alone."""
+    there = {part for part in ("attn", *_READS) if f"blocks.{layer}.{part}.edges" in names}
+    if there & _SINGLE.keys() and there & {"attn.k", "attn.v", "attn.heads"}:
         raise ValueError(
             f"edges into the shared keys and values of block {layer} are removed, and edges into single ones"
         )
-    return whole
+    kinds = sorted({_KINDS.get(part, "qkv") for part in there})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"units have edges into readers of block {layer} of the kinds {' and '.join(kinds)}, of which one is a "
+            "part of the other: remove or score those of one kind alone, tls.edges(model, readers=...)"
+        )
 
 
 def _normed(

@@ -132,7 +132,8 @@ def activation_norm(
     model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None
 ) -> Scores:
     """The length of each unit's value, in its own units: the mean over an example's positions that are neither padding
-    nor the beginning-of-sequence token, then over examples. Rescaling a unit fools it.
+    nor the beginning-of-sequence token, then over examples. Rescaling a unit fools it, and edges from one writer are
+    all alike: their value is what it writes.
 
     One forward pass over the data.
 
@@ -154,7 +155,7 @@ def activation_norm(
             for site, v in zip(here.sites, recording.read(), strict=True):
                 where = unit_positions(model, batch, site, v).double()[..., None]
                 total = (where * v.double().norm(dim=3)).sum(1) / where.sum(1).clamp_min(1)
-                lengths.append(total.to(device_of(model)))
+                lengths.append(total.repeat(1, len(site.readers) or 1).to(device_of(model)))
             yield Moments.of(torch.cat(lengths, 1))
 
     with torch.no_grad():

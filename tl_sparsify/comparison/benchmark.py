@@ -9,11 +9,9 @@ Finished cells are files, so an interrupted comparison goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import multiprocessing
-import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,10 +24,11 @@ import torch
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
-from tl_sparsify._internal.files import reading, sweep, versions, write_bytes, write_text
+from tl_sparsify._internal.files import versions, write_bytes, write_text
 from tl_sparsify._internal.processes import end_with_parent
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.comparison import cells
+from tl_sparsify.comparison.cells import cell_file
 from tl_sparsify.comparison.convergence import refit_until_converged
 from tl_sparsify.comparison.cost import Cost, cost_of
 from tl_sparsify.comparison.curves import SIZES, Curve
@@ -42,7 +41,7 @@ from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units, heads, neurons
 from tl_sparsify.search import constants
 from tl_sparsify.search.path import CircuitPath
-from tl_sparsify.search.scores import Scores
+from tl_sparsify.search.scores import Scores, kept_count
 from tl_sparsify.tasks.task import Task, load_task
 
 _LEAST = 1e-6  # nats: lower risks do not decide between settings
@@ -117,16 +116,18 @@ def compare(
     Returns:
         A row for each task, method, seed, ablation and size: ``task, method, ours, setting, seed, own_ablation,
         ablation, size, kept, fraction``; ``risk`` (nats), ``accuracy`` and ``faithfulness``, each with ``_low`` and
-        ``_high``; ``cpr, cmd``; ``auroc, average_precision`` for the true units where they are known (those whose
-        removal matters, else those whose weights do work); the cost of the chosen setting (``forward, backward``
-        passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward, all_backward``).
+        ``_high``; ``cpr, cmd``; ``auroc, average_precision`` for the true units where they are known and all among
+        ``units`` (those whose removal matters, else those whose weights do work); the cost of the chosen setting
+        (``forward, backward`` passes, ``seconds``, ``peak_mb``) and of all that were tried (``settings, all_forward,
+        all_backward``). Sizes that keep equally many units have equal rows.
         A method that refuses the units or the model has one row, without numbers, whose ``setting`` says why.
         ``ablation`` is ``zero``, ``mean``, ``counterfactual``, ``refitted`` (from ``own_ablation``, which the task
         calls for, until it has converged), ``maps``, or ``as found`` (where a search fits replacements itself: those).
 
     Raises:
         ValueError: no methods, sizes or seeds, two of one name, cells in ``out`` that were made with other settings,
-            and what :func:`evaluate` raises.
+            of another model or of other units, methods whose names make one file there, and what :func:`evaluate`
+            raises.
 
     Example:
         >>> table = tls.compare(
@@ -145,8 +146,12 @@ def compare(
     if not sizes:
         raise ValueError("sizes is empty; give at least one fraction of units, such as (0.2, 0.1)")
     shared = Comparison(tuple(sizes), refit_patience, maps, examples, bootstrap)
-    folder = None if out is None else _prepared(Path(out), shared)
     units = heads(model) + neurons(model) if units is None else units
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        cells.check_names(names)
+        cells.prepare(folder, asdict(shared))
+        cells.check_made_of(folder, task.name, model, units)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers:
         raise ValueError(f"seeds is {seeds}; at least one is needed: how many, or which")
@@ -154,14 +159,15 @@ def compare(
     for seed in numbers:
         data: _Data | None = None
         for method in bar(chosen, f"{task.name}, seed {seed}", progress):
+            key = {"task": task.name, "method": method.name, "seed": seed}  # what a cell is of, as its file says
             file = None if folder is None else cell_file(folder, task.name, method.name, seed)
-            kept = None if file is None else cells.read(file, _key(task.name, method.name, seed))
+            kept = None if file is None else cells.read(file, key)
             if kept is not None:
                 found.append(kept)
                 continue
             data = _data(model, task, units, seed, examples) if data is None else data
             frame = _cell(data, method, shared)
-            found.append(frame if file is None else cells.write(file, _key(task.name, method.name, seed), frame))
+            found.append(frame if file is None else cells.write(file, key, frame))
     return pd.concat(found, ignore_index=True)
 
 
@@ -226,12 +232,6 @@ def _group(task: str, methods: list[str], seed: int, out: str, settings: dict[st
 
 
 @checked
-def cell_file(folder: Path, task: str, method: str, seed: int) -> Path:
-    """Where a finished cell lies."""
-    return folder / "cells" / task / f"{re.sub('[^a-z0-9]+', '_', method.lower())}-{seed}.csv"
-
-
-@checked
 def gathered(folder: str | Path) -> pd.DataFrame:
     """All finished cells of a folder as one table.
 
@@ -246,33 +246,6 @@ def gathered(folder: str | Path) -> pd.DataFrame:
     places = {method.name: place for place, method in enumerate(METHODS)}
     rank = table.method.map(places).fillna(len(places))
     return table.assign(rank=rank).sort_values(["task", "rank", "method", "seed"], kind="stable").drop(columns="rank")
-
-
-def _prepared(folder: Path, shared: Comparison) -> Path:
-    """The folder, with the settings of its cells written down; refused where they are others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, *(folder / "cells").glob("*/")):
-        sweep(place)
-    file, mine = folder / "settings.json", json.loads(json.dumps(asdict(shared)))
-    if not file.is_file():
-        write_text(file, json.dumps(mine, indent=1) + "\n")
-        return folder
-    with reading(file, "settings of a comparison", "Remove it with the cells beside it, or name another folder."):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError(f"it is a {type(before).__name__}, no object")
-    for name in mine:
-        if mine[name] != before.get(name):
-            raise ValueError(
-                f"out has cells made with {name} = {before.get(name)}, and this comparison has {mine[name]}: "
-                f"name another folder than {folder}"
-            )
-    return folder
-
-
-def _key(task: str, method: str, seed: int) -> dict[str, Any]:
-    """What a cell is of, as its file says."""
-    return {"task": task, "method": method, "seed": seed}
 
 
 def _data(model: Model, task: Task, units: Units, seed: int, most: int) -> _Data:
@@ -334,7 +307,7 @@ def _means(data: _Data) -> Values:
 
 
 def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> list[dict[str, Any]]:
-    """A row for each ablation and size, on test examples."""
+    """A row for each ablation and size, on test examples, with the sizes asked for."""
     rows: list[dict[str, Any]] = []
     for kind in ("zero", "mean", "counterfactual"):
         areas = _curve(data, found, kind, data.test, SIZES, shared.bootstrap)
@@ -345,7 +318,10 @@ def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> lis
             frames.append(more.assign(cpr=areas.cpr, cmd=areas.cmd))
         for row in pd.concat(frames).drop_duplicates("kept").to_dict("records"):
             rows.append({str(name): value for name, value in row.items()} | {"ablation": kind})
-    for size in shared.sizes:
+    same: dict[int, list[float]] = {}  # of few units several sizes keep as many: one circuit, measured once
+    for size in dict.fromkeys(shared.sizes):
+        same.setdefault(kept_count(len(data.units), size), []).append(size)
+    for size, *_ in same.values():
         circuit = found.at(size).circuit if isinstance(found, CircuitPath) else found.top(size)
         own = _own(found, size)
         if own is not None:
@@ -357,10 +333,9 @@ def _judged(data: _Data, found: Scores | CircuitPath, shared: Comparison) -> lis
         if shared.maps:
             mapped = constants.neighbours(data.model, plain, data.train, seed=data.seed)
             rows.append(_refitted(data, mapped, shared) | {"ablation": "maps"})
-    for row in rows:  # the size asked for, where one was
-        near = [size for size in {*shared.sizes, *SIZES} if max(1, round(size * len(data.units))) == row["kept"]]
-        row["size"] = max(near, key=lambda size: (size in shared.sizes, -size), default=row["fraction"])
-    return rows
+    for size in sorted(SIZES):  # of those that only the areas ask for the smallest
+        same.setdefault(kept_count(len(data.units), size), [size])
+    return [row | {"size": size} for row in rows for size in same.get(row["kept"], [row["fraction"]])]
 
 
 def _refitted(data: _Data, reduction: Reduction, shared: Comparison) -> dict[str, Any]:
@@ -391,9 +366,9 @@ def _own(found: Scores | CircuitPath, size: float) -> Reduction | None:
 
 
 def _truth(data: _Data, found: Scores | CircuitPath) -> dict[str, float]:
-    """How well the order finds the units that are known to matter; NaN where none are known."""
+    """How well the order finds the units that are known to matter; NaN where none are known, or not all are units."""
     names = data.task.truth.get("removal", data.task.truth.get("weights"))
-    if names is None:
+    if names is None or not set(names) <= set(data.units.names):
         return {"auroc": float("nan"), "average_precision": float("nan")}
     truth = Circuit.of(data.units, list(names))
     return {"auroc": auroc(found.scores, truth), "average_precision": average_precision(found.scores, truth)}

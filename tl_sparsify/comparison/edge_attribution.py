@@ -220,7 +220,8 @@ def runs(
     examples: Examples, index: Int[Tensor, "batch"], source: Run | None, direction: Direction, seed: int
 ) -> tuple[Examples, Examples]:
     """The run that is changed and the one that it is changed towards, for the examples ``index``: clean and corrupted
-    for ``noising``, the other way round for ``denoising``. The run that is changed has the clean one's right answers.
+    for ``noising``, the other way round for ``denoising``. The run that is changed has the clean one's right and wrong
+    answers.
 
     Raises:
         ValueError: an unknown ``source`` or ``direction``, one that the examples do not have, or answers that a
@@ -238,6 +239,7 @@ def runs(
             "give counterfactual_tokens, or use direction='noising'"
         )
     sets = {"right_answers": clean.right_answers, "wrong_answers": clean.wrong_answers}
+    sets |= {"counterfactual_labels": clean.counterfactual_labels}  # wrong answers, where no others are given
     return replace(corrupted, labels=clean.labels, **sets), clean
 
 

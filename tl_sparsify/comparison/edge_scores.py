@@ -10,39 +10,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.readers import term_count
 from tl_sparsify.comparison.edge_attribution import Run, runs
 from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.distributions import paired_values, removal
 from tl_sparsify.core.edges import prune
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
     check_call,
     frozen,
+    in_batches,
     output,
     run_values,
     shared_batches,
     unit_positions,
 )
 from tl_sparsify.core.intervene import Intervention, intervened, recorded
-from tl_sparsify.core.measure import Recall, known_risk, remembering
-from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
+from tl_sparsify.core.measure import remembering
+from tl_sparsify.core.metrics import Metric, by_example, divergence, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_places
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
 _MOST = 100_000  # forward passes
+_ENTRIES = 2**26  # of what writers write in another run, that are kept
 
 
 @checked
@@ -67,7 +72,9 @@ def acdc(
         values: what removed edges carry (the published method's is the other run's value): the writers' means over
             ``examples`` where not given.
 
-    One forward pass for each threshold and edge at most, one for the original's answers, and one for the means.
+    One forward pass for each threshold and edge at most, one for the original's answers, and one for the means, or for
+    the other run of :func:`constants.counterfactual`. That one is kept up to 2**26 numbers of what writers write on all
+    examples; what is beyond runs again for each edge.
 
     Raises:
         ValueError: units that are no edges; thresholds that are none, negative or not finite; more than 100,000 forward
@@ -87,14 +94,13 @@ def acdc(
             f"units holds {len(units):,} edges and thresholds {len(thresholds)}, a forward pass for each: "
             f"more than {_MOST:,}; take fewer thresholds, tls.edges(model, 'layer'), or baselines that are cheaper"
         )
+    check_places(units, len(examples))
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
-    recall, scores, passes = remembering(), torch.zeros(len(units), dtype=torch.float64), 1 + (values is None)
+    (risk, passes), scores = _risks(model, examples, batch_size), torch.zeros(len(units), dtype=torch.float64)
     for threshold in sorted(thresholds):
-        kept, tried = _sweep(model, examples, units, constants, threshold, recall, batch_size, progress)
-        scores[kept] = threshold
-        passes += tried
+        scores[_sweep(risk, units, constants, threshold, progress)] = threshold
     unknown = torch.full_like(scores, float("nan"))
-    return Scores(units, scores, unknown, "ACDC", "nats", passes, 0)
+    return Scores(units, scores, unknown, "ACDC", "nats", 1 + (values is None) + passes(), 0)
 
 
 def _check_edges(units: Units) -> None:
@@ -102,19 +108,47 @@ def _check_edges(units: Units) -> None:
         raise ValueError(f"units are {units!r}, not all of them edges: tls.edges(model) gives some")
 
 
+def _risks(
+    model: Model, examples: Examples, batch_size: int | None
+) -> tuple[Callable[[Reduction], float], Callable[[], int]]:
+    """What measures a reduction's risk (nats) on these examples, and what says how many forward passes that has taken,
+    but for the original's. The original's answers are remembered, and what writers write in the other run of values of
+    counterfactual inputs."""
+    logits, writes = remembering(), remembering(_ENTRIES)
+    rows: Counter[str] = Counter()
+
+    def risk(reduction: Reduction) -> float:
+        paired = reduction.values.paired
+        widest = Units((max(reduction.units.sites, key=lambda site: site.rows),))
+
+        def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
+            def written() -> Float[Tensor, "batch pos writers d_model"]:
+                rows["other"] += len(index)
+                return paired_values(model, examples, index, widest.for_examples(index, examples.spans)).tensors[0]
+
+            original = logits(index, lambda: answer_logits(model, batch))
+            here = reduction.for_examples(index, examples.spans).units
+            w = writes(index, written) if paired else None  # of which each reader's writers are a beginning
+            source = None if w is None else Values(here, tuple(w[:, :, : site.rows] for site in here.sites))
+            rows["own"] += len(index)
+            with intervened(model, removal(model, reduction, examples, index, source)):
+                return Moments.of(divergence(original, answer_logits(model, batch), batch))
+
+        rows["times"] += 1
+        with torch.no_grad():
+            return float(Moments.over(in_batches(of, model, examples, batch_size), len(examples)).mean)
+
+    def passes() -> int:
+        return rows["times"] + math.ceil(rows["times"] * rows["other"] / max(1, rows["own"]))
+
+    return risk, passes
+
+
 def _sweep(
-    model: Model,
-    examples: Examples,
-    units: Units,
-    values: Values,
-    threshold: float,
-    recall: Recall,
-    batch_size: int | None,
-    progress: bool,
-) -> tuple[Bool[Tensor, "units"], int]:
-    """The edges that stay at a threshold, and how many were tried."""
-    kept = torch.ones(len(units), dtype=torch.bool)
-    now, tried = 0.0, 0
+    risk: Callable[[Reduction], float], units: Units, values: Values, threshold: float, progress: bool
+) -> Bool[Tensor, "units"]:
+    """The edges that stay at a threshold."""
+    kept, now = torch.ones(len(units), dtype=torch.bool), 0.0
     readers = [
         range(part.start + number * site.rows, part.start + (number + 1) * site.rows)
         for site, part in zip(units.sites, units.slices, strict=True)
@@ -125,14 +159,12 @@ def _sweep(
         for edge in reversed(reader):
             if not kept[edge]:
                 continue
-            trial = kept.clone()
-            trial[edge] = False
-            without = Reduction(Circuit(units, trial), values)
-            then = known_risk(model, without, examples, recall=recall, batch_size=batch_size).mean
-            tried += 1
+            without = kept.clone()
+            without[edge] = False
+            then = risk(Reduction(Circuit(units, without), values))
             if then - now < threshold:
-                kept, now = trial, then
-    return prune(Circuit(units, kept)).mask, tried
+                kept, now = without, then
+    return prune(Circuit(units, kept)).mask
 
 
 @checked
@@ -152,8 +184,8 @@ def eap_ig_activations(
     and ``g`` the gradient of ``metric`` at the reader, averaged over runs in which what one layer's heads, one MLP or
     the embedding write is ``w' + k / steps (w - w')``, ``k = 1 .. steps``, and all else follows from there (after arXiv
     2403.17806, which moves activations one layer at a time; here what is moved goes on to depend on what its layer
-    reads). Signed, in units of the metric: positive says that the metric is lower with the other run's value. One step
-    is :func:`score.gradient`.
+    reads). A beginning-of-sequence token is left alone. Signed, in units of the metric: positive says that the metric
+    is lower with the other run's value. One step is :func:`score.gradient`.
 
     Args:
         values: what writers write instead of in another run: a constant for each.
@@ -163,8 +195,8 @@ def eap_ig_activations(
     backward passes over the data.
 
     Raises:
-        ValueError: units that are no edges; ``steps`` below one; values of other units or of a run; an unknown
-            ``source``, or one that the examples do not have.
+        ValueError: units that are no edges; ``steps`` below one; values of other units or of a run, or together with a
+            ``source``; an unknown ``source``, or one that the examples do not have.
 
     Example:
         >>> coarse = tls.edges(model, "layer")
@@ -180,6 +212,8 @@ def eap_ig_activations(
         raise ValueError(
             f"values are {values!r}: give a constant for each writer of {units!r}, or name the run by source"
         )
+    if values is not None and source is not None:
+        raise ValueError(f"values are given, and source is {source!r}: give one of them")
     kept, other = _together(units), None if values is None or values.paired else values
     run: Run | None = "counterfactual" if values is not None and values.paired else source
 
@@ -226,20 +260,24 @@ def _integrated(
 ) -> Float[Tensor, "batch units"]:
     """The mean over layers and steps of each writer's whole step along the gradient at each reader."""
     moves: list[Float[Tensor, "batch pos writers d_model"]] = []
+    first = first_tokens(model, batch.tokens, batch.attention_mask, "bos")  # stays as it is, as in every ablation
     total: Tensor | None = None
     between = [(layer, k / steps) for k in range(1, steps) for layer in layers]
     for layer, level in [(layers[0], 1.0), *between]:  # the clean run first: it says how far each writer moves
         keep = 1 - (1 - level) * layer.double()
         with frozen(model), torch.enable_grad():
-            with intervened(model, Intervention(units, keep, values)), recorded(model, units, gradients=True) as own:
+            moved = Intervention(units, keep, values, first_token="bos")
+            with intervened(model, moved), recorded(model, units, gradients=True) as own:
                 value = by_example(measured_by(metric, answer_logits(model, batch), batch), batch).sum()
             hooks = list(own.activations)
             slopes = torch.autograd.grad(value, [own.activations[hook] for hook in hooks])
         if not moves:
             for site, w, other in zip(units.sites, own.read(), values.tensors, strict=True):
                 w = w.detach() if w.dtype == torch.float64 else w.detach().float()
-                where = site.position_mask(*w.shape[:2])
-                moves.append((w - other.to(w)) * (1 if where is None else where.to(w)[..., None, None]))
+                moved_at = torch.ones(w.shape[:2], dtype=torch.bool, device=w.device)
+                for where in (site.position_mask(*w.shape[:2]), None if first is None else ~first):
+                    moved_at &= True if where is None else where.to(w.device)
+                moves.append((w - other.to(w)) * moved_at.to(w)[..., None, None])
         along = zip(units.sites, own.pull(dict(zip(hooks, slopes, strict=True))), moves, strict=True)
         found = torch.cat([site.along(slope.to(move), move) for site, slope, move in along], 1).double()
         total = found * len(layers) if total is None else total + found  # at the near run all layers are the same

@@ -123,8 +123,9 @@ def patch_paths(
         metric: its change, patched minus not patched, positive where the metric rises. ``None``: KL(not patched ||
             patched) of the answer, in nats.
 
-    Two forward passes over the data and one for each path; a chain takes one for each of its edges. Memory: what every
-    writer writes in one batch, and a number for each path and example of it.
+    Two forward passes over the data and one for each path; a chain takes one for each of its edges, but those that
+    others begin with as well are run once. Memory: what every writer writes in one batch, once more for each edge
+    before the last of the paths that are patched together, and a number for each path and example.
 
     Raises:
         ValueError: no path; an edge that the model does not have, or a chain through a reader that is no writer;
@@ -142,6 +143,7 @@ def patch_paths(
         raise ValueError("paths is empty: give edges, ['L0H1->L1H2.q'], or chains of them")
     index = {name: number for number, name in enumerate(units.names)}
     wanted = [_chains(names, index) for names in together]
+    order = sorted(range(len(wanted)), key=lambda path: _ways(wanted[path]))  # those that begin alike in turn
     batches = list(shared_batches(model, examples, batch_size))
 
     def parts() -> Iterator[Moments]:
@@ -150,16 +152,19 @@ def patch_paths(
             here = units.at(positions).for_examples(rows, examples.spans)
             other = _writes(model, far, units)
             before = answer_logits(model, near)
-            found: list[Float[Tensor, "batch"]] = []
-            for chains in bar(wanted, f"patching paths, batch {number + 1} of {len(batches)}", progress):
-                with intervened(model, *_patches(model, near, units, here, chains, other)):
+            found: dict[int, Float[Tensor, "batch"]] = {}
+            writes: dict[_Chain, Float[Tensor, "batch pos writers d_model"]] = {}
+            for path in bar(order, f"patching paths, batch {number + 1} of {len(batches)}", progress):
+                writes = _carried(model, near, units, _ways(wanted[path]), writes, other)
+                with intervened(model, *_patches(here, wanted[path], writes)):
                     after = answer_logits(model, near)
-                found.append(by_example(_change(before, after, near, metric), near))
-            yield Moments.of(torch.stack(found, 1))
+                found[path] = by_example(_change(before, after, near, metric), near)
+            yield Moments.of(torch.stack([found[path] for path in range(len(wanted))], 1))
 
     with torch.no_grad():
         moments = Moments.over(parts(), len(examples))
-    passes = 2 + sum(1 + sum(len(chain) - 1 for chain in chains) for chains in wanted)
+    ways = [set[_Chain](), *(set(_ways(wanted[path])) for path in order)]
+    passes = 2 + sum(1 + len(here - before - {()}) for before, here in pairwise(ways))
     names = tuple(" + ".join(path) for path in together)
     return PathEffects(names, moments, "nats" if metric is None else "units of the metric", passes)
 
@@ -212,27 +217,40 @@ def _patch(units: Units, edges_: Sequence[int], writes: Float[Tensor, "batch pos
     return Intervention(units, keep, Values(units, tuple(writes[:, :, : site.rows] for site in units.sites)))
 
 
-def _patches(
+def _ways(chains: tuple[_Chain, ...]) -> list[_Chain]:
+    """The ways to the chains' last edges, and to every edge before them, the shorter first."""
+    found = {chain[:length] for chain in chains for length in range(len(chain))}
+    return sorted(found, key=lambda way: (len(way), way))
+
+
+def _carried(
     model: Model,
     batch: Examples,
     units: Units,
-    here: Units,
-    chains: tuple[_Chain, ...],
+    ways: list[_Chain],
+    known: dict[_Chain, Float[Tensor, "batch pos writers d_model"]],
     other: Float[Tensor, "batch pos writers d_model"],
+) -> dict[_Chain, Float[Tensor, "batch pos writers d_model"]]:
+    """What every writer writes at the end of each way, at that of none in the other run. A forward pass for each that
+    is not ``known``."""
+    found: dict[_Chain, Float[Tensor, "batch pos writers d_model"]] = {(): other}
+    for way in ways:
+        if way in known:
+            found[way] = known[way]
+        elif way:
+            with intervened(model, _patch(units, way[-1], found[way[:-1]])):
+                found[way] = _writes(model, batch, units)
+    return found
+
+
+def _patches(
+    here: Units, chains: tuple[_Chain, ...], writes: dict[_Chain, Float[Tensor, "batch pos writers d_model"]]
 ) -> list[Intervention]:
-    """The last edges of the chains, with what they carry; ``here`` are the units at positions. A forward pass for every
-    edge but the last ones."""
+    """The last edges of the chains, with what they carry; ``here`` are the units at positions."""
     carried: dict[_Chain, list[int]] = defaultdict(list)  # last edges by the way to them: one intervention for each
     for chain in chains:
         carried[chain[:-1]] += chain[-1]
-    found: list[Intervention] = []
-    for way, last in carried.items():
-        writes = other
-        for step in way:
-            with intervened(model, _patch(units, step, writes)):
-                writes = _writes(model, batch, units)
-        found.append(_patch(here, last, writes))
-    return found
+    return [_patch(here, last, writes[way]) for way, last in carried.items()]
 
 
 def _change(

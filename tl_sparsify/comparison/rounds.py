@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +49,9 @@ def in_rounds(
         rounds, smallest: the schedule of :func:`sparsify`: from all units down to ``smallest`` of them.
         absolute: order by the size of signed scores.
         values: what removed units are set to; their means over ``examples`` where not given. They are also what the
-            scorer removes units to, if it takes constants. With :func:`constants.counterfactual` the scorer sees a
-            batch at a time, and a score is the mean over batches; what it draws at random then depends on them.
+            scorer removes units to, if it takes constants. With :func:`constants.counterfactual`, and for units at
+            spans or at a position for each example, the scorer sees a batch at a time, and a score is the mean over
+            batches; what it draws at random, and means that it takes itself, then depend on them.
         settings: go to the scorer.
 
     The passes of the scorer in each round that removes a unit; one forward pass for the means where not given.
@@ -75,9 +75,8 @@ def in_rounds(
     values = values if values is not None else mean(model, examples, units, batch_size=settings.get("batch_size"))
     takes = inspect.signature(scorer).parameters
     run = settings.get("source", takes["source"].default if "source" in takes else "constant")
-    if "values" in takes and run == "constant":
+    if "values" in takes and (run == "constant" or (run is None and given)):
         settings["values"] = values
-    takes_size = "batch_size" in takes
     if "progress" in takes:
         settings["progress"] = False
     current = Reduction(Circuit.full(units), values)
@@ -89,7 +88,7 @@ def in_rounds(
         excess = len(current.circuit) - target
         if excess <= 0:
             continue
-        found = _without(model, current, examples, partial(scorer, model, seed=seed + number, **settings), takes_size)
+        found = _without(scorer, model, current, examples, settings | {"seed": seed + number})
         found = found.absolute if absolute else found
         name, forward, backward = found.name, forward + found.forward_passes, backward + found.backward_passes
         ranked = found.order.cpu()
@@ -105,20 +104,27 @@ def in_rounds(
 
 
 def _without(
-    model: Model, current: Reduction, examples: Examples, scorer: Callable[..., Scores], takes_size: bool
+    scorer: Callable[..., Scores], model: Model, current: Reduction, examples: Examples, settings: dict[str, Any]
 ) -> Scores:
-    """The scores in the model without what has been removed so far; of values of counterfactual inputs, which belong to
-    their examples, batch by batch."""
-    if not current.values.paired:
+    """The scores in the model without what has been removed so far. Batch by batch where that belongs to examples: of
+    values of counterfactual inputs, and of units at other positions in each example."""
+    paired = current.values.paired
+    apart = any(isinstance(site.positions, Tensor | str) for site in current.units.sites)
+    if not paired and not apart:
         with intervened(model, ablate(current)):
-            return scorer(examples, current.units)
-    size = scorer.keywords.pop("batch_size", None) if isinstance(scorer, partial) else None
+            return scorer(model, examples, current.units, **settings)
+    takes_size = "batch_size" in inspect.signature(scorer).parameters
     parts: list[tuple[int, Scores]] = []
-    for index, batch in batches_of(model, examples, size):
+    for index, batch in batches_of(model, examples, settings.get("batch_size")):
+        here = current.for_examples(index, examples.spans)
+        of_batch = {name: value for name, value in settings.items() if name != "batch_size"}
+        of_batch |= {"values": here.values} if "values" in settings else {}
+        of_batch |= {"batch_size": len(index)} if takes_size else {}
         with intervened(model, removal(model, current, examples, index)):
-            of_batch = {"batch_size": len(index)} if takes_size else {}
-            parts.append((len(index), scorer(batch, current.units.for_examples(index, examples.spans), **of_batch)))
+            parts.append((len(index), scorer(model, batch, here.units, **of_batch)))
     total = sum(count * part.scores for count, part in parts) / len(examples)
     last = parts[-1][1]
     unknown = torch.full_like(last.scores, float("nan"))
-    return replace(last, units=current.units, scores=total, stderr=unknown, forward_passes=last.forward_passes + 1)
+    other_run = int(paired and not bool(current.circuit.mask.all()))  # it is run where something is removed
+    forward = last.forward_passes + other_run
+    return replace(last, units=current.units, scores=total, stderr=unknown, forward_passes=forward)

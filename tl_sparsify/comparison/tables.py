@@ -32,9 +32,10 @@ def markdown(table: pd.DataFrame, task: str) -> str:
     bold.
 
     Risk in nats (accuracy) at each size with the constants that the task calls for, with the same refit, with the same
-    affine maps, and (for searches that fit replacements) as found; CMD and CPR with the constants that the task calls
-    for; AUROC where the true units are known; the setting chosen most often; passes (forward + backward) of all
-    settings tried; seconds and memory (MiB) of the chosen one.
+    affine maps, and (for searches that fit replacements) as found: the sizes are those of the refit, without one all
+    that were measured. CMD and CPR with the constants that the task calls for; AUROC where the true units are known;
+    the setting chosen most often; passes (forward + backward) of all settings tried; seconds and memory (MiB) of the
+    chosen one.
 
     Raises:
         ValueError: a task that the table does not have.
@@ -43,13 +44,13 @@ def markdown(table: pd.DataFrame, task: str) -> str:
     if not rows:
         raise ValueError(f"task is {task!r}; the table has {', '.join(sorted(set(table['task'])))}")
     own = rows[0]["own_ablation"]
-    sizes = sorted({row["size"] for row in rows if row["ablation"] == "refitted"}, reverse=True)
     columns: dict[str, dict[str, tuple[float, str]]] = {}
-    for kind in (own, "refitted", "maps", "as found") if sizes else ():
+    sizes = _sizes(rows, own)
+    for kind in (own, "refitted", "maps", "as found"):
         for size in sizes:
             here = [row for row in rows if row["ablation"] == kind and row["size"] == size]
             risk, accuracy = _means(here, "risk"), _means(here, "accuracy")
-            columns[f"{kind}, {size:.0%}"] = {
+            columns[f"{kind}, {100 * size:g}%"] = {
                 m: (max(risk[m], _LEAST), f"{_nats(risk[m])} ({accuracy[m]:.3f})") for m in risk
             }
     for name, sign in _AREAS.items():
@@ -68,6 +69,13 @@ def markdown(table: pd.DataFrame, task: str) -> str:
         name = method if setting == "default" else f"{method} ({setting})"
         lines.append([name, *cells])
     return table_of(["method (setting)", *columns, "passes", "seconds", "MB"], lines)
+
+
+def _sizes(rows: list[dict[str, Any]], own: str) -> list[float]:
+    """The sizes that circuits were refitted at; without a refit all those that were measured, but for the whole."""
+    refitted = {row["size"] for row in rows if row["ablation"] == "refitted"}
+    measured = {row["size"] for row in rows if row["ablation"] in (own, "as found") and row["size"] < 1}
+    return sorted(refitted or measured, reverse=True)
 
 
 def _means(rows: list[dict[str, Any]], column: str) -> dict[str, float]:

@@ -43,7 +43,8 @@ def edges(model: Any, readers: Readers = "qkv", *, grouped: bool = True) -> Unit
     Args:
         readers: ``qkv``: the query, key and value of each head, each MLP, the logits. Where heads share keys and values
             (grouped queries) a group has one reader of each, ``L2G0.k``. ``head``: what a head (or, there, a group)
-            reads for all three. ``layer``: what an attention layer reads, ``L2ATTN``.
+            reads for all three. ``layer``: what an attention layer reads, ``L2ATTN``. Edges of two of these are not
+            removed or scored together: one reader is a part of another.
         grouped: whether heads that share keys and values share a reader. ``False``: each head has its own, ``L2H1.k``,
             as the Mechanistic Interpretability Benchmark counts edges; what it reads goes through the shared weights.
 
@@ -118,6 +119,7 @@ def apply_to_edges(
         raise ValueError(f"keep is for {len(gone)} examples, {site.hook} saw a batch of {len(stream)}")
     if sum(part.shape[2] for part in hook.parts) != site.rows:
         raise ValueError(f"{site.hook} has other writers than {site.rows}: are the units those of this model?")
+    check_run(site, value, stream)
     if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
@@ -136,6 +138,19 @@ def apply_to_edges(
     if first is not None:
         change = change.masked_fill(first.to(change.device)[..., None], 0)
     return rows_last(rows_first(stream) + change)
+
+
+def check_run(site: Site, value: Float[Tensor, "..."], here: Float[Tensor, "batch pos ..."]) -> None:
+    """Refuse the values of a run of another shape than this one's.
+
+    Raises:
+        ValueError: values of other numbers of examples or positions.
+    """
+    if value.ndim == 4 and value.shape[:2] != here.shape[:2]:
+        raise ValueError(
+            f"values of {site.hook} are those of a run of shape {tuple(value.shape[:2])}, this one has "
+            f"{tuple(here.shape[:2])}: base and source need equal shapes (pad both to one width)"
+        )
 
 
 def _shared(
@@ -234,14 +249,15 @@ class _Ways:
         return _Ways(tuple(found), max((site.writers for site, _ in found), key=len))
 
     def behind(self, reader: str) -> list[str]:
-        """Who reads through this reader: writers, or the logits."""
+        """Who reads through this reader: writers, the logits, or, where no edge of the units is from its heads, the
+        reader itself."""
         name, _, _ = reader.partition(".")
         layer, kind, number = _parts(name)
         if kind not in ("G", "ATTN"):
             return [name]
         heads = [w for w in self.writers if w.startswith(f"L{layer}H")]
-        if kind == "ATTN":
-            return heads
+        if kind == "ATTN" or not heads:
+            return heads or [name]
         groups = max(len(site.readers) for site, _ in self.sites if site.readers[0].startswith(f"L{layer}G"))
         many = len(heads) // groups
         return heads[number * many : (number + 1) * many]

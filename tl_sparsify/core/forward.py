@@ -145,8 +145,8 @@ def _again(model: Model, batch: Examples) -> bool:
 
 
 def answer_rows(batch: Examples) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
-    """Example (within the batch) and position of every labelled position, in order."""
-    example, position = (batch.labels != NO_LABEL).nonzero(as_tuple=True)
+    """Example (within the batch) and position of every labelled position, in order, on the CPU."""
+    example, position = (batch.labels.cpu() != NO_LABEL).nonzero(as_tuple=True)
     return example, position
 
 

@@ -25,10 +25,10 @@ from tl_sparsify._internal.encoders import to_read
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
-from tl_sparsify._internal.readers import first_hooks, reader_hooks, reads, rows_first, rows_last
+from tl_sparsify._internal.readers import first_hooks, noting, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify._internal.recomputation import AGAIN, ONCE, lock_of, setting
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
-from tl_sparsify.core.edges import apply_to_edges
+from tl_sparsify.core.edges import apply_to_edges, check_run
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site, check_places
 from tl_sparsify.core.units import Model, Units
@@ -126,14 +126,16 @@ def _hooked(model: Model, hooks: list[tuple[Any, Callable[..., Any]]]) -> Iterat
     experts = [part for part in mine_only if isinstance(part[0], str) and experts_of(model, part[0])]
     reading = [part for part in mine_only if isinstance(part[0], str) and reads(part[0])]
     plain = [part for part in mine_only if part not in experts and part not in reading]
-    if reading:  # last, so that what is written is noted as the others left it
+    changed = {name for name, _ in plain}
+    if reading:
         plain += [(_canonical(model, points, name), here(hook)) for name, hook in reader_hooks(model, reading)]
     first = [(points[name], here(hook)) for name, hook in first_hooks(model, [name for name, _ in reading])]
     with (
         setting(ONCE) if reading else nullcontext(),
         lock_of(model),
+        noting(model, bool(reading), changed) as notes,
         _before_others(first),
-        model.hooks(fwd_hooks=plain),
+        model.hooks(fwd_hooks=plain + [(name, here(note)) for name, note in notes]),
         hooked_experts(model, experts),
     ):
         yield
@@ -174,12 +176,7 @@ def _apply(
     check_places(site, activation)
     if keep.ndim == 2 and len(keep) != len(activation):
         raise ValueError(f"keep is for {len(keep)} examples, {site.hook} saw a batch of {len(activation)}")
-    if value.ndim == 4 and value.shape[:2] != v.shape[:2]:
-        there, here = tuple(value.shape[:2]), tuple(v.shape[:2])
-        raise ValueError(
-            f"values of {site.hook} are those of a run of shape {there}, this one has {here}: "
-            "base and source need equal shapes (pad both to one width)"
-        )
+    check_run(site, value, v)
     weight = keep.to(v)[..., None] if keep.ndim == 1 else keep.to(v)[:, None, :, None]
     target = value.to(v).expand_as(v)
     if mixing is not None:
@@ -206,7 +203,7 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
 
     Raises:
         ValueError: a model in training mode, a hook point that it lacks, or (when it runs) an activation of another
-            shape, or a named position that is padding.
+            shape, a named position that is padding, or edges into readers of which one is a part of another.
 
     Example:
         >>> before = model(test.tokens)

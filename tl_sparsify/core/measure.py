@@ -24,11 +24,11 @@ from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows, check_call, frozen, in_batches
 from tl_sparsify.core.intervene import Intervention, intervened
-from tl_sparsify.core.memory import device_of
+from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_places
 
 _REMEMBERED = 2**24  # numbers
 
@@ -133,6 +133,7 @@ def compared(
     same interventions); two more for each ``interchange`` in the distribution, one more for values of counterfactual
     inputs. The check that the reduction is the model's reads all weights: where that is ``known`` it is left out.
     """
+    check_places(reduction.units, len(examples))
     if not known:
         check_call(model, examples, seed=seed, batch_size=batch_size)
         check_fingerprint(model, reduction)
@@ -215,6 +216,7 @@ def circuit_risks(
     """The measured risk of the reduction with each circuit in its place (:func:`risk`). One forward pass for each, one
     for the original where ``recall`` does not know it, and one for values of counterfactual inputs, whatever the number
     of circuits."""
+    check_places(reduction.units, len(examples))
     reductions = [reduction.with_circuit(circuit) for circuit in circuits]
 
     def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:
@@ -271,6 +273,7 @@ def risk_slopes(
         here = reduction.for_examples(index, examples.spans).units
         source = paired_values(model, examples, index, here) if reduction.values.paired else None
         removed = removal(model, reduction, examples, index, source)
+        removed = replace(removed, keep=removed.keep.to(keep_dtype_of(model)))  # slopes have the precision of keep
         _, slopes = with_slopes(model, removed, batch, lambda logits: divergence(original, logits, batch, metric))
         return Moments.of(slopes.double())
 

@@ -144,6 +144,7 @@ class Reduction:
 
     def save(self, path: str | Path) -> None:
         """Write json and tensors to one safetensors file, with a checksum: complete, or not at all."""
+        check_saved(self.units)
         sites = [_site_to_json(site) for site in self.units.sites]
         header = {"sites": sites, "kind": self.kind, "fingerprint": self.fingerprint, "first_token": self.first_token}
         tensors = {"mask": self.circuit.mask}
@@ -214,9 +215,18 @@ class Reduction:
         return f"Reduction({self.circuit!r}, {self.kind} values)"
 
 
+def check_saved(units: Units) -> None:
+    """Refuse units that no file holds.
+
+    Raises:
+        ValueError: positions that vary by example, or a slice of them.
+    """
+    for site in units.sites:
+        if isinstance(site.positions, Tensor | slice):
+            raise ValueError(f"positions of {site.hook} vary by example or are a slice: such units cannot be saved")
+
+
 def _site_to_json(site: Site) -> dict[str, Any]:
-    if isinstance(site.positions, Tensor | slice):
-        raise ValueError(f"positions of {site.hook} vary by example or are a slice: such units cannot be saved")
     said = {
         "kind": site.kind,
         "layer": site.layer,

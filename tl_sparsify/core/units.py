@@ -203,6 +203,20 @@ class Units:
         return f"Units({len(self):,}: {self.describe()})"
 
 
+def check_places(units: Units, n: int) -> None:
+    """Refuse units whose positions are those of more or fewer than these ``n`` examples: they would be other examples'.
+
+    Raises:
+        ValueError: such positions.
+    """
+    for site in units.sites:
+        if isinstance(site.positions, Tensor) and len(site.positions) != n:
+            raise ValueError(
+                f"positions of {site.hook} are places of {len(site.positions)} examples, and there are {n}: take those "
+                "of a part with units.for_examples(index), or name a span, which every split has of its own"
+            )
+
+
 def _parse_positions(text: str) -> Positions:
     try:
         if ":" in text:

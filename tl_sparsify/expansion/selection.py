@@ -27,6 +27,7 @@ _ROUGH = 32
 _LOOKS = 64  # at least, at all units that a rough choice is made among
 _ROUGHLY = 4  # times the units that leave: so many of the cheapest are looked at for a rough choice,
 _FEW = 8192  # and at least as many as this
+_ROUNDING = 1e-9  # of what is to be saved: costs that add up to all but this are enough
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class _State:
     ) -> _State:
         matrix = linearisation.matrix
         index = candidates.to(matrix.device).nonzero().flatten()
-        sampled, some = matrix[:, index], None if costs is None else costs.to(matrix)[index]
+        sampled = matrix[:, index]
+        some = None if costs is None else costs.to(matrix.device, torch.float64)[index]  # they are added up
         half, slope = sampled.square().sum(0) / 2, shrinkage.slope * linearisation.linear[index]
         if shrinkage == NO_SHRINKAGE or linearisation.deviation is None or linearisation.spread is None:
             sampled = math.sqrt(shrinkage.interactions) * sampled
@@ -192,14 +194,14 @@ class _State:
     def take(self, count: int | float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
         """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
         picked: list[Tensor] = []
-        left, block = float(count), _FIRST
+        left, block = float(count) * (1 - _ROUNDING), _FIRST
         rough = min(max(_ROUGH, int(min(count, self.alive)) // _LOOKS), _POOL // 2)
         while left > 0 and self.alive:
             steps = min(rough if roughly else block, self.alive)
             size = min(pool, max(_POOL // 4, 4 * steps)) if roughly else pool
             chosen, asked = self.next_block(steps, left, size, check=not roughly)
             picked.append(self.index[chosen].cpu())
-            left -= len(chosen) if self.costs is None else float(self.costs[chosen].double().sum())
+            left -= len(chosen) if self.costs is None else float(self.costs[chosen].sum())
             block = min(_BLOCK, 2 * asked) if len(chosen) == asked else max(16, 2 * len(chosen))
         return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
@@ -233,11 +235,12 @@ class _State:
         change = (inside @ inside.T).cpu().numpy()
         now = rise.cpu().numpy().copy()
         costs = None if self.costs is None else self.costs[here].cpu().numpy()
+        price = None if costs is None else costs.astype(now.dtype)
         picks = np.empty(steps, dtype=np.int64)
         lows = np.empty(steps, dtype=now.dtype)
         saved, n = 0.0, 0
         while n < steps and saved < left:
-            order = now if costs is None else _per_cost(now, costs)
+            order = now if price is None else _per_cost(now, price)
             pick = int(order.argmin())
             picks[n], lows[n] = pick, order[pick]
             now += change[pick]
@@ -272,7 +275,7 @@ class _State:
     ) -> Float[Tensor, "*steps some"]:
         if self.costs is None:
             return rise
-        costs = self.costs if of is None else self.costs[of]
+        costs = (self.costs if of is None else self.costs[of]).to(rise)
         return torch.where(rise > 0, rise / costs, rise * costs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tl_sparsify.core.prompts import beginning, length_limit
@@ -13,10 +14,18 @@ Answers = dict[int, list[list[int]]]
 """For each row the tokens of each of its answers."""
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens a row may have, and how many its longer prompt has, by row, with what goes before it."""
+
+    most: int
+    prompts: dict[int, int]
+
+
 def prompt_problems(
     source: Any, tokenizer: Any, said: Table, any_pair: bool, settings: Mapping[str, Any]
-) -> dict[int, Problem]:
-    """What is wrong with prompts and pairs, by row."""
+) -> tuple[dict[int, Problem], Lengths]:
+    """What is wrong with prompts and pairs, by row, and their lengths."""
     found: dict[int, Problem] = {}
     lengths: list[dict[int, int]] = []
     most, _ = length_limit(source, tokenizer, settings["max_length"])
@@ -36,6 +45,19 @@ def prompt_problems(
         if not any_pair and lengths[0].get(i, n) != n:
             detail = f"{lengths[0][i]} tokens in the prompt, {n} in the counterfactual prompt"
             found.setdefault(i, Problem("a pair of other length", detail))
+    longer = {i: max(n, lengths[1].get(i, 0)) for i, n in lengths[0].items()}
+    return found, Lengths(most, longer)
+
+
+def answer_problems(lengths: Lengths, answers: Answers) -> dict[int, Problem]:
+    """Rows whose prompt, or counterfactual prompt, is too long with the tokens of the answer that follow it: all but
+    the last."""
+    found: dict[int, Problem] = {}
+    for i, some in answers.items():
+        n = lengths.prompts[i] + len(some[0]) - 1 if some else 0
+        if n > lengths.most:
+            detail = f"{n} tokens with all of the answer but its last token, at most {lengths.most}"
+            found[i] = Problem("prompt and answer longer than the context", detail)
     return found
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tl_sparsify.formats.answers import Answer
-from tl_sparsify.formats.rows import Row, columns, has, value
+from tl_sparsify.formats.answers import Answer, Problem
+from tl_sparsify.formats.rows import Row, columns, has, value, whole
 
 AUTO = "auto"
 _USUAL = {
@@ -22,13 +22,15 @@ _IDS = ("_idx", "_id", "_ids", "_token_id")
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a source, a value for each row: of answers all right ones and all wrong ones."""
+    """The columns of a source, a value for each row: of answers all right ones and all wrong ones. ``problems`` says
+    which rows have an answer that is none."""
 
     prompts: list[Any]
     answers: list[list[Answer]]
     wrong: list[list[Answer]] | None
     others: list[Any] | None
     spans: list[dict[str, Any]] | None
+    problems: dict[int, Problem]
 
 
 def named_columns(rows: list[Row], given: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -86,12 +88,20 @@ def table(
     wrong = read("wrong_answer")
     against = [pair[1] for pair in split] if wrong is None else [_split(entry)[0] for entry in wrong]
     name = named["wrong_answer"] or named["answer"]
+    answers, problems = _typed(
+        "answer", [right for right, _ in split], listed, str(named["answer"]), answers_as, prefix
+    )
+    wrong_answers: list[list[Answer]] | None = None
+    if wrong is not None or any(against):
+        wrong_answers, more = _typed("wrong answer", against, listed, str(name), answers_as, prefix)
+        problems = more | problems
     return Table(
         prompts=read("prompt") or [],
-        answers=_typed([right for right, _ in split], listed, str(named["answer"]), answers_as, prefix),
-        wrong=_typed(against, listed, str(name), answers_as, prefix) if wrong is not None or any(against) else None,
+        answers=answers,
+        wrong=wrong_answers,
         others=read("counterfactual_prompt"),
         spans=None if spans is None else [_spans(i, row, spans) for i, row in enumerate(rows)],
+        problems=problems,
     )
 
 
@@ -108,27 +118,30 @@ def _split(entry: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _typed(
-    some: list[list[Any]], listed: list[Any] | None, name: str, answers_as: str, prefix: str
-) -> list[list[Answer]]:
-    """Answers as words or token ids, each once."""
+    what: str, some: list[list[Any]], listed: list[Any] | None, name: str, answers_as: str, prefix: str
+) -> tuple[list[list[Answer]], dict[int, Problem]]:
+    """Answers as words or token ids, each once, and the rows with one that should be an id and is none."""
     as_ids = answers_as == "ids" or (answers_as == "auto" and name.rsplit(".", 1)[-1].endswith(_IDS))
+    problems: dict[int, Problem] = {}
 
     def typed(i: int, one: Any) -> Answer:
-        whole = not isinstance(one, bool) and (isinstance(one, int) or (isinstance(one, float) and one.is_integer()))
         if one is None or one == "":
             return None
+        number = whole(one)
         if as_ids:
-            if not whole and not (isinstance(one, str) and one.strip().isdecimal()):
-                raise ValueError(f"{name} of row {i} is {one!r}, which is no token id: say answers_as='text'")
-            return int(one)
-        if whole and listed is not None and answers_as == "auto":
+            if number is None:
+                detail = f"{name} is {one!r}: say answers_as='text' where answers are words"
+                problems.setdefault(i, Problem(f"{what} is no token id", detail))
+            return number
+        if number is not None and not isinstance(one, str) and listed is not None and answers_as == "auto":
             here = listed[i] or []
-            return f"{prefix}{here[int(one)]}" if 0 <= one < len(here) else None
+            return f"{prefix}{here[number]}" if 0 <= number < len(here) else None
         if isinstance(one, int | float) and answers_as == "auto":
             raise ValueError(f"{name} of row {i} is the number {one}: say answers_as='ids' (of tokens) or 'text'")
         return f"{prefix}{one}"
 
-    return [list(dict.fromkeys(typed(i, one) for one in row)) or [None] for i, row in enumerate(some)]
+    found = [list(dict.fromkeys(typed(i, one) for one in row)) or [None] for i, row in enumerate(some)]
+    return found, problems
 
 
 def _spans(i: int, row: Row, spans: str | Mapping[str, str]) -> dict[str, Any]:

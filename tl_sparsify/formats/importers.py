@@ -26,6 +26,7 @@ __all__ = ["acdc", "auto_circuit", "pyvene"]
 
 _READER = re.compile(r"blocks\.(\d+)\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)")
 _WRITER = re.compile(r"blocks\.(\d+)\.(attn\.hook_result|hook_mlp_out|hook_resid_pre)|hook_embed|hook_pos_embed")
+_WHOLE = ("mlp_in", "resid_post")  # what reads the stream for no head
 _COMPONENTS = {
     "block_output": "hook_resid_post",
     "block_input": "hook_resid_pre",
@@ -98,7 +99,8 @@ def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that holds anything but tensors and plain values, edges that the model does not have.
+        ValueError: a file that holds anything but tensors and plain values, edges or heads that the model does not
+            have.
 
     Example:
         >>> edges = [("blocks.2.hook_resid_post", (None,), "blocks.1.attn.hook_result", (None, None, 3)),
@@ -112,14 +114,18 @@ def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> 
     known = set(sizes.edges)
     kept: dict[str, bool] = {}
     scores: dict[str, float] = {}
-    for (reader, at, writer, from_), value in rows:
+    for parts, value in rows:
+        if not isinstance(parts, list | tuple) or len(parts) != 4:
+            raise ValueError(f"source has the edge {parts!r}; it must be (reader, index, writer, index)")
+        reader, at, writer, from_ = parts
         target, start = _READER.fullmatch(str(reader)), _WRITER.fullmatch(str(writer))
         if target is None or start is None:
             continue  # edges within a head, which the graph does not have
         into = _reader_names(sizes, int(target[1]), target[2])
-        into = into[at[-1]] if len(into) > 1 else into[0]
+        into = into[0 if target[2] in _WHOLE else _head(sizes, str(reader), at)]
         out = "input" if start[2] in (None, "hook_resid_pre") else f"m{start[1]}"
-        out = f"a{start[1]}.h{from_[-1]}" if start[2] == "attn.hook_result" else out
+        if start[2] == "attn.hook_result":
+            out = f"a{start[1]}.h{_head(sizes, str(writer), from_)}"
         for name in into:
             edge = f"{out}->{name}"
             if edge not in known:
@@ -137,12 +143,12 @@ def pyvene(model: Any, path: str | Path, *, hook: str | None = None, rank: int |
     Args:
         path: the file, or the folder where it has one such file.
         hook: the hook point; where not given what the file's name says of layer and component.
-        rank: how many of the directions, the first ones; those that pyvene interchanges where not given.
+        rank: how many of the directions, the first ones, from 1 to all; those that pyvene interchanges where not given.
 
     Raises:
         FileNotFoundError: no such file, or several.
-        ValueError: a file that holds anything but tensors and plain values, or no rotation; a component without a hook
-            point.
+        ValueError: a file that holds anything but tensors and plain values, or no whole rotation; a ``rank`` that it
+            does not have; a component without a hook point.
 
     Example:
         >>> rotation = torch.linalg.qr(torch.randn(64, 2, generator=torch.Generator().manual_seed(0))).Q
@@ -161,6 +167,8 @@ def pyvene(model: Any, path: str | Path, *, hook: str | None = None, rank: int |
         if dimension is None or int(dimension) >= len(basis):
             raise ValueError(f"{files[0].name} rotates all {len(basis)} directions: say how many are meant by rank=")
         rank = int(dimension)
+    if rank is not None and not 1 <= rank <= basis.shape[1]:
+        raise ValueError(f"rank is {rank}; {files[0].name} has {basis.shape[1]} directions: give 1 to {basis.shape[1]}")
     if hook is None:
         match = re.search(r"layer[._](\d+)[._]comp[._]([a-z_]+?)[._]unit", files[0].name)
         if match is None or match[2] not in _COMPONENTS:
@@ -175,18 +183,40 @@ def _rotation(path: Path, state: Any) -> Float[Tensor, "width directions"]:
     """The orthonormal columns, from the weight or from what PyTorch's parametrisation keeps of it."""
     if not isinstance(state, Mapping) or not ({"rotate_layer.weight", _WEIGHT} & set(state)):
         raise ValueError(f"{path} holds no rotation: it needs rotate_layer.weight, or its parametrisation")
-    if "rotate_layer.weight" in state:
-        return state["rotate_layer.weight"]
+    name = next(name for name in ("rotate_layer.weight", _WEIGHT) if name in state)
+    weight = state[name]
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{path} holds no rotation: {name} is {found}; it must be a matrix of floating-point numbers")
+    if name != _WEIGHT:
+        return weight
     prefix = "rotate_layer."
     layer: Any = torch.nn.Module()
-    layer.weight = torch.nn.Parameter(torch.eye(*state[_WEIGHT].shape, dtype=state[_WEIGHT].dtype))
+    layer.weight = torch.nn.Parameter(torch.eye(*weight.shape, dtype=weight.dtype))
     torch.nn.utils.parametrizations.orthogonal(layer)
-    layer.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+    try:
+        layer.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} lacks parts of its parametrised rotation ({' '.join(str(error).split())}): save the whole "
+            "state_dict of the rotation, with its base, or rotate_layer.weight itself"
+        ) from error
     return layer.weight.detach()
 
 
 def _with_effect(entry: Any) -> tuple[Any, Any]:
-    return entry if len(entry) == 2 else (entry, None)
+    return (entry[0], entry[1]) if isinstance(entry, list | tuple) and len(entry) == 2 else (entry, None)
+
+
+def _head(sizes: Sizes, hook: str, index: Any) -> int:
+    """The head that an index of ACDC's names: its last part."""
+    head = index[-1] if isinstance(index, list | tuple) and index else None
+    if head is None or head not in range(sizes.heads):
+        raise ValueError(
+            f"source has the index {index!r} at {hook}, and a model of {sizes} has heads 0 to {sizes.heads - 1}: name "
+            "one as in (None, None, 0)"
+        )
+    return int(head)
 
 
 def _writers(sizes: Sizes, layer: int, part: str) -> list[str]:
@@ -199,7 +229,7 @@ def _writers(sizes: Sizes, layer: int, part: str) -> list[str]:
 
 def _reader_names(sizes: Sizes, layer: int, part: str) -> list[list[str]]:
     """For each row of a reader's scores the ends of its edges: ``a0.h1<q>``; for all of a head's input the three."""
-    if part in ("mlp_in", "resid_post"):
+    if part in _WHOLE:
         return [["logits" if part == "resid_post" else f"m{layer}"]]
     letters = "qkv" if part == "attn_in" else part[0]
     return [[f"a{layer}.h{head}<{letter}>" for letter in letters] for head in range(sizes.heads)]

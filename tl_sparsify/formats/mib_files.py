@@ -217,8 +217,8 @@ def _score(entry: Mapping[str, Any]) -> float:
 def _check_names(path: Path, kind: str, found: Any, wanted: tuple[str, ...]) -> None:
     if not isinstance(found, Mapping) or not all(isinstance(entry, Mapping) for entry in found.values()):
         raise ValueError(f"{path}: the {kind}s must be objects by name, with in_graph and score")
-    missing = [name for name in wanted if name not in found]
-    more = [name for name in found if name not in set(wanted)] if len(found) + len(missing) > len(wanted) else []
+    missing, known = [name for name in wanted if name not in found], set(wanted)
+    more = [name for name in found if name not in known]
     for what, names in [("lacks", missing), ("has unknown", more)]:
         if names:
             raise ValueError(f"{path} {what} {len(names):,} {kind}s for its sizes (first: {names[0]})")

@@ -17,11 +17,11 @@ from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.prompts import tokenizer_of
 from tl_sparsify.formats.answers import ids_of
-from tl_sparsify.formats.records import LoadedExamples, load_examples
-from tl_sparsify.formats.rows import Row, columns, read_rows, value
+from tl_sparsify.formats.records import LoadedExamples, NoUsableRow, load_examples
+from tl_sparsify.formats.rows import Row, columns, read_rows, value, whole
 
 Split = Literal["train", "validation", "test"]
-_FILES = (".parquet", ".jsonl", ".json", ".csv")
+_FILES = (".parquet", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class CircuitTask:
 
     Attributes:
         counterfactual: the usual kind.
-        right, wrong: the texts of the answers of a row, of which ``wrong`` takes the counterfactual's column.
+        right, wrong: the texts of the answers of a row, of which ``wrong`` takes the counterfactual's column. A
+            ``ValueError`` says why a row has none.
         same: other texts that need as many tokens as the right answer.
         operator: of which only these rows count.
         folder: the part of the data set that holds it.
@@ -48,18 +49,32 @@ class CircuitTask:
     folder: str = ""
 
 
+def _text(row: Row, name: str) -> str:
+    """What a row has in a column, as text."""
+    found = value(row, name)
+    if found is None:
+        raise ValueError(f"no {name}")
+    return str(found)
+
+
 def _label(row: Row) -> str:
     """The letter of the right choice."""
-    return str(value(row, "choices.label")[int(row["answerKey"])])
+    labels, key = value(row, "choices.label"), row.get("answerKey")
+    if not isinstance(labels, list | tuple):
+        raise ValueError("no choices.label")
+    place = whole(key)
+    if place is None or not 0 <= place < len(labels):
+        raise ValueError(f"answerKey is {key!r}, of {len(labels)} choices")
+    return str(labels[place])
 
 
 _CHOICE = CircuitTask("symbol_counterfactual", _label, lambda _, other: _label(other))
 _TASKS = {
     "ioi": CircuitTask(
         "s2_io_flip_counterfactual",
-        lambda row: f" {row['metadata']['indirect_object']}",
-        lambda row, _: f" {row['metadata']['subject']}",
-        same=lambda row: [f" {row['metadata']['random_c']}"],
+        lambda row: f" {_text(row, 'metadata.indirect_object')}",
+        lambda row, _: f" {_text(row, 'metadata.subject')}",
+        same=lambda row: [f" {_text(row, 'metadata.random_c')}"],
     ),
     "mcqa": CircuitTask("symbol_counterfactual", _label, lambda _, other: _label(other), folder="4_answer_choices"),
     "arc_easy": _CHOICE,
@@ -67,8 +82,8 @@ _TASKS = {
     **{
         f"arithmetic_{name}": CircuitTask(
             "random_counterfactual",
-            lambda row: str(row["label"]),
-            lambda _, other: str(other["label"]),
+            lambda row: _text(row, "label"),
+            lambda _, other: _text(other, "label"),
             operator=operator,
         )
         for name, operator in {"addition": "+", "subtraction": "-"}.items()
@@ -92,7 +107,7 @@ def circuit_task(
 
     Args:
         name: ``ioi, mcqa, arithmetic_addition, arithmetic_subtraction, arc_easy, arc_challenge``.
-        folder: its data set on this machine: files (parquet, JSON lines, JSON or CSV) whose name begins with the split.
+        folder: its data set on this machine: files (parquet, JSON lines or JSON) whose name begins with the split.
         counterfactual: the column of the counterfactuals; the benchmark's usual one where not given.
         pairs: as in :func:`load_examples`: the benchmark keeps pairs of other length.
         limit: at most so many usable rows by the benchmark's filters.
@@ -100,7 +115,7 @@ def circuit_task(
 
     Returns:
         Examples of the rows that can be used; ``dropped`` lists the others, also those that the benchmark's filters
-        leave out. Answers are the first tokens of their texts. No model pass.
+        leave out or that lack what the task is told by. Answers are the first tokens of their texts. No model pass.
 
     Raises:
         FileNotFoundError: no file of this split in the folder.
@@ -159,7 +174,7 @@ def causal_pairs(
 
     Returns:
         For each kind the bases, whose counterfactuals are the sources, and the sources with their own answers, row by
-        row. Rows that cannot be used are left out. No model pass.
+        row. Rows that cannot be used are left out, and kinds without any that can. No model pass.
 
     Raises:
         FileNotFoundError: no file of this split in the folder.
@@ -182,28 +197,42 @@ def causal_pairs(
     for kind in kinds:
         some = [row for row in rows if isinstance(row.get(kind), dict) and row[kind].get("prompt")]
         flat = [
-            {"prompt": row["prompt"], "corrupt": row[kind]["prompt"], "answer": said(row), "other": said(row[kind])}
+            {
+                "prompt": row.get("prompt"),
+                "corrupt": row[kind]["prompt"],
+                "answer": said(row),
+                "other": said(row[kind]),
+            }
             for row in some
         ]
-        if not flat:
-            continue
-        bases = load_examples(tokenizer_or_model, flat, unusable="drop", **settings)
-        back = [{"prompt": row["corrupt"], "answer": row["other"]} for row in flat]
-        sources = load_examples(tokenizer_or_model, back, unusable="drop", **settings)
-        both = sorted(set(bases.rows) & set(sources.rows))
-        if both:
-            few = [flat[i] for i in both]
-            base = load_examples(tokenizer_or_model, few, **settings).examples
-            turned = [{"prompt": row["corrupt"], "answer": row["other"]} for row in few]
-            found[kind] = base, load_examples(tokenizer_or_model, turned, **settings).examples
+        both = _both_ways(tokenizer_or_model, flat, settings) if flat else None
+        if both is not None:
+            found[kind] = both
     if not found:
         raise ValueError(f"no counterfactual of {folder} can be used: its columns are {', '.join(columns(rows))}")
     return found
 
 
+def _both_ways(tokenizer_or_model: Any, flat: list[Row], settings: dict[str, Any]) -> tuple[Examples, Examples] | None:
+    """Bases and sources of the rows that can be used as both; ``None``: there is none."""
+    back = [{"prompt": row["corrupt"], "answer": row["other"]} for row in flat]
+    try:
+        bases, sources = (load_examples(tokenizer_or_model, some, unusable="drop", **settings) for some in (flat, back))
+    except NoUsableRow:
+        return None
+    if bases.rows == sources.rows:
+        return bases.examples, sources.examples
+    few = [flat[i] for i in bases.rows if i in set(sources.rows)]
+    return _both_ways(tokenizer_or_model, few, settings) if few else None
+
+
 def _usual_answer(row: Row) -> str:
+    """The text of a row's answer, empty where it has none."""
     if value(row, "choices.label") is not None and row.get("answerKey") is not None:
-        return _label(row)
+        try:
+            return _label(row)
+        except ValueError:
+            return ""
     found = next((row[name] for name in ("label", "answer", "answers") if row.get(name) is not None), "")
     return str(found[0] if isinstance(found, list) and found else found)
 
@@ -215,7 +244,10 @@ def _filtered(tokenizer: Any, task: CircuitTask, row: Row, other: Any) -> tuple[
         return f"operator is {row.get('operator')!r}", nothing
     if not isinstance(other, dict) or other.get("prompt") is None:
         return "no counterfactual", nothing
-    texts = [task.right(row), task.wrong(row, other), *task.same(row)]
+    try:
+        texts = [task.right(row), task.wrong(row, other), *task.same(row)]
+    except ValueError as error:
+        return str(error), nothing
     ids = ids_of(tokenizer, texts)
     lengths = [len(some) for some in ids]
     first: list[int | None] = [some[0] if some else None for some in ids[:2]]

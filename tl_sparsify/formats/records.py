@@ -15,8 +15,12 @@ from tl_sparsify.formats import checks
 from tl_sparsify.formats.answers import Problem
 from tl_sparsify.formats.assembly import Usable, assembled
 from tl_sparsify.formats.columns import AUTO, listed_choices, named_columns, table
-from tl_sparsify.formats.rows import columns, has, read_rows, value
+from tl_sparsify.formats.rows import columns, has, read_rows, value, whole
 from tl_sparsify.formats.spans import Span, token_spans
+
+
+class NoUsableRow(ValueError):
+    """No row of a source can be used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +106,8 @@ def load_examples(
             that it touches are found by the tokenizer; the counterfactual's are the same.
         pairs: ``any`` keeps counterfactual prompts of another length, for what only runs them; where a position takes
             its value from them, such rows are refused by number.
-        left_out: a column that says why a row is not wanted, empty where it is.
+        left_out: a column that says why a row is not wanted. A row is wanted where the cell is empty, missing, NaN,
+            false or zero (in a text file ``false`` or ``0``).
         unusable: what is done with rows that cannot be used: ``refuse`` them all in one error, or ``drop`` them.
         prepend_bos, padding_side, max_length: as in :meth:`Examples.from_prompts`.
         limit: at most so many rows are read.
@@ -113,10 +118,11 @@ def load_examples(
     Raises:
         FileNotFoundError: no such file.
         ValueError: rows that cannot be used, how many for which reason and the first of each: a prompt or answer that
-            is empty, a prompt longer than the context, an answer of several tokens, unknown or not among ``choices``,
-            a wrong answer that is a right one, a counterfactual prompt of another length, a span that is missing or
-            touches no token. With ``drop`` only where
-            none is left. Also a column that there is not, or two that may be meant, and a choice of several tokens.
+            is empty, a prompt longer than the context (with the answer's tokens but the last), an answer of several
+            tokens, unknown, no token id where it must be one or not among ``choices``, a wrong answer that is a right
+            one, a counterfactual prompt of another length, a span that is missing or touches no token. With ``drop``
+            only where none is left. Also a column that there is not, or two that may be meant, a table whose rows have
+            more fields than its header, and a choice of several tokens.
 
     Example:
         >>> rows = [("David gave a ring to", " Alan"), ("", " Alan"), ("Alan gave a ring to", " David")]
@@ -140,15 +146,20 @@ def load_examples(
     named = named_columns(rows, given | {"counterfactual_prompt": counterfactual_prompt})
     if isinstance(spans, str) and not has(rows, spans):
         raise ValueError(f"spans is {spans!r}; source has no such column: its columns are {', '.join(columns(rows))}")
+    if left_out is not None and not has(rows, left_out):
+        raise ValueError(
+            f"left_out is {left_out!r}; source has no such column: its columns are {', '.join(columns(rows))}"
+        )
     listed = listed_choices(rows, choices)
     said = table(rows, named, listed, spans, answers_as, answer_prefix)
     settings: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side, "max_length": max_length}
     vocabulary = int(getattr(getattr(tokenizer_or_model, "cfg", None), "d_vocab", 0) or len(tokenizer))
 
-    problems = checks.prompt_problems(tokenizer_or_model, tokenizer, said, pairs == "any", settings)
+    problems, lengths = checks.prompt_problems(tokenizer_or_model, tokenizer, said, pairs == "any", settings)
+    problems = said.problems | problems
     if left_out is not None:
         reasons = {i: value(row, left_out) for i, row in enumerate(rows)}
-        problems |= {i: Problem("left out", str(why)) for i, why in reasons.items() if why is not None}
+        problems |= {i: Problem("left out", str(why)) for i, why in reasons.items() if not _is_wanted(why)}
     fine = [i for i in range(len(rows)) if i not in problems]
     prompts = [said.prompts[i] for i in fine]
     options = None
@@ -166,7 +177,7 @@ def load_examples(
             mine = {i: some[i][:1] if several else some[i] for i in fine}
             found[name], wrong = checks.answer_tokens(tokenizer, name, said.prompts, mine, vocabulary, options, several)
             problems = wrong | problems
-    problems = checks.clashes(found, said, several) | problems
+    problems = checks.clashes(found, said, several) | checks.answer_problems(lengths, found["answer"]) | problems
     placed: dict[int, dict[str, Span]] = {}
     if said.spans is not None:
         located = token_spans(tokenizer, prompts, [said.spans[i] for i in fine])
@@ -177,8 +188,10 @@ def load_examples(
         [(i, problems[i].reason, problems[i].detail) for i in sorted(problems)], columns=["row", "reason", "detail"]
     )
     kept = [i for i in range(len(rows)) if i not in problems]
-    if not kept or (problems and unusable == "refuse"):
-        raise ValueError(_refusal(dropped, len(rows), bool(kept)))
+    if not kept:
+        raise NoUsableRow(_refusal(dropped, len(rows), False))
+    if problems and unusable == "refuse":
+        raise ValueError(_refusal(dropped, len(rows), True))
     usable = Usable(
         prompts=[said.prompts[i] for i in kept],
         others=None if said.others is None else [said.others[i] for i in kept],
@@ -190,6 +203,12 @@ def load_examples(
     many = sum(len(said.answers[i]) > 1 for i in range(len(rows)))
     notes = [f"{many:,} rows have several right answers: the first is the label"] if many else []
     return LoadedExamples(examples, tuple(kept), dropped, tuple(notes))
+
+
+def _is_wanted(cell: Any) -> bool:
+    """Whether a cell that may say why a row is left out says nothing."""
+    false = isinstance(cell, str) and cell.strip().lower() in ("", "false")  # as a text file has it
+    return not cell or false or whole(cell) == 0
 
 
 def _refusal(dropped: pd.DataFrame, total: int, some: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from tl_sparsify._internal.files import reading
 Row = dict[str, Any]
 _MISSING = object()
 _LOOKED_AT = 100  # rows, for the names of columns
+_DIGITS = re.compile(r"(\d+)(\.0+)?")
 
 
 def read_rows(source: Any, limit: int | None) -> list[Row]:
@@ -26,7 +28,8 @@ def read_rows(source: Any, limit: int | None) -> list[Row]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file or value, several splits at once, no row, ``limit`` below one.
+        ValueError: another kind of file or value, a table whose rows have more fields than its header, several splits
+            at once, no row, ``limit`` below one.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
@@ -51,6 +54,17 @@ def has(rows: list[Row], name: str) -> bool:
 def columns(rows: list[Row]) -> list[str]:
     """The names of the columns, nested ones dotted."""
     return list(dict.fromkeys(name for row in rows[:_LOOKED_AT] for name in _names(row)))
+
+
+def whole(entry: Any) -> int | None:
+    """The whole number in a cell, also in digits, where pandas writes 318 as ``318.0`` if the column has an empty cell;
+    ``None``: no such number."""
+    if isinstance(entry, str):
+        match = _DIGITS.fullmatch(entry.strip())
+        return None if match is None else int(match[1])
+    if isinstance(entry, float):
+        return int(entry) if entry.is_integer() else None
+    return entry if isinstance(entry, int) and not isinstance(entry, bool) else None
 
 
 def _names(row: Mapping[str, Any]) -> Iterator[str]:
@@ -97,23 +111,39 @@ def _file(path: Path) -> Iterable[Any]:
     kind = path.suffix.lower()
     mend = "Make it again."
     if kind in (".csv", ".tsv"):
-        separator = "," if kind == ".csv" else "\t"
         with reading(path, f"{kind[1:]} table", mend):
-            return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False).to_dict("records")
+            return _text_table(path, *((",", "comma") if kind == ".csv" else ("\t", "tab")))
     if kind == ".parquet":
         with reading(path, "parquet table", mend):
             return pd.read_parquet(path).to_dict("records")
     if kind not in (".json", ".jsonl", ".ndjson"):
         raise ValueError(f"source is {path.name!r}: its name must end in .csv, .tsv, .json, .jsonl or .parquet")
     with reading(path, f"{kind[1:]} file in UTF-8", mend):
-        text = path.read_text(encoding="utf-8")
-    try:
+        text = path.read_text(encoding="utf-8-sig")
+    try:  # not splitlines: it also splits at characters that may stand within a JSON text, such as U+2028
         content = (
-            json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+            json.loads(text) if kind == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no {kind[1:]}: {error}") from error
+    if not isinstance(content, list | dict):
+        raise ValueError(f"{path} holds {json.dumps(content)[:60]}: it must hold a list of rows, or an object with one")
     return _iterate(content)
+
+
+def _text_table(path: Path, separator: str, called: str) -> Iterable[Any]:
+    mend = f"put fields that hold a {called} in quotation marks, and end no row with a {called}"
+    try:
+        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{path} cannot be read as a table ({str(error).strip()}): {mend}") from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first of too many fields for names of rows
+        more = frame.index.nlevels
+        raise ValueError(
+            f"{path} has rows of {more + len(frame.columns)} fields and a header of {len(frame.columns)} "
+            f"({', '.join(map(str, frame.columns))}): {mend}"
+        )
+    return frame.to_dict("records")
 
 
 def _mapping(source: Mapping[str, Any]) -> Iterable[Any]:

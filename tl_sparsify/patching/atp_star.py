@@ -15,6 +15,7 @@ Published per position; here a unit is replaced at all its positions together, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import InterventionDistribution, source_batch
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_call, frozen, output, run_values, shared_batches
+from tl_sparsify.core.forward import answer_logits, check_call, frozen, output, shared_batches
 from tl_sparsify.core.intervene import Intervention, intervened, recorded
 from tl_sparsify.core.metrics import Metric, by_example, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
@@ -107,9 +108,11 @@ def _whole(units: Units) -> Units:
 
 def _moves(model: Model, batch: Examples, other: Examples, units: Units) -> list[list[Float[Tensor, "batch pos _ _"]]]:
     """By how much each unit's value is another one with the other run's values: of heads by part, ``q, k, v``."""
-    whole = _whole(units)
-    clean, theirs = run_values(model, batch, whole), run_values(model, other, whole)
-    by_part = _heads_by_part(model, batch, other, units)
+    numbers = [number for number, site in enumerate(units.sites) if site.kind == "head"]
+    inputs = [_inputs(model, [units.sites[number] for number in numbers], part) for part in _PARTS if numbers]
+    clean, *_ = _values(model, batch, [_whole(units)])
+    theirs, *parts = _values(model, other, [_whole(units), *inputs])
+    by_part = _heads_by_part(model, batch, clean, numbers, parts)
     found: list[list[Tensor]] = []
     for number, (site, v, w) in enumerate(zip(units.sites, clean.tensors, theirs.tensors, strict=True)):
         if number in by_part:
@@ -120,21 +123,27 @@ def _moves(model: Model, batch: Examples, other: Examples, units: Units) -> list
     return found
 
 
+def _values(model: Model, batch: Examples, parts: list[Units]) -> list[Values]:
+    """The values of several kinds of units. One forward pass."""
+    with torch.no_grad(), ExitStack() as stack:
+        seen = [stack.enter_context(recorded(model, part)) for part in parts]
+        output(model, batch)
+    return [Values(part, recording.read()) for part, recording in zip(parts, seen, strict=True)]
+
+
 def _heads_by_part(
-    model: Any, batch: Examples, other: Examples, units: Units
+    model: Model, batch: Examples, clean: Values, numbers: list[int], theirs: list[Values]
 ) -> dict[int, list[Float[Tensor, "batch pos _ _"]]]:
-    """The values of each site's heads with queries, keys or values of the other run, all else in the model as it is:
-    the heads of all layers at once, since what they pass on is set back."""
-    numbers = [number for number, site in enumerate(units.sites) if site.kind == "head"]
+    """The values of the heads of the sites with these numbers with queries, keys or values of the other run, all else
+    in the model as it is: the heads of all layers at once, since what they pass on is set back."""
     if not numbers:
         return {}
-    heads = Units(tuple(replace(units.sites[number], positions=None) for number in numbers))
-    unchanged = Intervention(heads, torch.zeros(len(heads)), run_values(model, batch, heads))
+    heads = Units(tuple(clean.units.sites[number] for number in numbers))
+    own = Values(heads, tuple(clean.tensors[number] for number in numbers))
+    unchanged = Intervention(heads, torch.zeros(len(heads)), own)
     found: dict[int, list[Tensor]] = {number: [] for number in numbers}
-    inputs = [_inputs(model, [units.sites[number] for number in numbers], part) for part in _PARTS]
-    theirs = [run_values(model, other, part) for part in inputs]
-    for part, values in zip(inputs, theirs, strict=True):
-        changed = Intervention(part, torch.zeros(len(part)), Values(part, values.tensors))
+    for values in theirs:
+        changed = Intervention(values.units, torch.zeros(len(values.units)), values)
         with torch.no_grad(), recorded(model, heads) as seen, intervened(model, changed, unchanged):
             output(model, batch)
         for number, value in zip(numbers, seen.read(), strict=True):

@@ -149,7 +149,8 @@ def exact(
     not given).
 
     One forward pass over the data for each unit that is scored and one for the original; one more for the means or the
-    other run. With ``interventions`` one more for their means and one for each ``interchange``.
+    other run. With ``interventions`` one more for each ``interchange``, and one for their means where those are not
+    what replaces the units.
 
     Example:
         >>> tls.score.exact(model, train, units, values=means, progress=False).top(0.25).names
@@ -162,8 +163,10 @@ def exact(
     batches = list(shared_batches(model, examples, min(rows, len(examples))))
     whole = None
     if interventions != NONE:
-        whole = Reduction(Circuit.full(units), mean(model, examples, units, batch_size=batch_size))
-        passes += 1 + sum(part.kind == "interchange" for _, part in interventions.components)
+        own = values is None and source == "constant"  # what replaces the units are the interventions' means too
+        means = replacement(wanted) if own else mean(model, examples, units, batch_size=batch_size)
+        whole = Reduction(Circuit.full(units), means)
+        passes += (not own) + sum(part.kind == "interchange" for _, part in interventions.components)
 
     def alone(number: int, index: Int[Tensor, "batch"], batch: Examples) -> Moments:
         together = max(1, rows // len(index))

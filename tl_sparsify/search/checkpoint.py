@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -80,9 +82,31 @@ def _said(value: Any) -> str:
         return "{" + ",".join(f"{name}:{_said(value[name])}" for name in sorted(value)) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_said, value)) + "]"
+    if isinstance(value, partial):
+        return _said([value.func, value.args, value.keywords])
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return name + (_said_of_function(value) if isinstance(value, FunctionType) else "")
     return repr(value)
+
+
+def _said_of_function(function: FunctionType) -> str:
+    """What tells functions of one name apart: their code, and the plain values that they were made with."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return _said([_plain(function.__code__), _plain([function.__defaults__, function.__kwdefaults__, held])])
+
+
+def _plain(value: Any) -> Any:
+    """The value without what is another text in every process."""
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, _plain(value.co_consts)]
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    return value if value is None or isinstance(value, int | float | str | bytes | Tensor) else type(value).__name__
 
 
 def _encoded(site: Site) -> tuple[Any, ...]:

@@ -8,7 +8,8 @@ second order, with positions taken as independent, removing ``u`` costs
 
 and then the units that are left are read with ``g[w] + b[w] g[u]``, ``b[w] = -P[u, w] / P[u, u]``: a rank-two change
 of ``M`` and a rank-one change of ``P``. This is the optimal-brain-surgeon order (Hassibi and Stork, 1992) in the Fisher
-metric, exact within a hook point. Between rounds everything is taken anew in the reduced model.
+metric, exact within a hook point. Between rounds everything is taken anew in the reduced model, where units that are
+left are read with what their maps take over: ``g[w] + sum_u B[u, w] g[u]`` over the units ``u`` that are gone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count, check_positive, check_temperature
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify._internal.ranks import agreed, summed
-from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.circuit import Circuit, NeighbourMap
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_call, check_examples, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import ablate, intervened, recorded
-from tl_sparsify.core.measure import risk
+from tl_sparsify.core.measure import computed, remembering, risk
 from tl_sparsify.core.memory import SHARE_OF_A_MACHINE, physical
 from tl_sparsify.core.metrics import Metric, output_probes
 from tl_sparsify.core.moments import Estimate
@@ -115,9 +116,13 @@ def sparsify_affine(
         anew for a size between rounds). ``predicted`` is what the rounds' removals sum to, at temperature 1 and on the
         examples that ``measured`` is taken on.
 
-    Cost in passes over the data: per round three forward and twice ``probes`` backward on ``train`` (two forward more
-    for each ``interchange``), three forward and ``probes`` backward on ``held_out``; one forward for the means.
-    ``O(size**2)`` memory and ``O(size**3)`` operations for each hook point.
+    Cost in passes over the data: per round three forward and twice ``probes`` backward on ``train``, two forward and
+    ``probes`` backward on ``held_out`` (fewer backward where fewer probes are exact; on ``train`` two forward and
+    ``probes`` backward less without neurons and directions, which alone are mapped). Once one forward and ``probes``
+    backward on ``train`` for the order of the units that are left at the end, one forward for the means, and one on
+    ``held_out`` for the original's answers: under ``interventions`` in every round, and then two forward more on
+    ``train`` and three on ``held_out`` for each ``interchange``, at the end one on ``train``. ``O(size**2)`` memory and
+    ``O(size**3)`` operations for each hook point.
 
     Raises:
         ValueError: a model in training mode, sizes that are not falling fractions, units to be kept always that are
@@ -143,27 +148,28 @@ def sparsify_affine(
     current, judged = constant, train if held_out is None else held_out
     settings = {"probes": probes, "temperature": temperature, "metric": metric, "seed": seed}
     plain = settings | {"temperature": 1.0}
+    recall = remembering() if interventions == NONE else computed
     order: list[Int[Tensor, "picked"]] = []
     rounds: list[Round] = []
     total = 0.0
+
+    def banks(on: Examples, probing: dict[str, Any]) -> list[_Bank]:
+        return _banks(model, on, current, always_keep, interventions, ridge, batch_size, probing)
+
     for size in bar(list(sizes), "removing units", progress):
         count = len(current.circuit) - kept_count(len(units), size, "sizes")
-        banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
-        picks = _removed(banks, units, count)
-        banks = _banks(model, judged, current, always_keep, interventions, ridge, batch_size, plain)
-        total += _cost(banks, units, picks)
+        picks = _removed(banks(train, settings), units, count)  # without a name: gone when the next are made
+        total += _cost(banks(judged, plain), units, picks)
         mask = current.circuit.mask.index_fill(0, picks, False)
         constant = constant.with_circuit(Circuit(units, mask))
         fit = settings | {"ridge": ridge, "interventions": interventions, "batch_size": batch_size}
         current = neighbours(model, constant, train, nearest=None, **fit)
-        measured = risk(
-            model, current, judged, metric=metric, interventions=interventions, batch_size=batch_size, seed=seed
-        )
+        under = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
+        measured = risk(model, current, judged, metric=metric, **under)
         order.append(picks)
         rounds.append(Round(current, Estimate(total, float("nan"), len(judged), measured.unit), measured, 0.0))
-    banks = _banks(model, train, current, always_keep, interventions, ridge, batch_size, settings)
-    rest = _removed(banks, units, sum(int(bank.alive.sum()) for bank in banks))
-    order.append(rest)
+    held = 0 if always_keep is None else len(always_keep)
+    order.append(_removed(banks(train, settings), units, len(current.circuit) - held))
     left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)
     return CircuitPath(units, torch.cat([*order, left.nonzero().flatten()]), tuple(rounds), values=constant.values)
 
@@ -219,14 +225,13 @@ def _banks(
     batch_size: int | None,
     settings: dict[str, Any],
 ) -> list[_Bank]:
-    """The units' statistics in the reduced model. Two forward and the probes' backward passes."""
+    """The units' statistics in the reduced model. One forward and the probes' backward passes; one forward more for
+    each ``interchange``."""
     free = current.circuit.mask if always_keep is None else current.circuit.mask & ~always_keep.mask
     mixable = [site.kind in MIXABLE for site in current.units.sites]
-    zeros = [
-        torch.zeros(s.size, s.size if m else 1).double() for s, m in zip(current.units.sites, mixable, strict=True)
-    ]
-    readers, squares = [z.clone() for z in zeros], [z.clone() for z in zeros]
-    sums, counts = [torch.zeros(site.size).double() for site in current.units.sites], torch.zeros(len(zeros)).double()
+    shapes = [(site.size, site.size if m else 1) for site, m in zip(current.units.sites, mixable, strict=True)]
+    readers, squares = ([torch.zeros(shape).double() for shape in shapes] for _ in range(2))
+    sums, counts = [torch.zeros(size).double() for size, _ in shapes], torch.zeros(len(shapes)).double()
     with agreed(f"the statistics of {len(examples)} examples"):
         for index, batch in shared_batches(model, examples, batch_size):
             here = current.for_examples(index, examples.spans)
@@ -252,8 +257,8 @@ def _banks(
                     squares[number] += rows.T @ rows
                     sums[number] += rows.sum(0)
                     counts[number] += len(rows)
-    whole = [summed([part], len(examples)) for part in (readers, squares, sums, [counts])]
-    readers, squares, sums, (counts,) = (list(part) for part in whole)
+    parts = (readers, squares, sums, [counts])
+    readers, squares, sums, (counts,) = (list(summed([part], len(examples))) for part in parts)
     banks: list[_Bank] = []
     for number, alive in enumerate(current.units.split(free)):
         kept = current.units.split(current.circuit.mask)[number]
@@ -262,8 +267,19 @@ def _banks(
             continue
         centre = sums[number] / counts[number]
         covariance = squares[number] / counts[number] - torch.outer(centre, centre)  # in float64: a difference
-        banks.append(_Bank(None, readers[number], _precision(covariance, kept, ridge), alive.clone()))
+        read = _with_takeovers(readers[number], None if current.mixing is None else current.mixing[number])
+        banks.append(_Bank(None, read, _precision(covariance, kept, ridge), alive.clone()))
     return banks
+
+
+def _with_takeovers(readers: Float[Tensor, "units units"], mixing: NeighbourMap | None) -> Float[Tensor, "units units"]:
+    """``M`` of the kept units, from that of all units each on its own: what reads a removed one reads its map of kept
+    ones."""
+    if mixing is None:
+        return readers
+    shares = mixing.matrix(readers).to_dense()
+    shares.diagonal().add_(1)
+    return shares.T @ readers @ shares
 
 
 def _precision(

@@ -25,6 +25,7 @@ from tl_sparsify.core.distributions import counterfactual
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import (
     answer_logits,
+    answer_rows,
     check_call,
     frozen,
     shared_batches,
@@ -106,7 +107,7 @@ def curvature_weighted(
 
     Best one by one is not best together: used for many units at once these were measured to be worse than means.
 
-    Two forward and ``probes`` backward passes over the data.
+    Two forward and ``probes`` backward passes over the data (fewer backward where fewer probes are exact).
 
     Raises:
         ValueError: a model in training mode, NaN or infinite activations.
@@ -151,14 +152,15 @@ def newton(
 ) -> Values:
     """The published Newton constant, against the labels: ``c = (sum h v - sum g) / (sum h + damping)`` for each
     entry of each unit, with ``g`` the gradient and ``h`` the (Gauss-Newton) diagonal of the Hessian of the
-    cross-entropy (arXiv 2602.24266 v1, closed-form replacement). ``damping`` is relative to the unit's largest ``h``,
-    and pulls to the mean; ``clip`` keeps the constant in the range of the data.
+    cross-entropy, of an example the mean over its answers (arXiv 2602.24266 v1, closed-form replacement). ``damping``
+    is relative to the unit's largest ``h``, and pulls to the mean; ``clip`` keeps the constant in the range of the
+    data.
 
     In a well-trained model ``h`` vanishes faster than the gradients average out. Undamped and unclipped
     (``damping=0, clip=False``) these constants destroy the model; a warning says how many left the data's range. Use
     :func:`refit`.
 
-    Three forward and ``probes + 1`` backward passes over the data.
+    Two forward and ``probes + 1`` backward passes over the data (fewer backward where fewer probes are exact).
 
     Raises:
         ValueError: a negative ``damping``, a model in training mode, NaN or infinite activations.
@@ -230,7 +232,9 @@ def _gradients(
             logits = answer_logits(model, batch)
             vectors = output_probes(logits.detach(), batch, index, **settings)
             if labels:
-                vectors = [*vectors, cross_entropy_slope(logits.detach(), batch)]
+                example = answer_rows(batch)[0]
+                answers = torch.bincount(example)[example].to(logits)[:, None]
+                vectors = [*vectors, cross_entropy_slope(logits.detach(), batch) / answers]
             masks = [site.position_mask(*v.shape[:2]) for site, v in zip(here.sites, recording.read(), strict=True)]
             found = [
                 tuple(

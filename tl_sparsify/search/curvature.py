@@ -150,7 +150,8 @@ def uniformity(
         against: the variance that is to stand for risk: ``score.variance``, or ``score.scaled_variance``.
         values, probes, temperature, metric: of :func:`score.risk`.
 
-    Four forward and ``probes`` backward passes over the data.
+    One forward and ``probes`` backward passes over the data for the risk (fewer backward where fewer probes are exact;
+    one forward more where :func:`score.risk` takes its means apart), two forward for the variance.
 
     Raises:
         ValueError: as :func:`score.risk` and ``against``.

@@ -28,7 +28,7 @@ from tl_sparsify.core.measure import Known, computed, known_of, remembering, ris
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
 from tl_sparsify.core.probes import samples
-from tl_sparsify.core.reduction import Reduction, fingerprint
+from tl_sparsify.core.reduction import Reduction, check_fingerprint, check_saved, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import noting, predicted_change
 from tl_sparsify.expansion.selection import Shrinkage
@@ -91,7 +91,8 @@ def sparsify(
             where that promises enough on examples that the choice has not seen. Half of ``rounds`` where not given.
         predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
-        start: go on from this reduction (of another path, say) instead of the whole model.
+        start: go on from this reduction of constants (of another path, say) instead of the whole model; its own first
+            tokens are left alone.
         first_token: at which first tokens removed units are left alone (:data:`circuit.FirstToken`).
         checkpoint: a folder into which the search is written after every round. The same call goes on from what is
             there, and returns the same path bit for bit; one with other arguments is refused.
@@ -113,7 +114,8 @@ def sparsify(
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
             ``exchanges`` below zero, units to be kept always that are more than the smallest size leaves, costs that
-            are not positive.
+            are not positive; a ``start`` of another model, with affine replacements, or without a unit that is to be
+            kept always; positions of another number of examples; with ``checkpoint`` units that cannot be saved.
 
     Example:
         >>> path = tls.sparsify(model, train, units, sizes=(0.75, 0.5), seed=0, progress=False)
@@ -127,8 +129,10 @@ def sparsify(
     refit_steps = (0 if held_out is None else 20) if refitting.steps is None else refitting.steps
     if refit_steps and held_out is None:
         raise ValueError("refitting.steps needs held_out examples, on which the refit stops early")
-    if start is not None and start.units != units:
-        raise ValueError(f"start is a reduction over {start.units!r}, not over {units!r}")
+    if checkpoint is not None:
+        check_saved(units)
+    if start is not None:
+        _check_start(model, start, units, constraints.always_keep)
     first = Circuit.full(units) if start is None else start.circuit
     weight = _weights(units, constraints)
     targets = _targets(first, weight, constraints, rounds, smallest, sizes)
@@ -216,6 +220,18 @@ def sparsify(
     if expansion is None:
         raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
     return path_of(search, state, expansion)
+
+
+def _check_start(model: Model, start: Reduction, units: Units, always_keep: Circuit | None) -> None:
+    """Refuse a reduction that a search over these units of the model cannot go on from."""
+    if start.units != units:
+        raise ValueError(f"start is a reduction over {start.units!r}, not over {units!r}")
+    check_fingerprint(model, start)
+    if start.mixing is not None:
+        raise ValueError("start has affine replacements, made for its circuit only: go on from one of constants")
+    if always_keep is not None and not always_keep <= start.circuit:
+        missing = always_keep - start.circuit
+        raise ValueError(f"always_keep has {missing.names[0]}, which start has removed already: keep what it keeps")
 
 
 def _weights(units: Units, constraints: Constraints) -> Float[Tensor, "units"]:

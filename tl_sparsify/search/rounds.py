@@ -220,7 +220,7 @@ def _with_exchange(search: Search, state: State, expansion: Expansion, worth: fl
     """An exchange is the next change, if it promises to take away such a share of the divergence."""
     mask = state.current.circuit.mask
     kept, gone = mask & search.free, search.first.mask & ~mask & search.free
-    if not bool(gone.any()):
+    if not bool(gone.any()) or not bool(kept.any()):
         return state
     trade, promise = traded(expansion.halves, kept, gone, near=state.trade)
     state = replace(state, trade=trade)

@@ -132,7 +132,8 @@ def risk(
 @checked
 def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, batch_size: int | None = None) -> Scores:
     """The variance of each unit's value over examples and positions, summed over its width (activation units
-    squared): risk if curvature were the same everywhere, which rescaling a unit fools.
+    squared): risk if curvature were the same everywhere, which rescaling a unit fools. Edges from one writer are all
+    alike: their value is what it writes.
 
     Two forward passes: the means, and the deviations with their standard error over examples.
 
@@ -144,7 +145,7 @@ def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, b
         ('L0H2', 'L1H0', 'L1H1')
     """
     check_call(model, examples, seed=seed, batch_size=batch_size)
-    same = tuple(torch.ones(site.size, dtype=torch.float64) for site in units.sites)
+    same = tuple(torch.ones(site.rows, dtype=torch.float64) for site in units.sites)
     scores, stderr = _spread(model, examples, units, same, batch_size)
     return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
 
@@ -164,9 +165,9 @@ def scaled_variance(
     written). The cheapest score that rescaling a unit and its reader cannot fool. Whether the output depends on what
     is written it does not see.
 
-    ``D`` is the head's block of ``W_O``, the neuron's row of ``W_out``, the identity for whole layers, and for
-    directions their columns in the activation (1 for orthonormal ones). A norm between that and the stream (Gemma's) is
-    not part of it.
+    ``D`` is the head's block of ``W_O``, the neuron's row of ``W_out``, the identity for whole layers and for edges
+    (whose value is what their writer writes), and for directions their columns in the activation (1 for orthonormal
+    ones). A norm between that and the stream (Gemma's) is not part of it.
 
     Args:
         readers: for other models, or to say otherwise: hook name to ``[units, width, out]`` or, for units of one
@@ -267,7 +268,8 @@ def _spread(
             n: list[Float[Tensor, "batch some"]] = []
             for site, v, m, reader in zip(here.sites, recording.read(), means, readers, strict=True):
                 where = unit_positions(model, batch, site, v).double()
-                q.append(torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m))).to(nothing))
+                squares = torch.einsum("bp,bpu->bu", where, _seen(site, v.double() - m, reader.to(m)))
+                q.append(squares.repeat(1, len(site.readers) or 1).to(nothing))  # an edge's value is its writer's
                 n.append(where.sum(1, keepdim=True).expand(-1, site.size).to(nothing))
             total, count = torch.cat(q, 1), torch.cat(n, 1)
             products = (total, count, total * total, total * count, count * count)
@@ -292,7 +294,7 @@ def _seen(
     if reader.shape[2] != deviation.shape[-1]:
         raise ValueError(
             f"readers of {site.hook} take units of width {reader.shape[2]}, there they have width "
-            f"{deviation.shape[-1]}: give [{site.size}, {deviation.shape[-1]}, out]"
+            f"{deviation.shape[-1]}: give [{site.rows}, {deviation.shape[-1]}, out]"
         )
     return torch.einsum("bpuw,urw->bpur", deviation, reader).square().sum(-1)
 
@@ -306,17 +308,17 @@ def _reader(model: Any, site: Site, given: Float[Tensor, "..."] | None) -> Float
         part, weight, last = (block.attn, "W_O", "o") if site.kind == "head" else (block.mlp, "W_out", "out")
         given = _written(model, part, weight, last, site.size)
     if given is not None:
-        if given.ndim not in (2, 3) or len(given) != site.size:
+        if given.ndim not in (2, 3) or len(given) != site.rows:
             raise ValueError(
-                f"readers of {site.hook} have shape {tuple(given.shape)}; it must be [{site.size}, width, out] "
-                f"or [{site.size}, out]"
+                f"readers of {site.hook} have shape {tuple(given.shape)}; it must be [{site.rows}, width, out] "
+                f"or [{site.rows}, out]"
             )
         wide = given.detach().double()
         return torch.linalg.qr((wide if wide.ndim == 3 else wide[:, None]).mT, mode="r").R
     if site.basis is not None and site.kind != "error":
         return site.basis.detach().double().square().sum(0)
-    if site.kind in ("mlp", "attention", "residual", "error"):
-        return torch.ones(site.size, dtype=torch.float64)
+    if site.kind in ("mlp", "attention", "residual", "error", "edge"):
+        return torch.ones(site.rows, dtype=torch.float64)
     raise ValueError(
         f"readers has no entry for {site.hook!r}, and what reads its {site.kind} units is not known: "
         f"give readers={{{site.hook!r}: weights [{site.size}, width, out] or [{site.size}, out]}}"

@@ -30,6 +30,9 @@ class Scores:
         forward_passes: over the data.
         backward_passes: over the data.
 
+    Raises:
+        ValueError: scores or errors that are not one for each unit.
+
     Example:
         >>> scores.top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
@@ -44,6 +47,14 @@ class Scores:
     measured_in: str
     forward_passes: int
     backward_passes: int
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("scores", self.scores), ("stderr", self.stderr)):
+            if numbers.shape != (len(self.units),):
+                raise ValueError(
+                    f"{name} has shape {tuple(numbers.shape)}, and units holds {len(self.units):,}: give one number "
+                    "for each unit"
+                )
 
     @property
     def order(self) -> Int[Tensor, "units"]:
