@@ -260,6 +260,32 @@ def test_units_that_do_not_fold_have_no_smaller_model(tiny: Path, tmp_path: Path
     assert "the circuit does not fold" in (out / "report.html").read_text()
 
 
+MODELS_THAT_DO_NOT_FOLD = {
+    "models of architecture Olmo2ForCausalLM do not fold": ("helpers.architectures", "fresh('OLMo 2')", 6),
+    "models of architecture MixtralForCausalLM do not fold": ("helpers.mixtures", "mixture('Mixtral')", 6),
+    "the activation solu_ln mixes neurons": ("helpers.models", "fresh(act_fn='solu_ln')", 2),
+}
+
+
+@pytest.mark.parametrize("why", MODELS_THAT_DO_NOT_FOLD)
+def test_a_model_that_does_not_fold_is_said_before_the_search_and_has_no_smaller_one(why: str, tmp_path: Path):
+    module, made, size = MODELS_THAT_DO_NOT_FOLD[why]
+    name = made.split("(")[0]
+    code = TASK.replace("def model():", f"def model():\n    from {module} import {name}\n    return {made}\n\ndef _():")
+    task, out = task_folder(tmp_path, code.replace("size=2", f"size={size}")), tmp_path / "out"
+    units = "heads,neurons" if "solu" in why else "heads"
+    options = ("--keep", "0.5", "--rounds", "1", "--effort", "quick", "--steps", "2", "--no-baselines")
+    found = command("run", task, *options, "--units", units, "--out", out)
+    assert (found.code, found.err) == (0, "")
+    said, _, after = found.out.partition("Path: risk")
+    assert "there will be no smaller model: " in said and why in said
+    assert "do not fold: there is no smaller model" in after
+    about = json.loads((out / "run.json").read_text())
+    assert "fold.csv" in about["left_out"] and not (out / "folded").exists() and not (out / "fold.csv").exists()
+    assert (out / "evaluation.csv").is_file()
+    assert command("report", out).code == 0
+
+
 def test_the_batch_size_and_the_steps_reach_every_part(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: dict[str, list[Any]] = {}
 

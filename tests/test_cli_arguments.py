@@ -133,3 +133,16 @@ def test_a_wrong_device_gets_one_sentence_before_the_work_starts(device: str, un
 def test_what_is_not_a_wrong_argument_is_not_hidden(untouchable: Path, tmp_path: Path):
     with pytest.raises(RuntimeError, match="the work has started"):
         command("run", untouchable, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--examples"])
+def test_what_a_small_benchmark_chooses_is_not_given(option: str, tmp_path: Path):
+    line = sentence(command("bench", "--smoke", option, "5", "--out", tmp_path / "out"))
+    assert f"{option} is 5, and --smoke chooses it itself: leave one of the two out" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_no_number_that_the_effort_chooses():
+    said = " ".join(command("run", "--help").out.replace("│", " ").split())
+    for name in ("rounds of removing units", "of the last refit of constants", "the most training examples"):
+        assert f"{name}; by default what --effort chooses" in said

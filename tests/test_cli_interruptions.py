@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from helpers.commands import QUICK, command, started
-from helpers.tiny_task import FILES, files_in, results_in
+from helpers.tiny_task import FILES, TASK, files_in, results_in, task_folder
 from matplotlib.figure import Figure
 
 from tl_sparsify import run as running
@@ -89,6 +89,62 @@ def test_a_search_that_was_interrupted_is_gone_on_with(tiny: Path, tmp_path: Pat
     again = command("run", tiny, *options, "--out", tmp_path / "torn")
     assert again.code == 0 and "going on with the search that was interrupted" in again.out
     assert files_in(tmp_path / "torn") == files_in(tmp_path / "whole")
+
+
+SHORT = ("--keep", "0.25", "--rounds", "3", "--steps", "2", "--no-baselines", "--no-align")
+
+
+def searches_in(folder: Path) -> set[str]:
+    return {name.split("/")[1] for name in files_in(folder) if name.endswith("state.search")}
+
+
+def test_other_searches_that_were_interrupted_stay(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        torn_write(patch, "path.csv")
+        for seed in ("0", "1"):
+            assert command("run", tiny, *SHORT, "--seed", seed, "--out", tmp_path).code not in (0, 2)
+    assert len(searches_in(tmp_path)) == 2
+    first = command("run", tiny, *SHORT, "--seed", "1", "--out", tmp_path)
+    assert first.code == 0 and "going on with" in first.out and len(searches_in(tmp_path)) == 1
+    second = command("run", tiny, *SHORT, "--seed", "0", "--out", tmp_path)
+    assert second.code == 0 and "going on with" in second.out and not (tmp_path / "search").exists()
+
+
+def edited(task: Path, search: Path) -> None:
+    (task / "task.py").write_text(TASK.replace("(48, 24, 32)", "(40, 24, 32)"))
+
+
+def damaged(task: Path, search: Path) -> None:
+    search.write_bytes(search.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("change", [edited, damaged])
+def test_a_search_that_no_longer_fits_starts_afresh(change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    task, out = task_folder(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        torn_write(patch, "path.csv")
+        assert command("run", task, *SHORT, "--out", out).code not in (0, 2)
+    [search] = out.rglob("state.search")
+    change(task, search)
+    again = command("run", task, *SHORT, "--out", out)
+    assert (again.code, again.err) == (0, "") and again.out.count("it starts afresh") == 1
+    assert command("run", task, *SHORT, "--out", tmp_path / "whole").code == 0
+    assert files_in(out) == files_in(tmp_path / "whole")
+
+
+def test_what_is_wrong_with_a_search_that_goes_on_is_not_hidden(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        torn_write(patch, "path.csv")
+        assert command("run", tiny, *SHORT, "--out", tmp_path).code not in (0, 2)
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise ValueError("another fault")
+
+    monkeypatch.setattr(running, "sparsify", refused)
+    outcome = command("run", tiny, *SHORT, "--out", tmp_path)
+    assert outcome.code == 2 and "another fault" in outcome.err and len(searches_in(tmp_path)) == 1
 
 
 def test_an_interruption_leaves_older_files_whole(

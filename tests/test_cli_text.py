@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from helpers.commands import QUICK, command
+from helpers.tiny_task import files_in
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tl_sparsify import heads, load_folded, load_task, neurons
+from tl_sparsify import run as running
 
 SHIPPED = Path(__file__).parent.parent / "tasks" / "language_model" / "model"
 
@@ -76,3 +79,23 @@ def test_a_model_that_is_none_gets_one_sentence(task: str, model: str, said: str
 def test_steps_of_refits_are_positive(tmp_path: Path):
     outcome = command("run", "hierarchical_equality", "--steps", "0", "--out", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1) and "--steps is 0; at least one is needed" in outcome.err
+
+
+def test_prompts_that_begin_otherwise_are_another_search(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ("run", "gendered_pronoun", "--model", checkpoint, "--effort", "quick", "--rounds", "1", "--steps", "1")
+    arguments += ("--units", "heads", "--examples", "16", "--no-baselines", "--no-align", "--out", tmp_path)
+
+    def stopped(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "sharpen", stopped)
+        assert command(*arguments, "--prepend-bos").code == 130
+    other = command(*arguments, "--no-prepend-bos")
+    assert (other.code, other.err) == (0, "") and "going on with" not in other.out
+    assert any(name.endswith("state.search") for name in files_in(tmp_path))
+    again = command(*arguments, "--prepend-bos")
+    assert (again.code, again.err) == (0, "") and "going on with the search that was interrupted" in again.out
+    assert "afresh" not in again.out and not (tmp_path / "search").exists()

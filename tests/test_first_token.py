@@ -107,3 +107,60 @@ def test_a_unit_costs_nothing_where_it_is_left_alone():
     assert float(own[first_of(data)].std(0).max()) < 1e-4  # a constant, whatever comes after
     risks = [tls.risk(model, replace(reduction, first_token=rule), data).mean for rule in ("bos", "none")]
     assert risks[0] != risks[1]
+
+
+SHORT, LONG = "David gave a ring to", "Then David gave a ring to"
+
+
+@cache
+def with_a_filler_of_its_own(begins: bool) -> tuple[Any, tls.Reduction]:
+    """The same model with a tokenizer that pads with another token than the bos, and may put no bos first."""
+    model = tls.load_task("ioi").model()
+    model.tokenizer.pad_token = model.tokenizer.convert_ids_to_tokens(model.tokenizer.bos_token_id + 1)
+    model.cfg.default_prepend_bos = begins
+    return model, setting()[2]
+
+
+def with_the_bos_for_filler(begins: bool) -> tuple[Any, tls.Reduction]:
+    model, _, reduction = setting()
+    if not begins:
+        model = tls.load_task("ioi").model()
+        model.cfg.default_prepend_bos = False
+    return model, reduction
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("kind", [with_a_filler_of_its_own, with_the_bos_for_filler])
+def test_text_is_what_its_tokens_are_to_ablations_and_folds_alike(kind: Any, begins: bool, side: str):
+    model, reduction = kind(begins)
+    folded = tls.fold(model, reduction)
+    with torch.no_grad(), tls.intervened(model, tls.ablate(reduction)):
+        alone = [model(model.to_tokens(text))[0] for text in (SHORT, LONG)]
+        texts = [model([SHORT, LONG], padding_side=side), folded([SHORT, LONG], padding_side=side)]
+        for one in (model, folded):
+            torch.testing.assert_close(one(SHORT)[0], alone[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(one(input=[LONG])[0], alone[1], atol=1e-4, rtol=0)
+    for logits in texts:
+        for row, expected in zip(logits, alone, strict=True):
+            found = row[-len(expected) :] if side == "left" else row[: len(expected)]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_fold_is_the_ablation_where_a_call_alone_leaves_the_bos_out(side: str):
+    model, _, reduction = setting()
+    folded, options = tls.fold(model, reduction), {"prepend_bos": False, "padding_side": side}
+    with torch.no_grad(), tls.intervened(model, tls.ablate(reduction)):
+        torch.testing.assert_close(folded([SHORT, LONG], **options), model([SHORT, LONG], **options), atol=1e-4, rtol=0)
+        alone = model(model.to_tokens(LONG, prepend_bos=False))
+        torch.testing.assert_close(model(LONG, prepend_bos=False), alone, atol=1e-4, rtol=0)
+
+
+def test_tokens_without_a_batch_are_one_prompt():
+    model, _, reduction = setting()
+    tokens, folded = model.to_tokens(SHORT), tls.fold(model, reduction)
+    with torch.no_grad(), tls.intervened(model, tls.ablate(reduction)):
+        expected = model(tokens)
+        for one in (model, folded):
+            torch.testing.assert_close(one(tokens[0]), expected, atol=1e-4, rtol=0)

@@ -40,7 +40,7 @@ from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units, heads, neurons
 from tl_sparsify.folding.bridge import FoldedBridge, save_folded
-from tl_sparsify.folding.fold import fold
+from tl_sparsify.folding.fold import fold, why_not
 
 
 @given(st.sampled_from(list(VARIANTS)), PATTERNS, SEEDS)
@@ -262,3 +262,21 @@ def test_models_that_do_not_fold_are_refused():
     unknown.cfg.architecture = "OPTForCausalLM"
     with pytest.raises(ValueError, match="models of architecture OPTForCausalLM do not fold; these do: Transf"):
         fold(unknown, reduction)
+
+
+def test_whether_a_model_folds_is_known_beforehand():
+    model = native()
+    reduction = removed(neurons(model), 1)
+    assert why_not(model, reduction) is None and isinstance(fold(model, reduction), FoldedBridge)
+    config: dict[str, Any] = {"d_model": 8, "d_head": 4, "n_heads": 2, "n_layers": 1}
+    config |= {"n_ctx": 4, "d_vocab": 5, "d_mlp": 6}
+    solu: Any = TransformerBridge.boot_native(TransformerBridgeConfig(**config, act_fn="solu_ln")).eval()
+    assert why_not(solu, removed(heads(solu), 4)) is None
+    unknown = fresh()
+    unknown.cfg.architecture = "OPTForCausalLM"
+    refused = [(solu, removed(neurons(solu), 1)), (unknown, reduction), (torch.nn.Linear(2, 2).eval(), reduction)]
+    for one, some in refused:
+        why = why_not(one, some)
+        assert why is not None
+        with pytest.raises(ValueError, match=re.escape(why)):
+            fold(one, some)

@@ -94,3 +94,36 @@ def test_loading_a_task_and_its_model_moves_no_random_state(name: str):
     before = torch.random.get_rng_state()
     load_task(name).model()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["model.sha256", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("older", [True, False])
+def test_half_of_a_model_over_an_older_one_is_refused(
+    name: str, older: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same weights' shapes under other settings: every part alone would be loaded with the older one's others."""
+    folder, model = copied(saved, tmp_path / "model"), load_native(saved)
+    if older:
+        (folder / "model.sha256").unlink()  # as older versions wrote them
+    with torch.no_grad():
+        model.unembed.weight.add_(1.0)
+    whole, parts = Path.replace, []
+
+    def replace(path: Path, target: Path) -> Path:
+        moved = whole(path, target)
+        parts.append(Path(target).name)
+        if parts[-1] == name and len(parts) < 3:
+            raise KeyboardInterrupt
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        try:
+            save_native(model, CONFIG | {"act_fn": "gelu"}, folder)
+        except KeyboardInterrupt:
+            with pytest.raises(ValueError, match="model is damaged: its checksum does not match"):
+                load_native(folder)
+        else:
+            assert len(parts) == 3 and load_native(folder).cfg.act_fn == "gelu"
+    save_native(model, CONFIG | {"act_fn": "gelu"}, folder)
+    assert load_native(folder).cfg.act_fn == "gelu"

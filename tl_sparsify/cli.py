@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -94,11 +94,15 @@ def run(
     effort: Annotated[
         str, typer.Option(help="quick, standard or thorough: chooses examples, rounds and steps")
     ] = "standard",
-    rounds: Annotated[int | None, typer.Option(help="rounds of removing units; 20 by default")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="of each refit of constants, 300 by default; within the search a 15th of it")
+    rounds: Annotated[
+        int | None, typer.Option(help="rounds of removing units; by default what --effort chooses")
     ] = None,
-    examples: Annotated[int | None, typer.Option(help="the most training examples; all by default")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="of the last refit of constants; by default what --effort chooses")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="the most training examples; by default what --effort chooses")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="examples at a time, in every part")] = None,
     prepend_bos: Annotated[
         bool | None,
@@ -129,6 +133,7 @@ def run(
     Results that are in the folder already are replaced as a whole when the run is complete. A search that was
     interrupted goes on from its last round when the same command is given again."""
     from tl_sparsify._internal.directory import results
+    from tl_sparsify._internal.files import remove
     from tl_sparsify._internal.ranks import is_main
     from tl_sparsify.plan import Request, usable_device
     from tl_sparsify.presentation.results import RUN_ENTRIES, RUN_FILES, SEARCH
@@ -145,11 +150,14 @@ def run(
     where = usable_device(device)
     beginning = settled(task, model=model_, prepend_bos=prepend_bos, device=where, seed=seed, batch_size=batch_size)
     about: dict[str, Any] = {"device": device} | ({} if model_ is None else {"model": model_})
-    search = folder / SEARCH / hashlib.sha256(repr((loaded.name, chosen, about)).encode()).hexdigest()[:12]
+    same = repr((loaded.name, chosen, about, beginning.prepend_bos))  # what another search's folder differs in
+    search = folder / SEARCH / hashlib.sha256(same.encode()).hexdigest()[:12]
     with results(folder, RUN_ENTRIES, RUN_FILES[0]) as into:
         carry_out(beginning, chosen, into, search, console, about)
         if is_main():
-            shutil.rmtree(folder / SEARCH, ignore_errors=True)
+            remove(search)
+            with suppress(OSError):  # others were interrupted and are there
+                search.parent.rmdir()
     console.print(f"written to {escape(str(folder))}")
 
 
@@ -209,13 +217,17 @@ def behaviours_(
 def bench(
     tasks: Annotated[list[str] | None, typer.Argument(help="names of tasks; six shipped ones by default")] = None,
     methods: Annotated[str, typer.Option(help="names, with commas between; all by default")] = "",
-    seeds: Annotated[int, typer.Option(help="how many: of the data split and of everything random")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(help="how many: of the data split and of everything random; 3 by default")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="where cells and tables go, and finished cells are kept; results/bench by default"),
     ] = None,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
-    examples: Annotated[int, typer.Option(help="the most training and validation examples")] = 512,
+    examples: Annotated[
+        int | None, typer.Option(help="the most training and validation examples; 512 by default")
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="a small subset: does everything work?")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars, no tables")] = False,
 ) -> None:
@@ -228,11 +240,17 @@ def bench(
 
     if ranks()[1] > 1:
         raise ValueError("bench starts processes of its own (--workers): call it once, not under torchrun")
+    for name, given in {"seeds": seeds, "examples": examples}.items():
+        if smoke and given is not None:
+            raise ValueError(f"--{name} is {given}, and --smoke chooses it itself: leave one of the two out")
     folder = Path(BENCH_FOLDER) if out is None else out
     wanted = tuple(tasks or (SMOKE_TASKS if smoke else BENCH_TASKS))
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or (SMOKE_METHODS if smoke else ())
-    settings: dict[str, Any] = {"seeds": 1 if smoke else seeds, "workers": workers, "progress": not quiet}
-    settings |= {"examples": 128, "refit_patience": 5, "bootstrap": 100} if smoke else {"examples": examples}
+    settings: dict[str, Any] = {"workers": workers, "progress": not quiet}
+    if smoke:
+        settings |= {"seeds": 1, "examples": 128, "refit_patience": 5, "bootstrap": 100}
+    else:
+        settings |= {"seeds": 3 if seeds is None else seeds, "examples": 512 if examples is None else examples}
     table = compare_tasks(wanted, chosen, out=folder, **settings)
     console = Console(quiet=quiet)
     for path in write_comparison(table, folder):

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from tl_sparsify._internal.files import versions, write_text
+from tl_sparsify._internal.files import remove, versions, write_text
 from tl_sparsify._internal.progress import duration, step
+from tl_sparsify._internal.ranks import on_main
 from tl_sparsify.abstraction.align import align
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
 from tl_sparsify.abstraction.verify import verify
@@ -32,7 +33,7 @@ from tl_sparsify.core.metrics import risk_and_right
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units
 from tl_sparsify.folding.bridge import FOLDED, save_folded
-from tl_sparsify.folding.fold import fold, folds
+from tl_sparsify.folding.fold import fold, why_not
 from tl_sparsify.folding.sizes import sizes_by_layer
 from tl_sparsify.masking.sharpening import sharpen
 from tl_sparsify.plan import TEMPERATURE, Effort, Request, cut, seconds
@@ -115,6 +116,10 @@ def carry_out(
         probing: dict[str, Any] = {"probes": effort.probes, "temperature": TEMPERATURE}
         scores = score.risk(model, train, units, values=values, **probing, **here.shared)
     here.csv(scores.to_frame().sort_values("score", ascending=False, kind="stable"), "scores.csv")
+    of_nothing = constants.reduced(model, Circuit.empty(units), values)
+    unfoldable = why_not(model, replace(of_nothing, first_token=request.rule))
+    if unfoldable is not None:
+        console.print(escape(f"there will be no smaller model: {unfoldable}"))
     path = _searched(here, values)
     here.csv(path.to_frame(), "path.csv")
     console.print(printed.table(f"Path: risk in nats on {len(validation)} validation examples", path.to_frame()))
@@ -123,7 +128,7 @@ def carry_out(
     fitting |= {"per_step": effort.refit_batch, "progress": here.shows} | here.shared
     reduction = constants.refit(model, path.at(request.keep), train, validation, **fitting)
     reduction.save(folder / "circuit.reduction")
-    small = fold(model, reduction) if folds(units) else None
+    small = fold(model, reduction) if unfoldable is None else None
     if small is not None:
         save_folded(small, folder / "folded")
     found = _evaluated(here, reduction, small)
@@ -185,10 +190,34 @@ def _alignment(here: Setting) -> tuple[Pairs, Alignment | None]:
 def _searched(here: Setting, values: Values) -> CircuitPath:
     """The path of the search; of large units alone it is sharpened, and its constants are refitted afterwards only."""
     train, validation, _ = here.splits
-    if (here.checkpoint / STATE).is_file():
-        here.console.print("going on with the search that was interrupted")
+    path = _gone_on_with(here, values)
+    if not here.request.sharpens:
+        return path
+    given: dict[str, Any] = {"steps": here.effort.sharpening(len(train)), "per_step": here.effort.beside_batch}
+    given |= {"exchanged": here.effort.exchanged, "held_out": validation, "progress": here.shows}
+    return sharpen(here.model, path, train, **given, **here.shared)
+
+
+def _gone_on_with(here: Setting, values: Values) -> CircuitPath:
+    """The search from its last round, or from the start where it does not fit what is there now."""
+    state = here.checkpoint / STATE
+    if not state.is_file():
+        return _in_rounds(here, values)
+    here.console.print("going on with the search that was interrupted")
+    try:
+        return _in_rounds(here, values)
+    except ValueError as error:
+        if str(state) not in str(error):
+            raise
+    here.console.print("it is damaged, or of another task, model or versions than are here now: it starts afresh")
+    on_main(lambda: remove(here.checkpoint), "removing a search that does not fit")
+    return _in_rounds(here, values)
+
+
+def _in_rounds(here: Setting, values: Values) -> CircuitPath:
+    train, validation, _ = here.splits
     inner = 0 if here.request.sharpens else here.effort.inner
-    path = sparsify(
+    return sparsify(
         here.model,
         train,
         values.units,
@@ -203,11 +232,6 @@ def _searched(here: Setting, values: Values) -> CircuitPath:
         progress=here.shows,
         **here.shared,
     )
-    if not here.request.sharpens:
-        return path
-    given: dict[str, Any] = {"steps": here.effort.sharpening(len(train)), "per_step": here.effort.beside_batch}
-    given |= {"exchanged": here.effort.exchanged, "held_out": validation, "progress": here.shows}
-    return sharpen(here.model, path, train, **given, **here.shared)
 
 
 def _evaluated(here: Setting, reduction: Reduction, small: Any) -> Evaluation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,8 @@ def watching_first_tokens(
     def noting(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != mine:
             return forward(*args, **kwargs)
-        tokens = args[0] if args else kwargs.get("input")
-        cache = kwargs.get("past_key_values")
-        later = cache is not None and cache.get_seq_length() > 0  # the first token was in an earlier call
-        mask = kwargs.get("attention_mask")
-        for rule in rules:
-            seen[rule] = None
-            if isinstance(tokens, Tensor) and tokens.ndim == 2 and not later:
-                seen[rule] = first_tokens(model, tokens, mask, rule)
+        call = tokens_of(model, args[0] if args else kwargs.get("input"), kwargs)
+        seen.update({rule: None if call is None else first_tokens(model, *call, rule) for rule in rules})
         return forward(*args, **kwargs)
 
     object.__setattr__(model, "forward", noting)
@@ -42,6 +36,40 @@ def watching_first_tokens(
             object.__delattr__(model, "forward")
         else:
             object.__setattr__(model, "forward", own)
+
+
+def tokens_of(
+    model: Any, input: Any, options: Mapping[str, Any]
+) -> tuple[Shaped[Tensor, "batch pos"], Shaped[Tensor, "batch pos"] | None] | None:
+    """What ``model(input, **options)`` is about: tokens and attention mask, of text those that the model makes of it
+    itself. ``None`` for what is neither, and where the first tokens were in an earlier call."""
+    cache, mask = options.get("past_key_values"), options.get("attention_mask")
+    if cache is not None and cache.get_seq_length() > 0:
+        return None
+    if isinstance(input, Tensor):
+        tokens = input[None] if input.ndim == 1 and mask is None else input  # one prompt without a batch
+        return (tokens, mask) if tokens.ndim == 2 else None
+    several, tokenizer = isinstance(input, list), getattr(model, "tokenizer", None)
+    text = all(isinstance(one, str) for one in input) if several else isinstance(input, str)
+    if not text or tokenizer is None or not hasattr(model, "to_tokens"):
+        return None
+    side = options.get("padding_side") or getattr(tokenizer, "padding_side", "right")
+    tokens = model.to_tokens(input, prepend_bos=options.get("prepend_bos"), padding_side=side)
+    if several and len(input) > 1 and side == "left" and mask is None:
+        mask = _unpadded(model, tokens)
+    return tokens, mask
+
+
+def _unpadded(model: Any, tokens: Shaped[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+    """Where TransformerLens attends in left-padded text."""
+    filler = model.tokenizer.pad_token_id
+    if filler is None:
+        return None
+    padding = (tokens != filler).long().cumsum(1) == 0
+    if model.tokenizer.bos_token_id == filler and getattr(model.cfg, "default_prepend_bos", True):
+        last = padding.sum(1, keepdim=True) - 1  # the last filler is the beginning-of-sequence token
+        padding &= torch.arange(tokens.shape[1], device=tokens.device) != last
+    return ~padding
 
 
 def first_tokens(

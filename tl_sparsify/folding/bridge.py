@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory, settle_directory
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
-from tl_sparsify._internal.first_tokens import first_tokens
+from tl_sparsify._internal.first_tokens import first_tokens, tokens_of
 from tl_sparsify.core.intervene import streaming
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify.folding.rebuild import assign, build, describe, numbers
@@ -43,25 +43,13 @@ class FoldedBridge(TransformerBridge):
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As any bridge's; where units are left alone at a beginning-of-sequence token, whose activations depend on
         nothing else, the residual stream there is set to what it was with them."""
-        where = None if self.first_stream is None else self._first_tokens(input, kwargs)
+        call = None if self.first_stream is None else tokens_of(self, input, kwargs)
+        where = None if call is None else first_tokens(self, *call, "bos")
         if where is None or self.first_stream is None:
             return super().forward(input, *args, **kwargs)
         itself: Any = self  # pyright takes a property for a mutable attribute
         with streaming(itself, self.first_stream, where):
             return super().forward(input, *args, **kwargs)
-
-    def _first_tokens(self, input: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            return None
-        mask = kwargs.get("attention_mask")
-        if isinstance(input, str | list):
-            tokens = self.to_tokens(input, prepend_bos=kwargs.get("prepend_bos"))
-            filler = getattr(self.tokenizer, "pad_token_id", None)
-            bos = tokens == getattr(self.tokenizer, "bos_token_id", -1)
-            mask = ((tokens != filler) | bos) if mask is None and filler is not None else mask
-            return first_tokens(self, tokens, mask, "bos")
-        return first_tokens(self, input, mask, "bos") if isinstance(input, Tensor) and input.ndim == 2 else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After ``copy.deepcopy``: what still refers to the model that this is a copy of is made anew."""

@@ -40,7 +40,7 @@ from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Units, residuals
+from tl_sparsify.core.units import residuals
 from tl_sparsify.folding.bridge import FoldedBridge, finish, load_folded, save_folded
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
@@ -68,9 +68,13 @@ _WHOLE = {"attention": "head", "mlp": "neuron"}
 _MIXING = ("solu", "solu_ln")  # activations of a neuron that depend on the other neurons
 
 
-def folds(units: Units) -> bool:
-    """Whether units of these kinds are parts of the weights, so that their circuits fold. No model pass."""
-    return all(site.kind in _HOOKS for site in units.sites)
+def why_not(model: Any, reduction: Reduction) -> str | None:
+    """Why :func:`fold` would refuse a reduction of a model, in a sentence; ``None`` where it folds. No model pass."""
+    try:
+        _foldable(model, reduction)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @checked
@@ -103,7 +107,8 @@ def fold(model: Any, reduction: Reduction) -> FoldedBridge:
         return _folded(model, reduction)
 
 
-def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
+def _foldable(model: Any, reduction: Reduction) -> tuple[list[_Cut], list[_Change]]:
+    """What folding does, where nothing speaks against it."""
     _check_model(model)
     check_fingerprint(model, reduction)
     if reduction.first_token == "any" and not bool(reduction.circuit.mask.all()):
@@ -121,9 +126,19 @@ def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
             "edges do not fold: what one reader gets from a writer and another does not is no property of the weights. "
             "Fold a circuit of heads() and mlps() or neurons()"
         )
+    known, whole = getattr(model, "first_stream", None), bool(reduction.circuit.mask.all())
+    if known is not None and not whole and reduction.first_token == "none":
+        raise ValueError(
+            "first_token is 'none', and the model's own folded units were left alone at a beginning-of-sequence token: "
+            "make the reduction with first_token='bos'"
+        )
     cuts, changes = _plan(model, reduction)
     _check_weights(model, cuts, changes)
+    return cuts, changes
 
+
+def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
+    cuts, changes = _foldable(model, reduction)
     replaced = {id(p): p for cut in cuts for module in _projections(model, cut).values() for p in module.parameters()}
     folded = copy.deepcopy(model, replaced | _left_behind(model))  # does not copy what is replaced below
     folded.__class__ = FoldedBridge
@@ -153,11 +168,6 @@ def _first_stream(model: TransformerBridge, reduction: Reduction) -> Float[Tenso
     known: Float[Tensor, "layers d_model"] | None = getattr(model, "first_stream", None)
     bos = getattr(model.tokenizer, "bos_token_id", None)
     whole = bool(reduction.circuit.mask.all())
-    if known is not None and not whole and reduction.first_token == "none":
-        raise ValueError(
-            "first_token is 'none', and the model's own folded units were left alone at a beginning-of-sequence token: "
-            "make the reduction with first_token='bos'"
-        )
     if known is not None or bos is None or whole or reduction.first_token == "none":
         return known
     tokens = torch.tensor([[bos]], device=device_of(model))

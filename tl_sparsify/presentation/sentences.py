@@ -82,7 +82,7 @@ def discovered(run: RunResults) -> list[str]:
         + (f"; the other {removed:,} are replaced by {_replacement(run.reduction)}." if removed else ": all of them.")
     ]
     if run.fold is None:
-        return [*said, "Units of these kinds are no parts of the weights: the circuit does not fold."]
+        return [*said, "Circuits of these units of this model are no smaller models: the circuit does not fold."]
     whole = run.fold[run.fold.part == "whole model"].iloc[0]
     before, after = int(whole.parameters), int(whole.parameters_kept)
     text = f"Folded, it is a model of {after:,} parameters instead of {before:,} ({share(after / before)})"

@@ -81,10 +81,10 @@ def save_native(model: TransformerBridge, config: Mapping[str, Any], folder: str
     if {name: value.shape for name, value in empty.items()} != {name: value.shape for name, value in tensors.items()}:
         raise ValueError("the model's weights do not have the shapes that config gives")
     weights, settings = to_bytes(tensors), json.dumps(dict(config), indent=1) + "\n"
-    (folder / _CHECKSUM).unlink(missing_ok=True)  # one that is interrupted leaves none, rather than a wrong one
+    # the checksum goes first: half of a model is refused, also beside the other half of an older one
+    write_text(folder / _CHECKSUM, checksum_of(settings.encode(), weights) + "\n")
     write_bytes(folder / "model.safetensors", weights)
     write_text(folder / "config.json", settings)
-    write_text(folder / _CHECKSUM, checksum_of(settings.encode(), weights) + "\n")
 
 
 def checksum_of(config: bytes, weights: bytes) -> str:
