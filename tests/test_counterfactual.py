@@ -155,7 +155,7 @@ def test_baselines_take_them_too(kind: str):
     again = tls.baselines.in_rounds(
         tls.score.gradient, model, batch, units, rounds=3, absolute=True, batch_size=3, **quiet
     )
-    assert rounds.forward_passes == again.forward_passes == 3 * 3
+    assert rounds.forward_passes == again.forward_passes == 3 * 3 - 1  # in the first round nothing is removed yet
     for kept in (0.1 ** (1 / 3), 0.1 ** (2 / 3), 0.1):  # within a round edges that reach nothing tie up to round-off
         assert rounds.top(kept) == again.top(kept)
     quiet |= {"smallest": 0.5}
