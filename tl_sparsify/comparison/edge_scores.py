@@ -42,7 +42,7 @@ from tl_sparsify.core.measure import remembering
 from tl_sparsify.core.metrics import Metric, by_example, divergence, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units, check_places
+from tl_sparsify.core.units import Model, Units, check_positions
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
@@ -94,7 +94,7 @@ def acdc(
             f"units holds {len(units):,} edges and thresholds {len(thresholds)}, a forward pass for each: "
             f"more than {_MOST:,}; take fewer thresholds, tls.edges(model, 'layer'), or baselines that are cheaper"
         )
-    check_places(units, len(examples))
+    check_positions(units, len(examples))
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
     (risk, passes), scores = _risks(model, examples, batch_size), torch.zeros(len(units), dtype=torch.float64)
     for threshold in sorted(thresholds):

@@ -109,8 +109,7 @@ def _without(
     """The scores in the model without what has been removed so far. Batch by batch where that belongs to examples: of
     values of counterfactual inputs, and of units at other positions in each example."""
     paired = current.values.paired
-    apart = any(isinstance(site.positions, Tensor | str) for site in current.units.sites)
-    if not paired and not apart:
+    if not paired and not current.units.placed_by_example:
         with intervened(model, ablate(current)):
             return scorer(model, examples, current.units, **settings)
     takes_size = "batch_size" in inspect.signature(scorer).parameters

@@ -28,7 +28,7 @@ from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.moments import Estimate, Moments, unit_moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.units import Model, Units, check_places
+from tl_sparsify.core.units import Model, Units, check_positions
 
 _REMEMBERED = 2**24  # numbers
 
@@ -133,7 +133,7 @@ def compared(
     same interventions); two more for each ``interchange`` in the distribution, one more for values of counterfactual
     inputs. The check that the reduction is the model's reads all weights: where that is ``known`` it is left out.
     """
-    check_places(reduction.units, len(examples))
+    check_positions(reduction.units, len(examples))
     if not known:
         check_call(model, examples, seed=seed, batch_size=batch_size)
         check_fingerprint(model, reduction)
@@ -216,7 +216,7 @@ def circuit_risks(
     """The measured risk of the reduction with each circuit in its place (:func:`risk`). One forward pass for each, one
     for the original where ``recall`` does not know it, and one for values of counterfactual inputs, whatever the number
     of circuits."""
-    check_places(reduction.units, len(examples))
+    check_positions(reduction.units, len(examples))
     reductions = [reduction.with_circuit(circuit) for circuit in circuits]
 
     def of(index: Int[Tensor, "batch"], batch: Examples) -> Moments:

@@ -23,7 +23,7 @@ from tl_sparsify.core.forward import in_batches, output, unit_positions
 from tl_sparsify.core.intervene import recorded
 from tl_sparsify.core.memory import dtype_of
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Model, Units, check_places
+from tl_sparsify.core.units import Model, Units, check_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ def unit_moments(
         >>> [tuple(site.mean.shape) for site in tls.constants.unit_moments(model, train, units)]
         [(4, 16), (4, 16), (4, 16)]
     """
-    check_places(units, len(examples))
+    check_positions(units, len(examples))
 
     def of(index: Int[Tensor, "batch"], batch: Examples) -> tuple[Moments, ...]:
         return batch_moments(model, batch, units.for_examples(index, examples.spans))

@@ -46,7 +46,7 @@ from tl_sparsify.core.metrics import (
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import Model, check_places
+from tl_sparsify.core.units import Model, check_positions
 from tl_sparsify.reading.heard import taking, together
 
 _LEAST = 1e-6
@@ -199,7 +199,7 @@ def samples(
             infinite activations.
     """
     check_model(model)
-    check_places(removal.units, len(examples))
+    check_positions(removal.units, len(examples))
     if metric is None and examples.choices is not None and len(examples.choices) == 1:
         raise ValueError(
             f"choices has one answer, {int(examples.choices[0])}, which is certain: there is no divergence"

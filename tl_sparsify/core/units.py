@@ -166,13 +166,18 @@ class Units:
         """The same units at the given positions only."""
         return Units(tuple(replace(site, positions=positions) for site in self.sites))
 
+    @property
+    def placed_by_example(self) -> bool:
+        """Whether some are at other positions in each example."""
+        return any(isinstance(site.positions, Tensor | str) for site in self.sites)
+
     def for_examples(self, index: Int[Tensor, "batch"], spans: Mapping[str, Int[Tensor, "n 2"]] | None = None) -> Units:
         """The same units, with per-example positions, and those of ``spans``, taken for the examples ``index``.
 
         Raises:
             ValueError: units at a span that is not among ``spans``.
         """
-        if not any(isinstance(site.positions, Tensor | str) for site in self.sites):
+        if not self.placed_by_example:
             return self
         return Units(tuple(site.for_examples(index, spans) for site in self.sites))
 
@@ -203,7 +208,7 @@ class Units:
         return f"Units({len(self):,}: {self.describe()})"
 
 
-def check_places(units: Units, n: int) -> None:
+def check_positions(units: Units, n: int) -> None:
     """Refuse units whose positions are those of more or fewer than these ``n`` examples: they would be other examples'.
 
     Raises:
