@@ -199,3 +199,72 @@ def test_nothing_of_a_pass_stays_when_it_fails():
         with pytest.raises(RuntimeError, match="stopped"), model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fail)]):
             model(examples.tokens)
     assert len(streams_of(model, examples.tokens)) == len(before)
+
+
+def one_after_the_other(first: tls.Intervention, second: tls.Intervention) -> tls.Intervention:
+    """What ``second`` does to what ``first`` made of each edge, as one intervention."""
+    keep = first.keep * second.keep
+    values: list[Tensor] = []
+    for site, k, m, v, w in zip(
+        first.units.sites,
+        first.units.split(first.keep),
+        first.units.split(second.keep),
+        first.values.tensors,
+        second.values.tensors,
+        strict=True,
+    ):
+        k, m = (part.view(len(site.readers), site.rows)[0, :, None] for part in (k, m))  # of all readers alike
+        values.append(((m * (1 - k) * v + (1 - m) * w) / (1 - k * m).clamp_min(1e-12)).to(v))
+    return tls.Intervention(first.units, keep, tls.Values(first.units, tuple(values)))
+
+
+def of_each_writer(model: Any, readers: str, seed: int) -> tls.Intervention:
+    """Of each edge a share that is its writer's: none, some or all of it; whoever reads."""
+    units = tls.edges(model, **READERS[readers])
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(max(site.rows for site in units.sites), generator=generator, dtype=torch.float64)
+    share = (2 * share - 0.5).clamp(0, 1)
+    keep = torch.cat([share[: site.rows].repeat(len(site.readers)) for site in units.sites])
+    return tls.Intervention(units, keep, constants_of(model, units, seed))
+
+
+@pytest.mark.parametrize("readers", ("parts", "heads", "layers", "parts of each head"))
+@pytest.mark.parametrize("name", ("native", "Llama", "Pythia", "Gemma 2"))
+def test_what_is_removed_twice_is_gone_once(name: str, readers: str):
+    model, tokens = model_of(name), architectures.batch(n=3).tokens
+    a, b, c = (of_each_writer(model, readers, seed) for seed in (1, 2, 3))
+    expected = logits(model, tokens, one_after_the_other(one_after_the_other(a, b), c))
+    assert float((logits(model, tokens, a, b, c) - expected).abs().max()) < 1e-10
+    with unchanged(model), tls.intervened(model, a), tls.intervened(model, b):
+        assert float((logits(model, tokens, c) - expected).abs().max()) < 1e-10
+
+
+def test_what_is_removed_at_a_place_and_everywhere_is_gone_once_there():
+    model, tokens = native(), architectures.batch(n=3).tokens
+    everywhere = some_edges(model)
+    units = everywhere.units.at(2)
+    there = tls.Intervention(units, everywhere.keep, tls.Values(units, constants_of(model, units, 5).tensors))
+    late = tls.Intervention(everywhere.units, everywhere.keep, tls.Values(everywhere.units, there.values.tensors))
+    found, before, after = (
+        logits(model, tokens, *some) for some in ((everywhere, there), (everywhere,), (everywhere, late))
+    )
+    assert torch.equal(found[:, :2], before[:, :2]) and not torch.allclose(found[:, 2], before[:, 2])
+    assert float((logits(model, tokens, late) - after).abs().max()) < 1e-10
+    assert float((logits(model, tokens, there, everywhere) - before).abs().max()) < 1e-10
+
+
+def test_slopes_of_what_is_removed_twice_are_differences():
+    model, examples = native(), architectures.batch(n=3)
+    first, second = of_each_writer(model, "parts", 1), of_each_writer(model, "parts", 2)
+    keep = torch.rand(len(second.units), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gap(keep: Tensor) -> Tensor:
+        with tls.intervened(model, first, tls.Intervention(second.units, keep, second.values)):
+            return log_odds(model(examples.tokens)[:, -1][:, examples.choices], examples).mean()
+
+    wanted = keep.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(gap(wanted), wanted)
+    with torch.no_grad():
+        for number in (0, 7, 30, 101, len(keep) - 2):
+            step = torch.zeros_like(keep).index_fill_(0, torch.tensor([number]), 1e-5)
+            assert abs(float(gap(keep + step) - gap(keep - step)) / 2e-5 - float(slope[number])) < 1e-7

@@ -97,7 +97,8 @@ def along_edges(
 class _Pass:
     """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
     by layer; and for each reader its own copies of the stream (where somebody gave it some) and of these, the former
-    behind the reader's norm, and which of them are projected; and what readers that need no copies project."""
+    behind the reader's norm, and which of them are projected, and what they have lost; and what readers that need no
+    copies project."""
 
     written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     sums: dict[int, Float[Tensor, "batch pos one d_model"]] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class _Pass:
     heard: dict[str, Heard] = field(default_factory=dict)
     ways: Ways = field(default_factory=dict)
     ledgers: dict[int, Ledger] = field(default_factory=dict)
+    removed: dict[str, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
 
 
 Norm = Callable[[Any, Float[Tensor, "..."], Float[Tensor, "..."]], Float[Tensor, "..."]]
@@ -282,7 +284,8 @@ def _acted(
     """A reader's copies of the stream after all that is done to them here."""
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
-    hook = Written(name, tuple(part for key, part in state.written.items() if there(key)), state.ledgers, heard)
+    parts = tuple(part for key, part in state.written.items() if there(key))
+    hook = Written(name, parts, state.ledgers, state.removed.setdefault(name, []), heard)
     layers = [layer for layer in state.sums if there(f"heads.{layer}")]
     had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
     copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream

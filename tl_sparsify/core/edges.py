@@ -111,8 +111,8 @@ def apply_to_edges(
     stream: Float[Tensor, "batch pos copies d_model"],
     hook: Written,
 ) -> Float[Tensor, "batch pos copies d_model"]:
-    """A reader's stream less ``(1 - keep) (w - value)`` for everything written into it, and so each layer's sum where
-    the reader has copies of these."""
+    """A reader's stream less ``(1 - keep) (v - value)`` for everything written into it, and so each layer's sum where
+    the reader has copies of these; ``v`` is what was written, or what earlier interventions made of that."""
     check_places(site, stream)
     gone = (1 - keep.to(stream)).unflatten(-1, (len(site.readers), site.rows))
     if gone.ndim == 3 and len(gone) != len(stream):
@@ -125,19 +125,33 @@ def apply_to_edges(
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
     starts = list(accumulate((part.shape[2] for part in hook.parts), initial=0))[:-1]
     groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
-    changes: list[Tensor] = []
-    for term, some in enumerate(groups):
-        numbers = [number for number, start in enumerate(starts) if isinstance(some, slice) or start in some]
-        share = gone[..., some]
-        changes.append(_shared(share, value[some]) - hook.sums(share, stream, term, numbers))
-    change = changes[0] if len(changes) == 1 else torch.cat(changes)
-    where = site.position_mask(stream.shape[0], stream.shape[1])
-    if where is not None:
-        change = change * where.to(change)[..., None]
-    first = spared()
-    if first is not None:
-        change = change.masked_fill(first.to(change.device)[..., None], 0)
-    return rows_last(rows_first(stream) + change)
+    where, first = site.position_mask(stream.shape[0], stream.shape[1]), spared()
+    # what is noted lives as long as the pass: without the stream, and without a way back to itself
+    like, earlier, written = stream.new_empty(0), tuple(hook.removed), replace(hook, removed=[])
+
+    def change(share: Float[Tensor, "*batch readers rows"]) -> Float[Tensor, "copies batch pos d_model"] | None:
+        """What this share of each edge becomes, less what it is by now."""
+        lost = gone * share
+        if not lost.requires_grad and not bool((lost != 0).any()):
+            return None  # other edges
+        changes: list[Tensor] = []
+        for term, some in enumerate(groups):
+            numbers = [number for number, start in enumerate(starts) if isinstance(some, slice) or start in some]
+            part = lost[..., some]
+            changes.append(_shared(part, value[some]) - written.sums(part, like, term, numbers))
+        made = changes[0] if len(changes) == 1 else torch.cat(changes)
+        for before in earlier:
+            if (gone_before := before(lost)) is not None:
+                made = made - gone_before
+        if where is not None:
+            made = made * where.to(made)[..., None]
+        if first is not None:
+            made = made.masked_fill(first.to(made.device)[..., None], 0)
+        return made
+
+    hook.removed.append(change)
+    made = change(torch.ones_like(gone))
+    return stream if made is None else rows_last(rows_first(stream) + made)
 
 
 def check_run(site: Site, value: Float[Tensor, "..."], here: Float[Tensor, "batch pos ..."]) -> None:

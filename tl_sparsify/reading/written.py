@@ -13,6 +13,7 @@ backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,12 +97,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Written:
-    """What a reader's hook is told: its name, and what has been written into the stream before it; ``heard``: what it
-    may give back instead of copies."""
+    """What a reader's hook is told: its name, and what has been written into the stream before it; ``removed``: by how
+    much earlier hooks have changed any share of that; ``heard``: what it may give back instead of copies."""
 
     name: str
     parts: tuple[Part, ...]
     ledgers: dict[int, Ledger]
+    removed: list[Callable[[Tensor], Tensor | None]]
     heard: Heard | None = None
 
     def sums(
