@@ -221,6 +221,17 @@ def test_a_refusal_is_a_line_and_other_errors_are_not(tmp_path: Path):
         tls.compare(model(), task(), [picky], **settings | {"out": None})
 
 
+def test_what_is_for_units_alone_is_a_line_where_edges_are_compared():
+    names = ("compensating", "activation patching", "attribution patching", "AtP*", "edge attribution", "random")
+    settings: dict[str, Any] = {"units": tls.edges(model(), "layer"), "sizes": (0.5,), "seeds": 1}
+    settings |= {"examples": 8, "refit_patience": 0, "bootstrap": 0, "progress": False}
+    frame = tls.compare(model(), task(), named(names), **settings)
+    refused = frame[frame.setting.str.startswith("refused: ")]
+    assert set(refused.method) == {"activation patching", "AtP*", "edge attribution"} and refused.risk.isna().all()
+    assert set(frame.method) == set(names)
+    assert of(frame[~frame.method.isin(refused.method)], ablation="mean").risk.notna().all()
+
+
 def test_wrong_arguments_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"unknown method 'x'; the methods are: joint risk, "):
         named(["x"])

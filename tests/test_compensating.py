@@ -15,11 +15,13 @@ from tl_sparsify import constants
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
+from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import output
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.units import heads, neurons
+from tl_sparsify.search import score
 from tl_sparsify.search.compensating import sparsify_affine
 
 
@@ -156,6 +158,22 @@ def test_units_always_kept_stay_and_bad_sizes_are_refused():
     with pytest.raises(ValueError, match=r"sizes is \[0\.1, 0\.5\]"):
         sparsify_affine(model, batch, units, sizes=[0.1, 0.5], progress=False)
     assert bool(torch.isfinite(output(model, batch)).all())
+
+
+def test_edges_leave_by_their_own_risk_and_neurons_are_mapped_beside_them():
+    model, batch = bridge(), examples(12, answers=2)
+    found = edges(model)
+    path = sparsify_affine(model, batch, found, sizes=(0.5,), progress=False)
+    risks = score.risk(model, batch, found, probes=4, temperature=3.0, seed=0).scores
+    gone = len(found) - len(path.at(0.5).circuit)
+    assert path.order[:gone].tolist() == risks.argsort(stable=True)[:gone].tolist()
+    assert path.rounds[0].reduction.mixing is None
+    both = found + neurons(model)
+    last = sparsify_affine(model, batch, both, sizes=(0.5,), progress=False).rounds[0]
+    assert [part is None for part in last.reduction.mixing or ()] == [site.kind == "edge" for site in both.sites]
+    means = constants.mean(model, batch, both)
+    fitted = constants.neighbours(model, constants.reduced(model, last.reduction.circuit, means), batch, nearest=None)
+    assert risk(model, fitted, batch).mean == pytest.approx(last.measured.mean, rel=1e-9)
 
 
 def test_predictions_are_in_nats_and_on_the_examples_that_risk_is_measured_on():

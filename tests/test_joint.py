@@ -27,7 +27,7 @@ from helpers.models import (
 )
 from hypothesis import strategies as st
 
-from tl_sparsify import constants
+from tl_sparsify import baselines, constants
 from tl_sparsify.comparison.cost import counted
 from tl_sparsify.core.circuit import Circuit, Values
 from tl_sparsify.core.forward import answer_logits
@@ -393,6 +393,13 @@ def test_places_of_other_examples_are_refused():
     ):
         with pytest.raises(ValueError, match=r"are places of 12 examples, and there are \d+: take those of a part"):
             call()
+    for call in (
+        lambda: sparsify(model, data[:6], units.for_examples(torch.arange(6)), held_out=data[6:], progress=False),
+        lambda: baselines.hard_concrete(model, data, units, held_out=data[torch.arange(12)], steps=2),
+    ):
+        with pytest.raises(ValueError, match=r"positions of blocks\.0\.\S+ are a tensor of places.*: name a span"):
+            call()
+    assert sparsify(model, data, units, sizes=(0.5,), held_out=data, rounds=1, progress=False).at(0.5).units == units
     part = reduction.for_examples(torch.arange(6, 12))
     assert risk(model, part, data[6:]).n == 6
     short = units_of(model).at(torch.zeros(12, dtype=torch.int16))

@@ -111,6 +111,7 @@ METHODS: tuple[Method, ...] = (
             "denoising": partial(baselines.activation_patching, direction="denoising"),
         },
         signed=True,
+        refuses=True,
     ),
     Method(
         "attribution patching",
@@ -137,8 +138,8 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("attribution, GIM", _other_gradients("gim"), signed=True, refuses=True),
     Method("attribution, RelP", _other_gradients("relp"), signed=True, refuses=True),
-    Method("edge attribution", _edges(baselines.eap, _ROUNDS)),
-    Method("edge attribution, integrated", _edges(baselines.eap_ig, 12)),
+    Method("edge attribution", _edges(baselines.eap, _ROUNDS), refuses=True),
+    Method("edge attribution, integrated", _edges(baselines.eap_ig, 12), refuses=True),
     Method("exact, zero", {"default": baselines.exact_zero}),
     Method("exact, mean", {"default": baselines.exact_mean}),
     Method(

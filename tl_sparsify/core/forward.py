@@ -23,7 +23,7 @@ from tl_sparsify.core.intervene import first_bad_hook, narrowed, recorded
 from tl_sparsify.core.memory import device_of, rows_for, too_long
 from tl_sparsify.core.prompts import NO_LABEL
 from tl_sparsify.core.site import Site, input_at
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_positions
 
 T = TypeVar("T")
 
@@ -102,6 +102,23 @@ def check_examples(examples: Any, name: str = "examples") -> None:
             f"{name} is a {type(examples).__name__}, not Examples: make them of tensors, tls.Examples(tokens, labels), "
             "or of text, tls.Examples.from_prompts(model, prompts, answers)"
         )
+
+
+def check_held_out(units: Units, held_out: Any, train: Examples) -> None:
+    """Refuse examples to judge on that are none, and units at places that each example of ``train`` has of its own: a
+    tensor of places does not say where they are in other examples.
+
+    Raises:
+        ValueError: either.
+    """
+    check_examples(held_out, "held_out")
+    check_positions(units, len(held_out))
+    for site in () if held_out is train else units.sites:
+        if isinstance(site.positions, Tensor) and not bool((site.positions == site.positions[:1]).all()):
+            raise ValueError(
+                f"positions of {site.hook} are a tensor of places, one for each example of train, which does not say "
+                "where they are in held_out: name a span, which every split has of its own, or leave held_out out"
+            )
 
 
 def check_call(model: Any, examples: Any, *, seed: Any = 0, batch_size: Any = None) -> None:

@@ -16,7 +16,7 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import check_call
+from tl_sparsify.core.forward import check_call, check_held_out
 from tl_sparsify.core.measure import circuit_risks, remembered, remembering, risk_slopes
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate
@@ -119,6 +119,7 @@ def sharpen(
             f"path has {last.kind} values, fitted in its rounds: search with Refitting(0), and refit after"
         )
     check_call(model, train, seed=seed, batch_size=batch_size)
+    check_held_out(units, train if held_out is None else held_out, train)
     check_fingerprint(model, last)
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")

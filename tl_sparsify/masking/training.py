@@ -30,7 +30,7 @@ from tl_sparsify._internal.ranks import gathered, share
 from tl_sparsify.core.circuit import FirstToken, Values
 from tl_sparsify.core.distributions import paired_values
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, frozen, halving
+from tl_sparsify.core.forward import answer_logits, batch_size_for, check_call, check_held_out, frozen, halving
 from tl_sparsify.core.intervene import Intervention
 from tl_sparsify.core.measure import circuit_risks, remembered, remembering, with_slopes
 from tl_sparsify.core.memory import device_of, keep_dtype_of
@@ -80,6 +80,7 @@ def trained(
     the original's logits come from one pass over all (:func:`remembered`), or from the caller's, ``original``."""
     check_call(model, examples, seed=seed)
     check_positions(units, len(examples))
+    check_held_out(units, examples if held_out is None else held_out, examples)
     for what, given in (("steps", steps), ("per_step", per_step)):
         if given is not None and check_count(what, given, least=None, most=MOST) < 1:
             raise ValueError(f"{what} is {given}; at least one is needed")

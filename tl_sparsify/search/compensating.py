@@ -29,7 +29,7 @@ from tl_sparsify._internal.ranks import agreed, summed
 from tl_sparsify.core.circuit import Circuit, NeighbourMap
 from tl_sparsify.core.distributions import NONE, InterventionDistribution, drawn_interventions
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_call, check_examples, frozen, shared_batches, unit_positions
+from tl_sparsify.core.forward import answer_logits, check_call, check_held_out, frozen, shared_batches, unit_positions
 from tl_sparsify.core.intervene import ablate, intervened, recorded
 from tl_sparsify.core.measure import computed, remembering, risk
 from tl_sparsify.core.memory import SHARE_OF_A_MACHINE, physical
@@ -49,7 +49,7 @@ class _Bank:
     """One hook point's units while a round removes some of them; changed in place, seen by nobody else.
 
     Attributes:
-        alone: the cost of units that cannot be compensated (heads, whole layers), else ``None``.
+        alone: the cost of units that cannot be compensated (heads, edges, whole layers), else ``None``.
         readers, precision: ``M`` and ``P`` of the module's text.
         alive: the units that are left and may leave.
     """
@@ -104,7 +104,7 @@ def sparsify_affine(
     progress: bool = True,
 ) -> CircuitPath:
     """Find a nested path of circuits whose removed neurons and directions are affine in the kept ones of their hook
-    point (:func:`affine.neighbours`, all kept units); heads and whole layers get constants.
+    point (:func:`affine.neighbours`, all kept units); heads, edges and whole layers get constants.
 
     Args:
         sizes: the fraction kept after each round, falling.
@@ -133,7 +133,7 @@ def sparsify_affine(
         CircuitPath(2 rounds, 768 to 154 units, risk at the end ... nats (n=64))
     """
     check_call(model, train, seed=seed, batch_size=batch_size)
-    check_examples(train if held_out is None else held_out, "held_out")
+    check_held_out(units, train if held_out is None else held_out, train)
     check_count("probes", probes, most=MOST)
     check_temperature(temperature)
     check_positive("ridge", ridge)
@@ -250,7 +250,7 @@ def _banks(
                         rows = g[where][..., 0].cpu()
                         readers[number] += rows.T @ rows / len(examples)
                     else:
-                        effect = (g * (c.to(v) - v)).sum((1, 3)).cpu()
+                        effect = site.along(g, c.to(v) - v).cpu()
                         readers[number] += effect.square().sum(0)[:, None] / len(examples)
                 if mixes:
                     rows = v[where][..., 0].cpu()

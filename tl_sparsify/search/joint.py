@@ -24,6 +24,7 @@ from tl_sparsify._internal.ranks import agreed
 from tl_sparsify.core.circuit import Circuit, FirstToken, Values
 from tl_sparsify.core.distributions import NONE, InterventionDistribution
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import check_held_out
 from tl_sparsify.core.measure import Known, computed, known_of, remembering, risk
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.moments import Estimate, Moments
@@ -146,6 +147,7 @@ def sparsify(
             raise ValueError(f"refitting.steps is {refit_steps}, and values are no constants to be refitted: give 0")
         refit_steps = 0
     judged = train if held_out is None else held_out
+    check_held_out(units, judged, train)
     predict = held_out is not None or metric is not None if predict is None else predict
     clean = interventions == NONE
     shared: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
