@@ -15,9 +15,10 @@ from tl_sparsify.core.basis import directions, stream_directions
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.measure import risk
-from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Units, heads, mlps, neurons
+from tl_sparsify.expansion.linearisation import joint_moments
 from tl_sparsify.search.joint import sparsify
 
 

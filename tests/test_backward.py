@@ -207,3 +207,16 @@ def test_what_is_unknown_or_missing_is_refused_by_name():
     before = tls.Units((tls.Site("neuron", 1, "blocks.1.mlp.hook_pre", 20),))
     with pytest.raises(ValueError, match="no units can lie at hook_pre"):
         tls.score.risk(model, examples, before, backward="relp")
+
+
+@pytest.mark.parametrize("kept", (1.0, 0.5))
+def test_what_a_block_without_gradient_reads_has_none_however_much_of_it_is_kept(kept: float):
+    model, examples = native.native(), architectures.batch()
+    units = tls.edges(model)
+    values = tls.constants.mean(model, examples, units)
+    keep = torch.full((len(units),), kept, dtype=torch.float64).requires_grad_()
+    with tls.backward.modified(model, Rules(without=(1,))), NoCasts():
+        with tls.intervened(model, tls.Intervention(units, keep, values)):
+            (slope,) = torch.autograd.grad(model(examples.tokens)[:, -1, 3].sum(), keep)
+    into = torch.tensor(["->L1" in name for name in units.names])
+    assert float(slope[into].abs().max()) == 0 and float(slope[~into].abs().max()) > 1e-3

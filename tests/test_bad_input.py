@@ -320,3 +320,27 @@ def test_a_linear_model_without_positions_is_taken_as_ever():
 def reduction_of_linear() -> Any:
     model = linear()
     return constants.reduced(model, Circuit.empty(model.units), constants.mean(model, inputs(4), model.units))
+
+
+@pytest.mark.parametrize("others", (3, 7))
+@pytest.mark.parametrize(
+    "name", sorted({*NAMES, "stability", "connections", "atp_star", "second_order"} - {"evaluate"})
+)
+def test_positions_of_other_examples_are_refused(name: str, others: int):
+    model, data = bridge(), examples(5, answers=2)
+    units = units_of(model).at(torch.arange(others) % 4)
+    first, second = (tls.Units(units.sites[part]) for part in (slice(1), slice(2, 3)))
+
+    more: dict[str, Call] = {
+        "stability": lambda: tls.stability(baselines.activation_norm, model, data, units, fraction=0.5, draws=2),
+        "connections": lambda: tls.connections(model, data, first, second),
+        "atp_star": lambda: baselines.atp_star(model, data, units),
+        "second_order": lambda: baselines.second_order(model, data, units, source="counterfactual"),
+    }
+    reduction = reduction_of(model, units=units_of(model))
+    reduction = replace(
+        reduction, circuit=Circuit(units, reduction.circuit.mask), values=replace(reduction.values, units=units)
+    )
+    says = rf"are places of {others} examples, and there are 5: take those of a part"
+    with pytest.raises(ValueError, match=says):
+        (entries(model, data, units, reduction) | more)[name]()

@@ -15,8 +15,9 @@ from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import known_of, risk
 from tl_sparsify.core.metrics import divergence
-from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
+from tl_sparsify.expansion.linearisation import joint_moments
 from tl_sparsify.search.joint import sparsify
 
 NONE = InterventionDistribution()

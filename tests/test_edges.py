@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_sparsify as tls
+from tl_sparsify.core.distributions import drawn_interventions
 from tl_sparsify.core.metrics import log_odds
 from tl_sparsify.core.probes import samples
 from tl_sparsify.core.units import parameters
@@ -142,6 +143,46 @@ def test_effects_of_edges_into_some_parts_are_those_that_they_have_among_all(par
     among_all = effects(units)
     for found in (effects(some), effects(some + tls.heads(model))):
         assert float((found - among_all).abs().max()) < 1e-12 * float(among_all.abs().max())
+
+
+@pytest.mark.parametrize("readers", ("qkv", "head", "layer"))
+@pytest.mark.parametrize("name", ("native", "Llama", "Gemma 2"))
+def test_an_edge_that_is_interchanged_is_removed_from_what_it_then_carries(name: str, readers: Any):
+    model, examples = model_of(name), architectures.batch()
+    generator = torch.Generator().manual_seed(1)
+    other = torch.randint(2, 17, examples.tokens.shape, generator=generator)
+    examples = replace(examples, counterfactual_tokens=other)
+    units = tls.edges(model, readers)
+    values = constants_of(model, units)
+    reduction = tls.constants.reduced(model, tls.Circuit.full(units), values)
+    distribution = tls.InterventionDistribution.interchange(0.5, "counterfactual", of="all")
+    with NoCasts():
+        [part] = samples(model, examples, reduction, metric=log_odds, probes=1, interventions=distribution)
+        drawn = drawn_interventions(distribution, model, reduction, examples, torch.arange(len(examples)), 0)
+    keep = torch.ones(len(examples), len(units), dtype=torch.float64).requires_grad_()
+    with NoCasts(), tls.intervened(model, *drawn, tls.Intervention(units, keep, values)):
+        (slope,) = torch.autograd.grad(
+            log_odds(model(examples.tokens)[:, -1][:, examples.choices], examples).sum(), keep
+        )
+    assert bool((drawn[0].keep == 0).any()) and float(slope.abs().max()) > 1e-3
+    assert float((part.effects[0].abs() - slope.abs()).abs().max()) < 1e-9
+
+
+def test_an_edge_that_is_at_its_mean_already_loses_nothing_when_it_is_set_to_it():
+    model, examples = native(), architectures.batch()
+    units = tls.edges(model)
+    means = tls.constants.mean(model, examples, units)
+    at_means = tls.InterventionDistribution.mean(1.0, of="all")
+    assert float(tls.score.risk(model, examples, units, values=means, interventions=at_means).scores.max()) < 1e-20
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+@pytest.mark.parametrize("name", ("GPT-2", "Llama", "Pythia"))
+def test_scores_of_edges_into_attention_make_no_copies_in_any_precision(name: str, dtype: torch.dtype):
+    model, examples = architectures.fresh(name, dtype), architectures.batch()
+    with tls.recorded(model, tls.edges(model), gradients=True, lean=True) as recording:
+        model(examples.tokens)
+    assert {hook for hook in recording.hooks if ".attn." in hook} == set(recording.heard)
 
 
 def test_nothing_of_a_score_of_edges_stays_in_memory():

@@ -37,9 +37,9 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.moments import Moments
-from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.expansion.linearisation import linearise
+from tl_sparsify.expansion.linearisation import joint_moments, linearise
 from tl_sparsify.search.joint import sparsify
 
 SEEDS = st.integers(0, 2**31)

@@ -35,10 +35,10 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.intervene import Intervention, interchange, intervened
 from tl_sparsify.core.measure import risk
-from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import heads
-from tl_sparsify.expansion.linearisation import Linearisation, linearise
+from tl_sparsify.expansion.linearisation import Linearisation, joint_moments, linearise
 from tl_sparsify.expansion.selection import greedy
 from tl_sparsify.folding.fold import fold
 from tl_sparsify.search.joint import sparsify

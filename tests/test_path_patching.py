@@ -127,6 +127,8 @@ def test_the_table_has_an_interval_around_each_effect():
         (["L0H1"], "a path is written"),
         (["L0H1->L0H2.q"], "no edge 'L0H1->L0H2.q'"),
         (["L0H1->L1H2.w"], "did you mean"),
+        (["embed.q->L0H1.q->logits"], "begins with what writes"),
+        (["L0H1.w->logits"], "begins with what writes"),
         (["L0H1->logits->L1H2.q"], "no edge 'logits->L1H2.q'"),
         ([("L0H1->logits", "L0H1->logits")], "a last edge of its own"),
     ],
@@ -140,8 +142,26 @@ def test_of_heads_that_share_keys_the_reader_must_be_named():
     model, examples = architectures.bridge("Llama"), paired()
     with pytest.raises(ValueError, match="no edge 'L0H1->L2H3'"):
         tls.patch_paths(model, examples, ["L0H1->L2H3"], **QUIET)
+    with pytest.raises(ValueError, match=r"name their group, as in L1G0\.k, or give grouped=False"):
+        tls.patch_paths(model, examples, ["L0H1->L2H3.k"], **QUIET)
     found = tls.patch_paths(model, examples, ["L0H1->L2G1.k", "L0H1->L2H3.q->logits"], **QUIET)
     assert float(found.moments.mean.abs().min()) > 1e-6
+
+
+def test_heads_that_share_keys_are_patched_each_where_readers_are_not_grouped():
+    model, examples = architectures.bridge("Llama"), paired()
+    together, apart = (("L0H1->L2G1.k",), ("L0H1->L2H2.k", "L0H1->L2H3.k"))
+    found = tls.patch_paths(model, examples, [together], **QUIET)
+    each = tls.patch_paths(model, examples, [apart, *apart, "L0H1->L2H3"], grouped=False, **QUIET)
+    assert torch.allclose(each.moments.mean[:1], found.moments.mean, rtol=1e-9)
+    units = tls.edges(model, grouped=False)
+    source = tls.run_values(model, examples.counterfactuals, units)
+    with torch.no_grad():
+        before = model(examples.tokens)
+        for number, edge in ((1, "L0H1->L2H2.k"), (2, "L0H1->L2H3.k")):
+            with tls.intervened(model, tls.interchange(tls.Circuit.of(units, [edge]), source)):
+                change = log_odds(model(examples.tokens), examples) - log_odds(before, examples)
+            assert float(each.moments.mean[number] - change.mean()) == pytest.approx(0, abs=1e-9)
 
 
 def test_what_paths_begin_with_alike_is_run_once():

@@ -32,9 +32,9 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, answer_rows
 from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.metrics import divergence, fisher_probes, kl, log_odds, metric_probe
-from tl_sparsify.core.probes import Derivatives, Samples, joint_moments, output_derivatives, samples, vectors_of
+from tl_sparsify.core.probes import Derivatives, Samples, output_derivatives, samples, vectors_of
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.expansion.linearisation import linearise
+from tl_sparsify.expansion.linearisation import joint_moments, linearise
 
 CHOICES = (1, 4, 7, 8)
 SEEDS = st.integers(0, 2**31)

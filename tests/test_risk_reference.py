@@ -16,9 +16,9 @@ from tl_sparsify import constants, score
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.metrics import kl
-from tl_sparsify.core.probes import joint_moments, samples
+from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.expansion.linearisation import linearise
+from tl_sparsify.expansion.linearisation import joint_moments, linearise
 
 CHOICES = (1, 4, 7, 8)
 

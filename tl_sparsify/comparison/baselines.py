@@ -144,7 +144,7 @@ def activation_norm(
         >>> tls.baselines.activation_norm(model, train, units).forward_passes
         1
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
 
     def parts() -> Iterator[Moments]:
         for index, batch in shared_batches(model, examples, batch_size):
@@ -185,7 +185,7 @@ def exact_zero(
         >>> tls.baselines.exact_zero(model, train, units, progress=False).forward_passes
         13
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     settings = {"metric": metric, "seed": seed, "batch_size": batch_size, "progress": progress}
     found = exact(model, examples, units, values=zero(model, examples, units), **settings)
     return replace(found, name="exact, zero")
@@ -254,7 +254,7 @@ def activation_patching(
         >>> found.absolute.top(0.25)  # signed: an order by size takes `absolute`
         Circuit(3 of 12 units: 3 heads)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     for site in units.sites:
         if _PATCHED.fullmatch(site.hook) is None or site.kind not in ("head", "neuron", "mlp", "attention"):
             raise ValueError(
@@ -369,7 +369,7 @@ def attribution_patching(
         >>> found.forward_passes, found.backward_passes
         (2, 1)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     run = corrupted_run(examples, source)
     settings: dict[str, Any] = {"metric": metric, "backward": backward, "seed": seed, "batch_size": batch_size}
     found = gradient(model, examples, units, source=run, **settings)

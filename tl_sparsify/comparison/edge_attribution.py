@@ -196,7 +196,7 @@ def edge_attribution(
         >>> tls.baselines.edge_attribution(model, train, units, steps=2).backward_passes
         2
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one is needed")

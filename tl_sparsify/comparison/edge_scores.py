@@ -42,7 +42,7 @@ from tl_sparsify.core.measure import remembering
 from tl_sparsify.core.metrics import Metric, by_example, divergence, log_odds, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units, check_positions
+from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
 
@@ -85,7 +85,7 @@ def acdc(
         >>> tls.baselines.acdc(model, test, coarse, thresholds=[0.1], progress=False).measured_in
         'nats'
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     _check_edges(units)
     if not thresholds or not all(math.isfinite(t) and t >= 0 for t in thresholds):
         raise ValueError(f"thresholds is {thresholds!r}: give some numbers of nats, none of them negative")
@@ -94,7 +94,6 @@ def acdc(
             f"units holds {len(units):,} edges and thresholds {len(thresholds)}, a forward pass for each: "
             f"more than {_MOST:,}; take fewer thresholds, tls.edges(model, 'layer'), or baselines that are cheaper"
         )
-    check_positions(units, len(examples))
     constants = mean(model, examples, units, batch_size=batch_size) if values is None else values
     (risk, passes), scores = _risks(model, examples, batch_size), torch.zeros(len(units), dtype=torch.float64)
     for threshold in sorted(thresholds):
@@ -203,7 +202,7 @@ def eap_ig_activations(
         >>> tls.baselines.eap_ig_activations(model, test, coarse, steps=2).backward_passes
         8
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     _check_edges(units)
     check_count("steps", steps, least=None, most=MOST)
     if steps < 1:
@@ -307,7 +306,7 @@ def information_flow(
         >>> round(float(found.scores[[name.endswith("->L1H2.q") for name in found.units.names]].sum()), 6)
         1.0
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     _check_edges(units)
     if any(term_count(model, site.writers) > 1 for site in units.sites):
         raise ValueError("model has norms behind attention: what a head writes is no part of what a reader takes in")

@@ -12,6 +12,7 @@ An effect is that of this path in this run. Effects of several paths need not su
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from tl_sparsify.core.site import Positions
 from tl_sparsify.core.units import Model, Units
 
 _Chain = tuple[tuple[int, ...], ...]
+_HEAD = re.compile(r"L\d+H\d+(\.[kv])?")
+_GROUP = re.compile(r"->L\d+G\d+")
 """The edges of a path, in order; several at one step where a head is named as a whole (its query, key and value)."""
 
 
@@ -99,6 +102,7 @@ def patch_paths(
     paths: Sequence[str | Sequence[str]],
     *,
     readers: Readers = "qkv",
+    grouped: bool = True,
     positions: Positions = None,
     source: Run | None = None,
     direction: Direction = "noising",
@@ -115,6 +119,7 @@ def patch_paths(
             and value), a chain of them (``L0H1->L1H2.v->logits``), or several that are patched together. Between the
             readers of several, what the first then writes flows on to the next.
         readers: as in :func:`edges`; with ``head`` and ``layer`` readers have no parts: ``L0H1->L2ATTN``.
+        grouped: as in :func:`edges`: whether heads that share keys and values share a reader, ``L1G0.k``.
         positions: where the last reader hears the other run; at all where not given. Along a chain the readers before
             it hear it everywhere.
         source: the other run: where not given the counterfactual if the examples have one, else another example.
@@ -136,15 +141,15 @@ def patch_paths(
         >>> found.forward_passes, found["L0H1->L1H2.v"].n
         (5, 64)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
-    units = edges(model, readers)
+    units = edges(model, readers, grouped=grouped)
+    check_call(model, examples, units.at(positions), seed=seed, batch_size=batch_size)
     together = [_given(path) for path in paths]
     if not together:
         raise ValueError("paths is empty: give edges, ['L0H1->L1H2.q'], or chains of them")
     index = {name: number for number, name in enumerate(units.names)}
     wanted = [_chains(names, index) for names in together]
     order = sorted(range(len(wanted)), key=lambda path: _ways(wanted[path]))  # those that begin alike in turn
-    batches = list(shared_batches(model, examples, batch_size))
+    batches = list(shared_batches(model, examples, batch_size, units))
 
     def parts() -> Iterator[Moments]:
         for number, (rows, _) in enumerate(batches):
@@ -188,8 +193,11 @@ def _chains(names: tuple[str, ...], index: dict[str, int]) -> tuple[_Chain, ...]
 
 def _chain(path: str, index: dict[str, int]) -> _Chain:
     nodes = path.split("->")
-    if len(nodes) < 2 or not all(nodes):
-        raise ValueError(f"paths holds {path!r}: a path is written L0H1->L2H3.q, or L0H1->L1H2.v->logits")
+    if len(nodes) < 2 or not all(nodes) or "." in nodes[0]:
+        raise ValueError(
+            f"paths holds {path!r}: a path is written L0H1->L2H3.q, or L0H1->L1H2.v->logits, and begins with what "
+            "writes: embed, a head or an MLP"
+        )
     steps: list[tuple[int, ...]] = []
     for sender, receiver in pairwise(nodes):
         name = f"{sender.partition('.')[0]}->{receiver}"
@@ -201,6 +209,8 @@ def _chain(path: str, index: dict[str, int]) -> _Chain:
         else:
             close = difflib.get_close_matches(name, index, 1)
             mend = f"; did you mean {close[0]!r}?" if close else ""
+            if _HEAD.fullmatch(receiver) and any(_GROUP.search(edge) for edge in index):
+                mend = ": heads share keys and values here, so name their group, as in L1G0.k, or give grouped=False"
             raise ValueError(f"paths holds {path!r}, and the model has no edge {name!r} (tls.edges(model).names){mend}")
     return tuple(steps)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
-from tl_sparsify._internal.random import check_seed
 from tl_sparsify.core.circuit import Circuit
 from tl_sparsify.core.examples import Examples
+from tl_sparsify.core.forward import check_call
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores, kept_count
@@ -209,8 +209,8 @@ def stability(
         >>> tls.stability(tls.score.variance, model, train, units, fraction=0.25, draws=3)
         Stability(3 of 12 units, 3 draws: Jaccard ...)
     """
+    check_call(model, examples, units, seed=seed)
     check_count("draws", draws, least=None, most=MOST)
-    check_seed(seed)
     if draws < 2:
         raise ValueError(f"draws is {draws}; circuits are compared in pairs, so give at least 2")
     kept_count(len(units), fraction)

@@ -64,7 +64,7 @@ def in_rounds(
         >>> tls.baselines.in_rounds(tls.score.variance, model, train, units, rounds=3, progress=False).top(0.25)
         Circuit(3 of 12 units: 3 heads)
     """
-    check_call(model, examples, seed=seed)
+    check_call(model, examples, units, seed=seed)
     check_count("rounds", rounds, least=None, most=MOST)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one is needed")

@@ -219,7 +219,7 @@ def counterfactual(model: Model, examples: Examples, units: Units) -> Values:
         >>> tls.sparsify(model, train, units, values=paired, rounds=3, progress=False).at(0.5).kind
         'counterfactual'
     """
-    check_call(model, examples)
+    check_call(model, examples, units)
     first = torch.zeros(1, dtype=torch.long)
     found = paired_values(model, examples, first, units.for_examples(first, examples.spans))
     return Values(units, tuple(torch.full_like(v[0, 0], float("nan")) for v in found.tensors), COUNTERFACTUAL)

@@ -122,6 +122,7 @@ def apply_to_edges(
     check_run(site, value, stream)
     if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
+    check_in_stream(site, gone, hook)
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
     starts = list(accumulate((part.shape[2] for part in hook.parts), initial=0))[:-1]
     groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
@@ -154,6 +155,20 @@ def apply_to_edges(
     return stream if made is None else rows_last(rows_first(stream) + made)
 
 
+def check_in_stream(site: Site, gone: Float[Tensor, "*batch readers rows"], hook: Written) -> None:
+    """Refuse to remove what writers wrote where the stream has been changed since: it is no longer in it.
+
+    Raises:
+        ValueError: an example of which both are so.
+    """
+    for changed, rows in hook.moved:
+        if bool(((gone != 0).flatten(-2).any(-1).to(rows.device) & rows).any()):
+            raise ValueError(
+                f"edges into {site.hook} are removed where {changed} is set, after which the stream does not hold what "
+                "was written into it: set heads, neurons or whole MLPs together with edges, or one of both alone"
+            )
+
+
 def check_run(site: Site, value: Float[Tensor, "..."], here: Float[Tensor, "batch pos ..."]) -> None:
     """Refuse the values of a run of another shape than this one's.
 
@@ -182,7 +197,8 @@ class LooseEnds:
 
     Attributes:
         unfed: no edge into them is kept, and yet what they write is read on the way to the logits.
-        unread: some edge into them is kept, and nothing that they write is read on a way to the logits.
+        unread: some edge into them is kept, and nothing that they write is read on a way to the logits; of heads that
+            share a reader, where this is so of all of them.
 
     Example:
         >>> tls.loose_ends(tls.Circuit.full(tls.edges(model)))
@@ -223,7 +239,8 @@ def prune(circuit: Circuit) -> Circuit:
     """The circuit without the edges from which nothing leads to the logits: the model computes the same without them.
     No model pass.
 
-    What is read at other positions, or through edges that are not among the units, counts as read.
+    What is read at other positions, or through edges that are not among the units, counts as read. Numbers change all
+    the same where attention looks both ways and a first token is left alone, which may read what nothing else does.
 
     Raises:
         ValueError: a circuit without edges.

@@ -121,11 +121,13 @@ def check_held_out(units: Units, held_out: Any, train: Examples) -> None:
             )
 
 
-def check_call(model: Any, examples: Any, *, seed: Any = 0, batch_size: Any = None) -> None:
-    """What every entry that runs a model on examples refuses at once: :func:`check_model`, :func:`check_examples`, a
-    seed or a batch size that is none."""
+def check_call(model: Any, examples: Any, *units: Units, seed: Any = 0, batch_size: Any = None) -> None:
+    """What every entry that runs a model on examples refuses at once: :func:`check_model`, :func:`check_examples`,
+    units at positions of other examples, a seed or a batch size that is none."""
     check_model(model)
     check_examples(examples)
+    for some in units:
+        check_positions(some, len(examples))
     check_seed(seed)
     if batch_size is not None:
         check_count("batch_size", batch_size)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparsify._internal.checks import all_finite
@@ -43,7 +43,6 @@ from tl_sparsify.core.metrics import (
     most_answers,
     output_probes,
 )
-from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Model, check_positions
@@ -260,11 +259,11 @@ def _linearised(
         spared = first_tokens(model, batch.tokens, batch.attention_mask, removal.first_token)
         if z is None:
             vectors = output_probes(here, batch, index, **settings)
-            effects = _effects(own, recording, values, changed, vectors, spared)
+            effects = _effects(own, recording, values, changed, vectors, spared, drawn)
             nothing = effects.new_zeros(len(batch))
             return Samples(index, nothing, torch.zeros_like(effects[0]), effects, nothing)
         derivatives = output_derivatives(z, here, batch, index, **settings)
-        effects = _effects(own, recording, values, changed, derivatives.vectors, spared)
+        effects = _effects(own, recording, values, changed, derivatives.vectors, spared, drawn)
     linear = torch.einsum("vb,vbu->bu", derivatives.slope.to(effects), effects)
     made = divergence(z, here, batch, settings["metric"])
     return Samples(index, derivatives.offset, linear, effects[: derivatives.probes], made)
@@ -277,11 +276,14 @@ def _effects(
     logits: Float[Tensor, "rows choices"],
     vectors: list[Float[Tensor, "rows choices"]],
     spared: Bool[Tensor, "batch pos"] | None,
+    drawn: tuple[Intervention, ...],
 ) -> Float[Tensor, "probes batch units"]:
     """For each vector on the logits its derivative along the removal of each unit: from the value that the unit's own
-    mechanism gives (before the removals made so far: overlapping directions share theirs) to its replacement."""
+    mechanism gives (before the removals made so far: overlapping directions share theirs), or ``drawn`` interventions
+    give it, to its replacement."""
     moved = list(zip(recording.units.sites, (v.detach() for v in own.read()), values, strict=True))
-    steps = _steps(moved, spared)
+    past = [_edges_set(drawn, number) for number in range(len(moved))]
+    steps = _steps(moved, spared, in_place=not any(past))
     heard = {i: recording.heard[site.hook] for i, (site, *_) in enumerate(moved) if site.hook in recording.heard}
 
     def step(number: int) -> Float[Tensor, "batch _ _ _"]:
@@ -297,24 +299,41 @@ def _effects(
                 if number in heard:
                     found = heard[number].take()
                     rows[-1][number] = v.new_zeros(len(v), site.size) if found is None else found
-                elif site.kind == "edge" and g.shape[2] == 1:
+                elif site.kind == "edge" and g.shape[2] == 1 and not past[number]:
                     later.setdefault(number, []).append(g)
                 else:
                     move = step(number)
                     rows[-1][number] = site.along(g.to(move), move)
+                    for share, c in past[number]:  # from there on, and not from what the writer writes
+                        move = step_to(site, v, c, spared)
+                        rows[-1][number] -= share.to(move) * site.along(g.to(move), move)
     for number, gradients in later.items():
         for row, one in zip(rows, together(gradients, step(number)), strict=True):
             row[number] = one
     return torch.stack([torch.cat([row[i].to(row[0].device) for i in range(len(moved))], 1) for row in rows])
 
 
+def _edges_set(
+    drawn: tuple[Intervention, ...], number: int
+) -> list[tuple[Float[Tensor, "batch units"], Float[Tensor, "..."]]]:
+    """Which of a site's edges are set by interventions, of which each example is under one, and to what. Other units'
+    activations show that by themselves."""
+    if not drawn or drawn[0].units.sites[number].kind != "edge":
+        return []
+    found = [(1 - part.units.split(part.keep)[number], part.values.tensors[number]) for part in drawn]
+    return [(share, value) for share, value in found if bool(share.any())]
+
+
 def _steps(
     moved: list[tuple[Site, Float[Tensor, "batch _ _ _"], Float[Tensor, "..."]]],
     spared: Bool[Tensor, "batch pos"] | None,
+    *,
+    in_place: bool,
 ) -> list[Float[Tensor, "batch _ _ _"] | None]:
     """The step of every site's values. Edges have the same writers' again and again: one step of all writers serves all
     sites whose values begin as the largest one's do; for others (positions of their own, say) ``None``. Where it serves
-    all edges it takes the place of their values, which nothing else needs: new memory would take longer."""
+    all edges it takes the place of their values, if nothing else needs these (``in_place``): new memory takes longer.
+    """
     edges = [part for part in moved if part[0].kind == "edge" and part[0].positions is None]
     most, all_v, all_c = max(edges or moved, key=lambda part: part[0].rows)
 
@@ -324,7 +343,7 @@ def _steps(
         return torch.equal(c, all_c[: len(c)]) if c.ndim == 2 else c.data_ptr() == all_c.data_ptr()
 
     alike = [shares(*part) for part in moved]
-    alone = all(same for same, (site, *_) in zip(alike, moved, strict=True) if site.kind == "edge")
+    alone = in_place and all(same for same, (site, *_) in zip(alike, moved, strict=True) if site.kind == "edge")
     whole = all_v
     if edges:
         whole = step_to(most, all_v, all_c, spared, in_place=alone)
@@ -375,21 +394,3 @@ def pulled(
                 for hook, gradient in zip(hooks, gradients, strict=True)
             }
         )
-
-
-def joint_moments(
-    batches: Iterator[Samples], removed: Shaped[Tensor, "some"], restored: Shaped[Tensor, "others"] | None = None
-) -> Moments:
-    """The moments over examples of the predicted joint risk of a set, exactly (no projection); with ``restored`` (of
-    ``restorable`` samples) of removing the one set and taking back the other. Sets are masks or indices."""
-
-    def change(of: Float[Tensor, "*some units"]) -> Float[Tensor, "*some"]:
-        moved = of[..., removed.to(of.device)].double().sum(-1)
-        return moved if restored is None else moved - of[..., restored.to(of.device)].double().sum(-1)
-
-    def of(part: Samples) -> Moments:
-        # summed before it is squared: removals that undo each other cost nothing together
-        square = change(part.effects).square().sum(0) / 2
-        return Moments.of(part.offset.double() + change(part.linear) + square)
-
-    return Moments.merge(of(part) for part in batches)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.ranks import agreed, gathered, summed
 from tl_sparsify.core.moments import Estimate, Moments
-from tl_sparsify.core.probes import Samples, joint_moments
+from tl_sparsify.core.probes import Samples
 
 HEIGHT = 1024
 """More samples than this are projected at random onto as many rows."""
@@ -212,3 +212,21 @@ def predicted_change(
     found = Estimate.of(total, unit)
     found = replace(found, mean=max(0.0, found.mean))  # a divergence is never negative
     return found, (joint - alone) / joint if joint else 0.0
+
+
+def joint_moments(
+    batches: Iterator[Samples], removed: Shaped[Tensor, "some"], restored: Shaped[Tensor, "others"] | None = None
+) -> Moments:
+    """The moments over examples of the predicted joint risk of a set, exactly (no projection); with ``restored`` (of
+    ``restorable`` samples) of removing the one set and taking back the other. Sets are masks or indices."""
+
+    def change(of: Float[Tensor, "*some units"]) -> Float[Tensor, "*some"]:
+        moved = of[..., removed.to(of.device)].double().sum(-1)
+        return moved if restored is None else moved - of[..., restored.to(of.device)].double().sum(-1)
+
+    def of(part: Samples) -> Moments:
+        # summed before it is squared: removals that undo each other cost nothing together
+        square = change(part.effects).square().sum(0) / 2
+        return Moments.of(part.offset.double() + change(part.linear) + square)
+
+    return Moments.merge(of(part) for part in batches)

@@ -267,7 +267,7 @@ def node_of_units(units: Units) -> list[str]:
 def _checked(units: Units, found: Sizes, argument: str) -> list[str]:
     for site in units.sites:
         if site.kind not in ("head", "mlp"):
-            raise ValueError(f"{argument} has units of kind {site.kind}: the format has heads and whole MLPs only")
+            raise ValueError(f"{argument} has units of kind {site.kind}: give heads and whole MLPs")
         if site.positions is not None:
             raise ValueError(f"{argument} has units at some positions only, {site.name(0)}: the format has none")
     names, known = node_of_units(units), set(found.nodes)

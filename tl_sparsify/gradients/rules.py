@@ -258,7 +258,7 @@ def block_rules(model: Any, without: tuple[int, ...]) -> list[Rule]:
     for layer in without:
         if not 0 <= layer < len(model.blocks):
             raise ValueError(f"without is {without}; the model has blocks 0 to {len(model.blocks) - 1}")
-    names = [f"blocks.{layer}.{part}" for layer in without for part in ("hook_attn_out", "hook_mlp_out")]
+    names = [f"blocks.{layer}.{part}" for layer in without for part in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")]
     return [(name, _detached) for name in names if name in model.hook_dict]
 
 

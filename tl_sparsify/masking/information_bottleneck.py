@@ -80,7 +80,7 @@ def information_bottleneck(
     """
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta is {beta}; it must not be negative")
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     moments = unit_moments(model, examples, units, batch_size=batch_size)
 
     def gates(logits: Float[Tensor, "units"], index: Int[Tensor, "batch"], step: int) -> Float[Tensor, "batch units"]:

@@ -118,7 +118,7 @@ def sharpen(
         raise ValueError(
             f"path has {last.kind} values, fitted in its rounds: search with Refitting(0), and refit after"
         )
-    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_call(model, train, units, seed=seed, batch_size=batch_size)
     check_held_out(units, train if held_out is None else held_out, train)
     check_fingerprint(model, last)
     if always_keep is not None and always_keep.units != units:

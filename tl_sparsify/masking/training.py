@@ -36,7 +36,7 @@ from tl_sparsify.core.measure import circuit_risks, remembered, remembering, wit
 from tl_sparsify.core.memory import device_of, keep_dtype_of
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units, check_positions
+from tl_sparsify.core.units import Model, Units
 from tl_sparsify.masking.gates import Gates, Weighting
 from tl_sparsify.search.constants import mean
 from tl_sparsify.search.scores import Scores
@@ -78,8 +78,7 @@ def trained(
     """The logits after training; where ``replaced`` is given closed gates set units to that, not to ``values``. All
     examples of a step count alike unless a ``weighting`` says otherwise. Where more examples are seen than there are,
     the original's logits come from one pass over all (:func:`remembered`), or from the caller's, ``original``."""
-    check_call(model, examples, seed=seed)
-    check_positions(units, len(examples))
+    check_call(model, examples, units, seed=seed)
     check_held_out(units, examples if held_out is None else held_out, examples)
     for what, given in (("steps", steps), ("per_step", per_step)):
         if given is not None and check_count(what, given, least=None, most=MOST) < 1:

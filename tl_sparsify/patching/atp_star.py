@@ -72,7 +72,7 @@ def atp_star(
         >>> tls.baselines.atp_star(model, train, units).top(0.25)
         Circuit(3 of 12 units: 3 heads)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     for site in units.sites:
         if site.kind not in ("head", "neuron"):
             raise ValueError(f"AtP* is for heads and neurons; {site.hook} has units of kind {site.kind!r}")

@@ -117,7 +117,7 @@ def connections(
         >>> tls.connections(model, train, first, last)
         Connections(4 senders, 4 receivers; strongest ...)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, senders, receivers, seed=seed, batch_size=batch_size)
     check_count("probes", probes, most=MOST)
     check_temperature(temperature)
     for name, units in (("senders", senders), ("receivers", receivers)):

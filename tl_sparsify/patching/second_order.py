@@ -76,7 +76,7 @@ def second_order(
     products = 1 if direction == "joint" else draws
 
     def parts() -> Iterator[Moments]:
-        for index, batch in shared_batches(model, examples, batch_size):
+        for index, batch in shared_batches(model, examples, batch_size, units):
             here = units.for_examples(index, examples.spans)
             constants = Values(here, replacement(index).tensors)
             signs = _signs(direction, products, index, len(units), seed)

@@ -72,7 +72,7 @@ def norm_slope(norm: Any, x: Float[Tensor, "batch pos d_model"]) -> NormSlope | 
         seen = moved if weight is None else moved * weight
         size = (seen * seen).sum(-1, keepdim=True)
         scale = (flat * seen).sum(-1, keepdim=True) / torch.where(size == 0, 1, size)
-        allowed = 1e-5 if getattr(weight, "dtype", x.dtype) == x.dtype else 5e-2
+        allowed = 5e-2 if torch.finfo(next(inner.parameters(), x).dtype).bits < 32 else 1e-5
         if not bool(((flat - scale * seen).abs() <= allowed * (1 + y.abs())).all()):
             return None
     return NormSlope(scale, moved * scale, weight, bias, centred)

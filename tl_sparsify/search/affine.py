@@ -83,7 +83,7 @@ def neighbours(
         >>> tls.constants.neighbours(model, half, train)
         Reduction(Circuit(384 of 768 units: 384 neurons), neighbours values)
     """
-    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_call(model, train, reduction.units, seed=seed, batch_size=batch_size)
     check_fingerprint(model, reduction)
     check_count("draws", draws, least=None, most=MOST)
     check_count("probes", probes, most=MOST)

@@ -159,7 +159,7 @@ def exact(
     units, mask = (units, torch.ones(len(units))) if isinstance(units, Units) else _some(units)
     wanted = mask.nonzero().flatten()
     replacement, passes = replaced_by(model, examples, units, values, source, seed, batch_size)
-    rows = rows_for(model, examples, narrow=narrows(model)) if batch_size is None else batch_size
+    rows = rows_for(model, examples, narrow=narrows(model), units=units) if batch_size is None else batch_size
     batches = list(shared_batches(model, examples, min(rows, len(examples))))
     whole = None
     if interventions != NONE:
@@ -245,7 +245,7 @@ def replaced_by(
     batch_size: int | None,
 ) -> tuple[Callable[[Int[Tensor, "batch"]], Values], int]:
     """What replaces the units of the examples with an index, and the forward passes over the data that it takes."""
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; it is {', '.join(_SOURCES[:-1])} or {_SOURCES[-1]}")
     if values is not None and values.paired and source == "constant":
@@ -292,4 +292,4 @@ def _line(
     def measured(logits: Float[Tensor, "rows choices"], batch: Examples) -> Float[Tensor, "batch"]:
         return by_example(measured_by(metric, logits, batch), batch)
 
-    return Moments.over(in_batches(of, model, examples, batch_size), len(examples))
+    return Moments.over(in_batches(of, model, examples, batch_size, units), len(examples))

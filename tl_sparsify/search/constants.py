@@ -220,7 +220,7 @@ def _gradients(
     """For each batch of this process's share the units' values per site, for each probe (with ``labels`` at last for
     the cross-entropy) the gradients per site, zero at positions where a unit is not meant, and per site the positions
     that hold input."""
-    check_call(model, examples, seed=settings["seed"], batch_size=batch_size)
+    check_call(model, examples, units, seed=settings["seed"], batch_size=batch_size)
     check_count("probes", settings["probes"], most=MOST)
     check_temperature(settings["temperature"])
     labels = settings.pop("labels", False)

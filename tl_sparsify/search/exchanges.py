@@ -62,7 +62,7 @@ def polish(
         >>> len(better.circuit), tls.risk(model, better, train).mean <= tls.risk(model, reduction, train).mean
         (6, True)
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, reduction.units, seed=seed, batch_size=batch_size)
     check_count("passes", passes, least=None)
     check_count("probes", probes, most=MOST)
     check_temperature(temperature)

@@ -81,7 +81,7 @@ def refit(
         >>> tls.risk(model, fitted, train).mean < tls.risk(model, reduction, train).mean
         True
     """
-    check_call(model, train, seed=seed, batch_size=batch_size)
+    check_call(model, train, reduction.units, seed=seed, batch_size=batch_size)
     if known is None:
         check_fingerprint(model, reduction)
     if learning_rate is not None:

@@ -95,7 +95,7 @@ def risk(
         >>> scores.measured_in, scores.top(0.25).names
         ('3^2 nats', ('L0H2', 'L1H0', 'L1H1'))
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     check_count("probes", probes, least=None, most=MOST)
     check_temperature(temperature)
     settings: dict[str, Any] = {"probes": probes, "temperature": temperature, "metric": metric}
@@ -144,7 +144,7 @@ def variance(model: Model, examples: Examples, units: Units, *, seed: int = 0, b
         >>> tls.score.variance(model, train, units).top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     same = tuple(torch.ones(site.rows, dtype=torch.float64) for site in units.sites)
     scores, stderr = _spread(model, examples, units, same, batch_size)
     return Scores(units, scores, stderr, "variance", "activation variance", 2, 0)
@@ -183,7 +183,7 @@ def scaled_variance(
         >>> tls.score.scaled_variance(model, train, units).top(0.25).names
         ('L0H2', 'L1H0', 'L1H1')
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, units, seed=seed, batch_size=batch_size)
     readers = readers or {}
     hooks = {site.hook for site in units.sites}
     for hook in readers:
@@ -223,7 +223,7 @@ def additivity(
         >>> tls.score.additivity(model, train, reduction).mean < 0.5  # these heads nearly add up
         True
     """
-    check_call(model, examples, seed=seed, batch_size=batch_size)
+    check_call(model, examples, reduction.units, seed=seed, batch_size=batch_size)
     check_count("probes", probes, least=None, most=MOST)
     check_fingerprint(model, reduction)
     if reduction.mixing is not None:
