@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,22 @@ def first_logit(logits: torch.Tensor, batch: tls.Examples, times: float = 1.0) -
     return times * logits[:, 0]
 
 
+class Column:
+    """A metric that is an object."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def of(self, logits: torch.Tensor, batch: tls.Examples) -> torch.Tensor:
+        return logits[:, self.number]
+
+    __call__ = of
+
+
+def through(metric: Any) -> Any:
+    return lambda logits, batch: metric(logits, batch)
+
+
 def test_metrics_of_one_name_are_other_searches(tmp_path: Path):
     def times(factor: float) -> Any:
         return lambda logits, batch: factor * logits[:, 0]
@@ -72,6 +89,12 @@ def test_metrics_of_one_name_are_other_searches(tmp_path: Path):
         (partial(first_logit, times=1.0), partial(first_logit, times=2.0)),
         (times(1.0), times(2.0)),
         (lambda logits, batch: logits[:, 0], lambda logits, batch: logits[:, 1]),
+        (Column(0), Column(3)),
+        (Column(0).of, Column(3).of),
+        (through(Column(0).of), through(Column(3).of)),
+        (through(lambda logits, batch: logits[:, 0]), through(lambda logits, batch: logits[:, 3])),
+        (times(np.int64(1)), times(np.int64(2))),
+        (through(partial(first_logit, times=1.0)), through(partial(first_logit, times=2.0))),
     ]
     for number, (one, other) in enumerate(pairs):
         folder = tmp_path / str(number)

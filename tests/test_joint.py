@@ -35,7 +35,7 @@ from tl_sparsify.core.intervene import ablate, intervened
 from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.metrics import kl, log_odds
 from tl_sparsify.core.reduction import Reduction, fingerprint
-from tl_sparsify.expansion.selection import NO_SHRINKAGE
+from tl_sparsify.expansion.selection import NO_SHRINKAGE, Shrinkage
 from tl_sparsify.search.joint import sparsify
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.settings import Constraints, Probing, Refitting
@@ -344,6 +344,35 @@ def test_a_budget_is_kept():
     assert len(usual().within_budget(5.0).circuit) == 5
     with unchecked(), pytest.raises(ValueError, match="costs must hold a positive number for each of the 14 units"):
         found(constraints=Constraints(costs=torch.ones(3)))
+    with pytest.raises(ValueError, match="costs must hold a positive number for each of the 14 units"):
+        found(constraints=Constraints(costs=torch.ones(14).index_fill(0, torch.tensor([3]), float("inf"))))
+
+
+def test_costs_that_are_all_one_are_counts():
+    model, data = fresh(d_mlp=48), examples(24)
+    units = units_of(model)
+    settings: dict[str, Any] = {"sizes": (0.57,), "exchanges": 0, "progress": False}
+    count = sparsify(model, data, units, **settings)
+    by_cost = sparsify(model, data, units, constraints=Constraints(costs=torch.ones(100)), **settings)
+    assert [len(step.reduction.circuit) for step in by_cost.rounds] == [57]
+    assert by_cost.rounds[0].reduction.circuit == count.rounds[0].reduction.circuit
+    assert len(by_cost.within_budget(0.57 * 100).circuit) == 57
+    held = count.rounds[0].reduction.circuit
+    kept = sparsify(model, data, units, constraints=Constraints(costs=torch.ones(100), always_keep=held), **settings)
+    assert kept.rounds[0].reduction.circuit == held
+
+
+@pytest.mark.parametrize("slope", (0.0, 0.5, 1.0))
+def test_the_order_does_not_depend_on_where_a_single_round_ends(slope: float):
+    short, long = (
+        found(sizes=(size,), shrinkage=Shrinkage(0.5, slope), exchanges=0).order.tolist() for size in (0.6, 0.1)
+    )
+    assert short == long
+
+
+def test_sizes_that_remove_nothing_are_named():
+    with pytest.raises(ValueError, match=r"sizes=\[1\.0\] removes none of the 14 units"):
+        found(sizes=(1.0,))
 
 
 def test_a_search_goes_on_where_another_ended():

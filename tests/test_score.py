@@ -204,3 +204,8 @@ def test_the_model_leaves_as_it_came_in():
     other = linear()
     with unchanged(other):
         score.risk(other, inputs(), other.units)
+
+
+def test_one_example_says_nothing_of_the_error():
+    found = score.variance(bridge(), examples(1), units_of(bridge()))
+    assert bool(found.stderr.isinf().all()) and bool(found.scores.isfinite().all())

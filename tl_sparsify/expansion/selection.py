@@ -27,7 +27,8 @@ _ROUGH = 32
 _LOOKS = 64  # at least, at all units that a rough choice is made among
 _ROUGHLY = 4  # times the units that leave: so many of the cheapest are looked at for a rough choice,
 _FEW = 8192  # and at least as many as this
-_ROUNDING = 1e-9  # of what is to be saved: costs that add up to all but this are enough
+ROUNDING = 1e-9
+"""Costs that add up to all but this share of what is to be saved are enough."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def after(
     restored: Int[Tensor, "others"] | None = None,
 ) -> Linearisation:
     """The same expansion once the units ``removed`` have left and those ``restored`` have come back: what their
-    interactions add to the others' slopes."""
+    interactions add to the others' slopes. Where the slope's share is nothing there is no room for that."""
     along, matrix, deviation = linearisation.along, linearisation.matrix, linearisation.deviation
     moved = shrinkage.interactions * (along(matrix, removed, restored) @ matrix)
     if shrinkage != NO_SHRINKAGE and deviation is not None:
@@ -194,7 +195,7 @@ class _State:
     def take(self, count: int | float, pool: int, roughly: bool) -> Int[Tensor, "taken"]:
         """One unit at a time, until ``count`` of them, or so much in cost, are gone or none is left."""
         picked: list[Tensor] = []
-        left, block = float(count) * (1 - _ROUNDING), _FIRST
+        left, block = float(count) * (1 - ROUNDING), _FIRST
         rough = min(max(_ROUGH, int(min(count, self.alive)) // _LOOKS), _POOL // 2)
         while left > 0 and self.alive:
             steps = min(rough if roughly else block, self.alive)

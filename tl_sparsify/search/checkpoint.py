@@ -11,12 +11,14 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
+from numbers import Number
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 
 from tl_sparsify._internal.files import read_tensors, reading, versions, write_tensors
 from tl_sparsify._internal.ranks import is_main, on_main
@@ -84,14 +86,15 @@ def _said(value: Any) -> str:
         return "[" + ",".join(map(_said, value)) + "]"
     if isinstance(value, partial):
         return _said([value.func, value.args, value.keywords])
-    if callable(value):
-        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        return name + (_said_of_function(value) if isinstance(value, FunctionType) else "")
-    return repr(value)
+    if isinstance(value, MethodType):
+        return _said([value.__func__, _plain(value.__self__)])
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}{_said_of_function(value)}"
+    return _said(_plain(value)) if callable(value) else repr(value)
 
 
 def _said_of_function(function: FunctionType) -> str:
-    """What tells functions of one name apart: their code, and the plain values that they were made with."""
+    """What tells functions of one name apart: their code, and what they were made with."""
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     return _said([_plain(function.__code__), _plain([function.__defaults__, function.__kwdefaults__, held])])
 
@@ -106,7 +109,14 @@ def _plain(value: Any) -> Any:
         return sorted(map(repr, value))
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items()}
-    return value if value is None or isinstance(value, int | float | str | bytes | Tensor) else type(value).__name__
+    if isinstance(value, FunctionType | MethodType | partial):
+        return _said(value)
+    if value is None or isinstance(value, Number | str | bytes | Tensor):
+        return value
+    # an object is what it holds; of a model, which is told apart by its weights, its kind is enough
+    held = {} if isinstance(value, type | Module) else getattr(value, "__dict__", {})
+    name = value if isinstance(value, type | BuiltinFunctionType) else type(value)
+    return [f"{name.__module__}.{name.__qualname__}", _plain(held)]
 
 
 def _encoded(site: Site) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction, check_fingerprint, check_saved, fingerprint
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import noting, predicted_change
-from tl_sparsify.expansion.selection import Shrinkage
+from tl_sparsify.expansion.selection import ROUNDING, Shrinkage
 from tl_sparsify.search.checkpoint import State, describe, read, write
 from tl_sparsify.search.constants import mean, reduced
 from tl_sparsify.search.path import CircuitPath
@@ -89,7 +89,8 @@ def sparsify(
             where samples outnumber units.
         exchanges: rounds that may be made again at a size, at most: with half of what the last one removed taken back,
             where that did much worse than predicted; or as an exchange of a few kept units for as many removed ones,
-            where that promises enough on examples that the choice has not seen. Half of ``rounds`` where not given.
+            where that promises enough on examples that the choice has not seen. Half of ``rounds`` where not given;
+            none with a ``shrinkage`` of your own, which promises nothing.
         predict: predict each round's risk at temperature 1, on the examples where it is measured; where not given
             only with ``held_out`` or a ``metric``: it costs as much as the search itself.
         start: go on from this reduction of constants (of another path, say) instead of the whole model; its own first
@@ -109,8 +110,9 @@ def sparsify(
     pass. Rounds that are made again come on top, at most ``exchanges`` of them, and for each round whose circuit lacks
     a unit that was taken back later one forward pass. A round that did worse than the next smaller one, by more than
     its standard error, is grown from that one, for a round's passes and two measured risks (not with ``costs``, nor
-    with a ``shrinkage`` of your own). With ``probing.examples`` a pass of a round is over so many examples, and risk is
-    measured on those of the last round where it is not on others.
+    with a ``shrinkage`` of your own). With ``probing.examples`` a pass of a round is over so many examples, and risk,
+    where it is not measured on others, is on those of the next round, of the smallest circuit on the last round's: to
+    compare rounds measure them again, on the same examples.
 
     Raises:
         ValueError: a model in training mode, ``rounds`` below one, ``smallest`` or ``sizes`` outside (0, 1],
@@ -220,7 +222,8 @@ def sparsify(
     if expansion is None and state.found:  # all rounds were there already
         expansion = search.expand(state.before, state.number - 1)
     if expansion is None:
-        raise ValueError(f"smallest={smallest} removes none of the {len(units)} units: choose a smaller one")
+        given_sizes = f"smallest={smallest}" if sizes is None else f"sizes={list(sizes)}"
+        raise ValueError(f"{given_sizes} removes none of the {len(units)} units: choose a smaller one")
     return path_of(search, state, expansion)
 
 
@@ -243,7 +246,7 @@ def _weights(units: Units, constraints: Constraints) -> Float[Tensor, "units"]:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")
     if costs is None:
         return torch.ones(len(units), dtype=torch.float64)
-    if costs.shape != (len(units),) or not bool((costs > 0).all()):
+    if costs.shape != (len(units),) or not bool(((costs > 0) & costs.isfinite()).all()):
         raise ValueError(f"costs must hold a positive number for each of the {len(units)} units")
     return costs.double().cpu()
 
@@ -263,7 +266,7 @@ def _targets(
     targets = tuple(f * whole if by_cost else kept_count(n, f) for f in fractions)
     if constraints.always_keep is not None:
         held = float(weight[constraints.always_keep.mask].sum())
-        if held > targets[-1]:
+        if held > targets[-1] * (1 + ROUNDING):
             raise ValueError(f"always_keep comes to {held:g}, the smallest size leaves {targets[-1]:g}: keep fewer")
     return targets
 

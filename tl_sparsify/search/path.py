@@ -16,6 +16,7 @@ from tl_sparsify.core.measure import remembering, risk
 from tl_sparsify.core.moments import Estimate
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
+from tl_sparsify.expansion.selection import ROUNDING
 from tl_sparsify.search.scores import kept_count
 
 
@@ -92,7 +93,7 @@ class CircuitPath:
         """
         costs = torch.ones(len(self.units), device="cpu") if self.costs is None else self.costs
         kept = costs[self.order].double().flip(0).cumsum(0)  # the cost of the last, of the last two, ...
-        count = int((kept <= budget).sum())
+        count = int((kept <= budget * (1 + ROUNDING)).sum())
         if count == 0:
             raise ValueError(f"budget is {budget}; the smallest circuit of the path costs {float(kept[0]):g}")
         return self._keeping(count)

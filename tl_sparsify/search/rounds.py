@@ -26,7 +26,7 @@ from tl_sparsify.core.probes import samples
 from tl_sparsify.core.reduction import Reduction
 from tl_sparsify.core.units import Model, Units
 from tl_sparsify.expansion.linearisation import Linearisation, linearise_folds, merged, noting
-from tl_sparsify.expansion.selection import NO_SHRINKAGE, Shrinkage, after, exchange, greedy
+from tl_sparsify.expansion.selection import NO_SHRINKAGE, ROUNDING, Shrinkage, after, exchange, greedy
 from tl_sparsify.expansion.shrinkage import START, Trade, chosen, traded
 from tl_sparsify.gradients.backward import modified
 from tl_sparsify.search.checkpoint import State
@@ -35,6 +35,7 @@ from tl_sparsify.search.settings import Probing
 
 _FAR = 3.0  # times the predicted divergence: more than that, and half of the round is taken back
 _WORTH, _WORTH_LAST = 0.1, 0.02  # the share of the divergence that an exchange must promise to take away
+_LITTLE = 1e-6
 _NOTHING = torch.zeros(0, dtype=torch.long)
 Measure = Callable[[Reduction], Estimate]
 Change = tuple[Int[Tensor, "removed"], Int[Tensor, "restored"]]
@@ -167,8 +168,9 @@ def all_rounds(
         last = step == len(search.targets)
         while state.pending:
             excess = search.size(state.current.circuit) - state.pending[-1]
-            settling = excess <= 0 and last and search.trading and state.spare > 0 and bool(state.found)
-            if excess <= 0 and not settling:
+            there = excess <= ROUNDING * state.pending[-1]  # costs do not add up exactly
+            settling = there and last and search.trading and state.spare > 0 and bool(state.found)
+            if there and not settling:
                 state = replace(state, pending=state.pending[:-1])
                 continue
             expansion = search.expand(state.current, state.number)
@@ -267,9 +269,11 @@ def _leaving(left: Float[Tensor, "units"], picks: Int[Tensor, "picks"], clock: i
 
 def path_of(search: Search, state: State, expansion: Expansion) -> CircuitPath:
     """The rounds as nested circuits, each of them measured, and the order in which the units that are left would go."""
-    sketch = after(expansion.sketch, state.picks, state.believed, state.restored)
+    # what interactions add to slopes is counted however little slopes are believed
+    believed = replace(state.believed, slope=max(state.believed.slope, _LITTLE))
+    sketch = after(expansion.sketch, state.picks, believed, state.restored)
     alive = state.current.circuit.mask & search.free
-    rest = greedy(sketch, alive, float("inf"), shrinkage=state.believed, costs=search.costs)
+    rest = greedy(sketch, alive, float("inf"), shrinkage=believed, costs=search.costs)
     order = _leaving(state.left, rest, state.clock).argsort(stable=True)  # units that are always kept have not left
     # where nothing else is asked for, risk is measured on the examples of a round
     index = expansion.index if search.seen and search.foretell is None else None

@@ -281,8 +281,8 @@ def _spread(
     n1 = n1.clamp_min(1)
     scores = q1 / n1
     # the sum over examples of (q - score n)^2, multiplied out, so that one pass is enough; then n / (n - 1)
-    scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / len(examples))
-    return scores, scatter.sqrt() / n1
+    scatter = (qq - 2 * scores * qn + scores.square() * nn).clamp_min(0) / (1 - 1 / max(2, len(examples)))
+    return scores, (scatter.sqrt() / n1).masked_fill(torch.tensor(len(examples) == 1), float("inf"))
 
 
 def _seen(
