@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import bridge, examples, fresh, inputs, linear, reduction_of, unchanged, unchecked, units_of
@@ -320,3 +321,10 @@ def test_a_linear_model_without_positions_is_taken_as_ever():
 def reduction_of_linear() -> Any:
     model = linear()
     return constants.reduced(model, Circuit.empty(model.units), constants.mean(model, inputs(4), model.units))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_a_number_of_numpy_s_is_a_number(kind: Any):
+    model, batch = bridge(), examples(4)
+    found = score.risk(model, batch, units_of(model), probes=1, temperature=kind(3))
+    assert torch.equal(found.scores, score.risk(model, batch, units_of(model), probes=1, temperature=3.0).scores)
