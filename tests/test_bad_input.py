@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import bridge, examples, fresh, inputs, linear, reduction_of, unchanged, unchecked, units_of
@@ -344,3 +345,10 @@ def test_positions_of_other_examples_are_refused(name: str, others: int):
     says = rf"are places of {others} examples, and there are 5: take those of a part"
     with pytest.raises(ValueError, match=says):
         (entries(model, data, units, reduction) | more)[name]()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_a_number_of_numpy_s_is_a_number(kind: Any):
+    model, batch = bridge(), examples(4)
+    found = score.risk(model, batch, units_of(model), probes=1, temperature=kind(3))
+    assert torch.equal(found.scores, score.risk(model, batch, units_of(model), probes=1, temperature=3.0).scores)

@@ -183,6 +183,11 @@ def test_contexts_are_prefixes_of_windows_that_the_model_continues(small: Any, l
         assert row[: len(start)] == start
 
 
+def test_lines_may_end_as_windows_ends_them(small: Any):
+    unix, windows = (tls.contexts(small, text, length=40) for text in (TEXT, TEXT.replace("\n", "\r\n")))
+    assert torch.equal(unix.tokens, windows.tokens) and torch.equal(unix.labels, windows.labels)
+
+
 def test_what_is_no_text_for_contexts_is_said(small: Any):
     with pytest.raises(ValueError, match="no document of more than 4 tokens"):
         tls.contexts(small, "\n\n \n")

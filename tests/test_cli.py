@@ -151,6 +151,7 @@ def test_the_run_says_how_it_was_made(tiny: Path, done: tuple[Path, Outcome]):
     assert (about["task"], about["description"], about["seed"], about["keep"]) == ("tiny", "a random model", 0, 0.25)
     assert about["examples"] == {"train": 48, "validation": 24, "test": 32, "pairs": 64}
     assert about["baseline_refit"] == {"patience": 15, "most": 15, "batch_size": 128}
+    assert about["refitted_in_rounds"] is True
     assert about["versions"]["torch"] == torch.__version__ and str(tiny) not in json.dumps(about)
     difference = pd.read_csv(done[0] / "evaluation.csv").folded_difference.iloc[0]
     assert 0 <= difference <= 1e-4

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from helpers.commands import Outcome, command
 from helpers.tiny_task import TASK, sentence, task_folder
+from helpers.written import table
 
 from tl_sparsify import (
     list_tasks,
 )
+from tl_sparsify.comparison import benchmark
 
 
 def test_the_version_is_told():
@@ -146,3 +148,15 @@ def test_the_help_names_no_number_that_the_effort_chooses():
     said = " ".join(command("run", "--help").out.replace("│", " ").split())
     for name in ("rounds of removing units", "of the last refit of constants", "the most training examples"):
         assert f"{name}; by default what --effort chooses" in said
+
+
+def test_names_in_brackets_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "runs [bold] [" / "old]"
+    out.mkdir(parents=True)
+    made = table(tasks=("[/odd]",), methods=("joint risk [/x]", "EAP"), seeds=1)
+    monkeypatch.setattr(benchmark, "compare_tasks", lambda *args, **settings: made)
+    monkeypatch.setattr(benchmark, "write_comparison", lambda table, folder: [folder / "table [x].csv"])
+    outcome = command("bench", "--out", out)
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert "table [x].csv" in said and "[/odd]" in said and "joint risk [/x]" in said

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.dictionaries import FEATURES, IN, NAMES, OUT, STREAM, dictionary, encoded
-from helpers.models import bridge, examples, seeded
+from helpers.models import bridge, examples, fresh, seeded
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -218,3 +218,30 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path):
     (folder / "cfg.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         tls.dictionaries.load(folder)
+
+
+class Rounded(Own):
+    """In float32, whatever the model's precision, as most dictionaries are."""
+
+    def __init__(self, of: Any):
+        super().__init__(
+            replace(of, **{name: getattr(of, name).float() for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
+        )
+        self.W_dec = self.of.W_dec
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.of.encode(x.float())
+
+    def decode(self, features: Tensor) -> Tensor:
+        return features @ self.W_dec + self.of.b_dec
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_object_of_another_precision_than_the_model(precision: torch.dtype):
+    model, batch, d = fresh(dtype=precision), examples(), dictionary()
+    own = tls.features(model, Rounded(d), STREAM, examples=batch)
+    basis = own.sites[0].basis
+    assert basis is not None and basis.dtype == precision
+    rows = d.W_dec[list(own.sites[0].numbers or ())].T
+    torch.testing.assert_close(basis.double(), rows.double(), rtol=1e-2, atol=1e-2)
+    assert bool(tls.score.risk(model, batch, own, probes=1).scores.isfinite().all())

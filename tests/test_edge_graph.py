@@ -66,3 +66,13 @@ def test_no_edges_and_too_many_are_refused():
         tls.plot.edge_graph(tls.Circuit.full(units))
     with pytest.raises(ValueError, match="without edges"):
         tls.plot.edge_graph(tls.Circuit.full(tls.heads(native())))
+
+
+def test_readers_that_write_to_no_other_have_a_place():
+    """Of edges into one layer's queries alone that layer's heads are no writers."""
+    found = tls.edges(native())
+    into = tls.Units(tuple(site for site in found.sites if site.readers[0] == "L1H0.q"))
+    figure = tls.plot.edge_graph(tls.Circuit.of(into, ["embed->L1H0.q", "L0MLP->L1H2.q"]))
+    assert arrows(figure) == {("embed", "L1H0"), ("L0MLP", "L1H2")}
+    place = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert place["L0MLP"][1] < place["L1H0"][1] == place["L1H2"][1] < place["logits"][1]

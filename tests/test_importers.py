@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import bridge
@@ -192,3 +194,33 @@ def test_a_file_without_a_rotation_or_a_place(small: Any, tmp_path: Path):
     torch.save({}, tmp_path / "intkey_b.bin")
     with pytest.raises(FileNotFoundError, match="has 2 files"):
         tls.importers.pyvene(small, tmp_path)
+
+
+@pytest.mark.parametrize("gone", [0, 0.0, False, np.False_])
+def test_edges_of_acdc_that_a_mapping_says_are_gone(small: Any, gone: Any):
+    edges = {edge: np.bool_(kept) if isinstance(gone, np.bool_) else kept or gone for edge, kept in EDGES.items()}
+    graph = tls.importers.acdc(small, edges)
+    assert {name for name, kept in zip(graph.sizes.edges, graph.kept_edges.tolist(), strict=True) if kept} == KEPT
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer"),
+    [
+        ("blocks.1.hook_resid_posst", "blocks.0.attn.hook_result"),
+        ("blocks.1.hook_resid_post", "blocks.0.hook_mlp_outt"),
+        ("blocks.1.attn.hook_result", "blocks.0.nothing"),
+    ],
+)
+def test_hook_points_that_acdc_does_not_have(small: Any, reader: str, writer: str):
+    with pytest.raises(ValueError, match=re.escape(f"the edge from {writer} to {reader}, which ACDC does not have")):
+        tls.importers.acdc(small, [(reader, EVERYWHERE, writer, HEAD)])
+
+
+@pytest.mark.parametrize("content", [3, "text", [1, 2], torch.tensor(1.0)])
+def test_files_of_another_kind(small: Any, content: Any, tmp_path: Path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"source (holds a|has the edge)"):
+        tls.importers.acdc(small, tmp_path / "other.pt")
+    for key in ((), ("ioi",)):
+        with pytest.raises(ValueError, match=r"source holds a \w+; it must be a mapping"):
+            tls.importers.auto_circuit(small, tmp_path / "other.pt", key=key)

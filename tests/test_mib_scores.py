@@ -158,6 +158,10 @@ def test_a_submission_has_nine_sizes(small: Any, tmp_path: Path):
         assert tls.mib.load(folder / f"{size}.json") == expected
     again = tls.mib.submission(tmp_path, small, scores, task="arc_easy", name="gemma2", suffix=".json")
     assert again == folder
+    tensors = tls.mib.submission(tmp_path, small, scores, task="arc_easy", name="gemma2", suffix=".pt")
+    assert tensors == folder and {path.suffix for path in folder.iterdir()} == {".pt"}
+    tls.mib.submission(tmp_path, small, scores, task="arc_easy", name="gemma2")
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
     with pytest.raises(ValueError, match="task is 'arc'; the benchmark knows ioi"):
         tls.mib.submission(tmp_path, small, scores, task="arc", name="gpt2")
 

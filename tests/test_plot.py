@@ -232,3 +232,10 @@ def test_evidence_without_its_columns_is_refused():
         plot.evidence(evidence().to_frame().drop(columns="accuracy"))
     with pytest.raises(ValueError, match="found has no rows"):
         plot.evidence(evidence().to_frame().head(0))
+
+
+def test_a_dollar_in_a_method_s_name_is_a_dollar():
+    figure = plot.frontier(table(methods=("cost $a_{$ b", "joint risk")))
+    [legend] = figure.legends
+    assert {text.get_text() for text in legend.texts} == {r"cost \$a_{\$ b", "joint risk"}
+    assert len(plot.png(figure)) > 1000

@@ -217,3 +217,24 @@ def test_a_wide_layers_units_are_shown_as_shares_of_its_parts():
     expected = np.zeros((30, 64))
     expected[2, :2] = 12 / 24, 6 / 24
     np.testing.assert_allclose(neurons, expected)
+
+
+def test_several_sites_of_one_kind_in_a_layer_have_a_row_each():
+    first, last = (Units(UNITS.sites[:2]).at(place) for place in (3, 4))
+    mask = torch.tensor([place == 3 for place in (3, 4) for _ in range(len(first))])
+    figure = plot.unit_map(Circuit(first + last, mask))
+    [mesh] = meshes(figure)
+    np.testing.assert_array_equal(mesh, [[1, 1, 1], [0, 0, 0], [1, 1, np.nan], [0, 0, np.nan]])
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert labels == ["layer 0@3: 3", "layer 0@4: 0", "layer 2@3: 2", "layer 2@4: 0"]
+
+
+def test_the_head_map_tells_scores_that_are_no_number_from_heads_that_there_are_not():
+    found = scores()
+    values = found.scores.clone()
+    values[0] = float("nan")
+    both = plot.head_map(replace(found, scores=values)).axes[0].get_title()
+    assert both.endswith("grey: no such head or no number")
+    wide = Units((UNITS.sites[0],))
+    one = replace(found, units=wide, scores=values[:3], stderr=found.stderr[:3])
+    assert plot.head_map(one).axes[0].get_title().endswith("grey: no number")

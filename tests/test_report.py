@@ -336,3 +336,23 @@ def test_a_report_says_where_pairs_cannot_tell_a_variable_from_the_answer(tmp_pa
     )
     page = report.write(tmp_path / "run", tmp_path / "report.html").read_text()
     assert "<td>cannot tell</td>" in page and "<td>1.0%</td>" in page and "<td>50.0%</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"refitted_in_rounds": True}, "refitted in every round of its search and once more"),
+        ({"refitted_in_rounds": False}, "refitted once, after its search"),
+        ({}, "refitted otherwise"),
+    ],
+)
+def test_a_report_says_how_often_the_circuit_was_refitted(changes: dict[str, Any], said: str, tmp_path: Path):
+    run = RunResults.load(run_folder(tmp_path, about=about(**changes)))
+    assert f"The saved circuit was {said}:" in " ".join(sentences.limits(run))
+
+
+@pytest.mark.parametrize("name", ["null", "nan", "NA"])
+def test_a_variable_may_be_named_as_nothing(name: str, tmp_path: Path):
+    named = tuple(replace(r, variable=name) if r.variable == "left" else r for r in evidence().rows)
+    text = Page(report.write(run_folder(tmp_path, evidence=Evidence(named))).read_text()).text
+    assert f"On the original model, accepted: {name}, left & right" in text

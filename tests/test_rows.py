@@ -122,3 +122,10 @@ def test_a_column_of_reasons_that_there_is_not():
     rows = [row | {"why": "bad"} for row in GOOD]
     with pytest.raises(ValueError, match="left_out is 'typo'; source has no such column: its columns are prompt, ans"):
         load(rows, left_out="typo")
+
+
+def test_a_text_that_is_no_path_is_said_to_be_no_file():
+    text = "David gave a ring to Alan. " * 30
+    with pytest.raises(FileNotFoundError, match="no file at David gave a ring") as caught:
+        tls.load_examples(tls.load_task("ioi").model(), text)
+    assert len(str(caught.value)) < 300

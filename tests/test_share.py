@@ -45,6 +45,8 @@ def test_tags_in_what_a_card_is_given_are_text(reduction: tls.Reduction):
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt; [/INST] a\\|b # head") == 5
     assert [line for line in text.splitlines() if line.startswith("# ")][1:] == []
     assert tls.card(reduction, model="a", task="b", controls={EVIL: 0.5}).count("<script") == 0
+    of_a_kind = replace(reduction, values=replace(reduction.values, kind=EVIL))
+    assert "<script" not in tls.card(of_a_kind, model="a", task="b")
     for wrong in ({"repo": 'me/x")\nimport os'}, {"licence": "mit\ntags: [x]"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is "):
             tls.card(reduction, model="a", task="b", **wrong)

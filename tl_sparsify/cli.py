@@ -195,7 +195,7 @@ def behaviours_(
 
     chosen = Request(keep, units, rounds=rounds, examples=contexts, batch_size=batch_size, seed=seed)
     try:
-        read = text.read_text(encoding="utf-8")
+        read = text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ValueError(f"TEXT_FILE {text} cannot be read: {reason}") from error
@@ -254,11 +254,11 @@ def bench(
     table = compare_tasks(wanted, chosen, out=folder, **settings)
     console = Console(quiet=quiet)
     for path in write_comparison(table, folder):
-        console.print(f"written: {path}")
+        console.print(f"written: {escape(str(path))}")
     for measure in ("risk", "accuracy", "faithfulness"):
         plot.save(plot.frontier(table, measure), folder / f"methods_{measure}.png")
     for name in dict.fromkeys(table["task"]):
-        console.print(f"\n[bold]{name}[/]\n{markdown(table, name)}", soft_wrap=True)
+        console.print(f"\n[bold]{escape(name)}[/]\n{escape(markdown(table, name))}", soft_wrap=True)
 
 
 @app.command("report")

@@ -214,16 +214,20 @@ def _gone_on_with(here: Setting, values: Values) -> CircuitPath:
     return _in_rounds(here, values)
 
 
+def _inner(here: Setting) -> int | None:
+    """Steps of the refit in each round of the search; the package's own where ``None``."""
+    return 0 if here.request.sharpens else here.effort.inner
+
+
 def _in_rounds(here: Setting, values: Values) -> CircuitPath:
     train, validation, _ = here.splits
-    inner = 0 if here.request.sharpens else here.effort.inner
     return sparsify(
         here.model,
         train,
         values.units,
         rounds=here.effort.rounds,
         probing=Probing(here.effort.probes, TEMPERATURE, here.effort.per_round),
-        refitting=Refitting(inner, here.effort.refit_batch),
+        refitting=Refitting(_inner(here), here.effort.refit_batch),
         smallest=min(here.request.keep, 0.01),
         values=values,
         held_out=validation,
@@ -327,6 +331,7 @@ def _about(
         "first_token": request.first_token,
         "effort": request.effort,
         "rounds": effort.rounds,
+        "refitted_in_rounds": _inner(here) != 0,
         "seed": request.seed,
         "examples": examples | {"pairs": pairs},
         "model_accuracy": asdict(right),

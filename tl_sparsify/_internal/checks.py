@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def check_positive(name: str, value: Any, *, least: float = 0.0, most: float = m
     Raises:
         ValueError: anything else, with the argument's name.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     if not (0 < value < math.inf):
         raise ValueError(f"{name} is {value}; it must be positive and finite")

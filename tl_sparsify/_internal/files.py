@@ -52,7 +52,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     on_main(lambda: _write(path, content), f"writing {path.name}")
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a file in a folder that is not there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
+
+
 def _write(path: Path, content: bytes) -> None:
+    check_folder(path)
     part = beside(path)
     sweep(path.parent, path.name)
     try:

@@ -248,11 +248,7 @@ class Examples:
 
     def sample(self, n: int, *, seed: int = 0) -> Examples:
         """A random ``n`` of the examples, in their order; all of them where there are no more."""
-        if n >= len(self):
-            return self
-        if n < 1:
-            raise ValueError(f"n is {n}; at least one example is needed")
-        return self[_random.permutation(len(self), seed, 79)[:n].sort().values]
+        return self if n >= len(self) else self[sampled(len(self), n, seed)]
 
     def with_partners(self, partner: Int[Tensor, "n"]) -> Examples:
         """The same examples, each with the one numbered ``partner`` as its counterfactual."""
@@ -301,6 +297,13 @@ class Examples:
 
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def sampled(total: int, n: int, seed: int = 0) -> Int[Tensor, "some"]:
+    """A random ``n`` of the numbers below ``total``, in order; all of them where there are no more."""
+    if n < 1:
+        raise ValueError(f"n is {n}; at least one example is needed")
+    return _random.permutation(total, seed, 79)[:n].sort().values
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -84,6 +84,13 @@ def tokenizer_of(source: Any) -> Any:
     return found
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token's text with the space before it, which tokenizers like Llama 2's drop where it is decoded alone."""
+    raw = tokenizer.convert_ids_to_tokens(token)
+    marked = isinstance(raw, str) and raw.startswith("▁")
+    return raw.replace("▁", " ") if marked else tokenizer.decode([token])
+
+
 def _checked(texts: Mapping[str, Sequence[str] | None]) -> dict[str, list[str]]:
     """The lists that are given, as lists of as many texts as there are prompts."""
     for name, some in texts.items():

@@ -54,7 +54,7 @@ def load(folder: str | Path, *, hook: str | None = None, source: str | None = No
     folder = Path(folder)
     weights, config = _one_of(folder, _TENSORS), _one_of(folder, _CONFIG)
     try:
-        tensors, said = load_tensors(weights.read_bytes()), json.loads(config.read_text())
+        tensors, said = load_tensors(weights.read_bytes()), json.loads(config.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     if not isinstance(said, dict):

@@ -135,10 +135,11 @@ def _own(
     Raises:
         ValueError: no way to know how many features it has, or a ``decode`` that is not affine.
     """
-    like = {"device": device_of(model), "dtype": dtype_of(model)}
+    weight = getattr(dictionary, "W_dec", None)
+    own = isinstance(weight, Tensor) and weight.is_floating_point()
+    like = {"device": device_of(model), "dtype": weight.dtype if own else dtype_of(model)}
     with torch.no_grad():
         if which is None:
-            weight = getattr(dictionary, "W_dec", None)
             if not isinstance(weight, Tensor):
                 raise ValueError(
                     "examples are not given, and how many features the dictionary has is not known: give them"
@@ -159,4 +160,5 @@ def _own(
             dictionary.decode(twice)[0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
         ):
             raise ValueError("the dictionary's decode is not affine in the features: a feature has no one direction")
-    return OwnEncoder(dictionary, offset.detach(), index), decoder.T.detach().contiguous()
+    offset, decoder = (part.detach().to(dtype_of(model)) for part in (offset, decoder))
+    return OwnEncoder(dictionary, offset, index), decoder.T.contiguous()

@@ -20,7 +20,7 @@ from tl_sparsify.core.prompts import NO_LABEL, beginning, filler, length_limit, 
 from tl_sparsify.core.units import Model
 
 _SHORTEST = 4  # tokens of a context: with fewer there is little to predict from
-_BLANK = re.compile(r"\n[ \t]*\n\s*")
+_BLANK = re.compile(r"\r?\n[ \t]*\r?\n\s*")
 
 
 @checked

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.prompts import NO_LABEL, token_text
 
 _NAMED = 3  # tokens on each side of a name
 _RARE = 0.1  # of the group: a token that is rarer is left out of the name
@@ -48,7 +48,7 @@ def shown(model: Any, example: Examples) -> str:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return f"{' '.join(map(str, ids))} [{answer}]"
-    return f"{tokenizer.decode(ids, skip_special_tokens=True)}[{tokenizer.decode([int(answers[0])])}]"
+    return f"{tokenizer.decode(ids, skip_special_tokens=True)}[{token_text(tokenizer, int(answers[0]))}]"
 
 
 def _commonest(model: Any, ids: Iterable[int]) -> str:
@@ -62,4 +62,4 @@ def _commonest(model: Any, ids: Iterable[int]) -> str:
 def _token(model: Any, token: int) -> str:
     """A token's text in quotes, so that its spaces are seen; its number where there is no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
-    return str(token) if tokenizer is None else repr(tokenizer.decode([token]))
+    return str(token) if tokenizer is None else repr(token_text(tokenizer, token))

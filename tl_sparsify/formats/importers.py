@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = ["acdc", "auto_circuit", "pyvene"]
 
 _READER = re.compile(r"blocks\.(\d+)\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)")
 _WRITER = re.compile(r"blocks\.(\d+)\.(attn\.hook_result|hook_mlp_out|hook_resid_pre)|hook_embed|hook_pos_embed")
+_INSIDE = re.compile(r"blocks\.\d+\.(attn\.hook_(result|q|k|v)|hook_([qkv]_input|mlp_in|mlp_out))")
 _WHOLE = ("mlp_in", "resid_post")  # what reads the stream for no head
 _COMPONENTS = {
     "block_output": "hook_resid_post",
@@ -60,10 +62,10 @@ def auto_circuit(model: Any, source: str | Path | Mapping[str, Any], *, key: Seq
     """
     content: Any = source if isinstance(source, Mapping) else read_tensor_file(Path(source))
     for part in key:
-        if not isinstance(content, Mapping) or part not in content:
+        if part not in _mapping(content):
             raise ValueError(f"key is {tuple(key)}; there is no {part!r} among {', '.join(map(str, content))}")
         content = content[part]
-    wrong = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    wrong = [name for name, value in _mapping(content).items() if not isinstance(value, Tensor)]
     if wrong:
         raise ValueError(
             f"source has no tensor for {wrong[0]}: name what is meant by key=, as in key=({wrong[0]!r}, ...)"
@@ -88,6 +90,12 @@ def auto_circuit(model: Any, source: str | Path | Mapping[str, Any], *, key: Seq
     return _graph(sizes, found, dict.fromkeys(found, True))
 
 
+def _mapping(content: Any) -> Mapping[Any, Any]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"source holds a {type(content).__name__}; it must be a mapping from modules to tensors")
+    return content
+
+
 def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> Graph:
     """Edges as ACDC keeps them, ``(reader, index, writer, index)`` by hook points: a mapping to whether each is there,
     or a list of those that are, alone or with their effects.
@@ -109,6 +117,8 @@ def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> 
         Graph(3 of 17 nodes, 2 of 262 edges)
     """
     content: Any = read_tensor_file(Path(source)) if isinstance(source, str | Path) else source
+    if isinstance(content, str | Tensor) or not isinstance(content, Iterable):
+        raise ValueError(f"source holds a {type(content).__name__}; it must be a mapping or a list of edges")
     rows = content.items() if isinstance(content, Mapping) else [_with_effect(entry) for entry in content]
     sizes = sizes_of(model)
     known = set(sizes.edges)
@@ -120,6 +130,8 @@ def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> 
         reader, at, writer, from_ = parts
         target, start = _READER.fullmatch(str(reader)), _WRITER.fullmatch(str(writer))
         if target is None or start is None:
+            if not all(_INSIDE.fullmatch(str(end)) for end in (reader, writer)):
+                raise ValueError(f"source has the edge from {writer} to {reader}, which ACDC does not have")
             continue  # edges within a head, which the graph does not have
         into = _reader_names(sizes, int(target[1]), target[2])
         into = into[0 if target[2] in _WHOLE else _head(sizes, str(reader), at)]
@@ -130,9 +142,10 @@ def acdc(model: Any, source: str | Path | Mapping[Any, Any] | Iterable[Any]) -> 
             edge = f"{out}->{name}"
             if edge not in known:
                 raise ValueError(f"source has the edge {edge}, and a model of {sizes} has none: is it of this model?")
-            there = value if isinstance(value, bool) else True
+            said = isinstance(content, Mapping) or isinstance(value, bool | np.bool_)
+            there = value is None or not said or bool(value)
             kept[edge] = kept.get(edge, False) or there
-            effect = float(there if isinstance(value, bool) or value is None else value)
+            effect = float(there if value is None else value)
             scores[edge] = max(scores.get(edge, 0.0), effect, key=abs)  # embedding and position are one input
     return _graph(sizes, scores, kept)
 

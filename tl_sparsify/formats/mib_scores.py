@@ -131,7 +131,7 @@ def submission(
     suffix: str = ".json",
 ) -> Path:
     """Write what the benchmark's leaderboard takes for one task and model: a folder ``task_name`` in ``folder`` with
-    the circuits of its nine sizes (:func:`circuits`). Complete, or not at all. No model pass.
+    the circuits of its nine sizes (:func:`circuits`), in place of an older one. Complete, or not at all. No model pass.
 
     Args:
         task: one of :data:`TASKS`.
@@ -152,7 +152,9 @@ def submission(
             raise ValueError(f"{argument} is {value!r}; the benchmark knows {', '.join(known)}")
     target = Path(folder) / f"{task}_{name}"
     sizes = PERCENTAGES[:-1]
-    with directory(target, f"{sizes[-1]}{suffix}", "submission") as beside:
+    marks = [f"{sizes[-1]}{ending}" for ending in (".json", ".pt")]
+    mark = next((one for one in marks if (target / one).is_file()), marks[0])
+    with directory(target, mark, "submission") as beside:
         for size, part in zip(sizes, circuits(model, source, sizes), strict=True):
             part.save(beside / f"{size}{suffix}")
     return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tl_sparsify._internal.files import reading
 
 Row = dict[str, Any]
 _MISSING = object()
+_SHOWN = 200  # characters of a path that there is not
 _LOOKED_AT = 100  # rows, for the names of columns
 _DIGITS = re.compile(r"(\d+)(\.0+)?")
 
@@ -106,8 +108,11 @@ def _iterate(source: Any) -> Iterable[Any]:
 
 
 def _file(path: Path) -> Iterable[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path} to read rows from")
+    there = False
+    with suppress(OSError):  # a text that is too long for a name
+        there = path.is_file()
+    if not there:
+        raise FileNotFoundError(f"no file at {str(path)[:_SHOWN]} to read rows from")
     kind = path.suffix.lower()
     mend = "Make it again."
     if kind in (".csv", ".tsv"):

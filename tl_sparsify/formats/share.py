@@ -67,7 +67,7 @@ def card(
         f"# A circuit for {_cell(task)}",
         "",
         f"{kept:,} of {len(units):,} units are kept: {units.describe(reduction.circuit.mask)}. The others are set to "
-        f"constants ({reduction.kind}).",
+        f"constants ({_cell(reduction.kind)}).",
         "",
         "| | |",
         "|---|---|",

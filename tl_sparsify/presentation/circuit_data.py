@@ -3,7 +3,8 @@ at, and how its absence changes the others.
 
 The effect of a unit is how much the risk rises when it too is set to its constant. An edge from one unit to another is
 how far the other's value then moves, as a share of how far it is from its own constant: total effects, along whatever
-way. Where a unit matters is the first-order effect of its constant at each position, by gradient.
+way. Where a unit matters is the first-order effect of its constant at each position, by gradient; nothing where no
+constant goes: outside of a site's positions, and at a first token that is left alone.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis import logit_readout
 
+from tl_sparsify._internal.first_tokens import first_tokens
 from tl_sparsify._internal.progress import progress as bar
 from tl_sparsify.abstraction.evidence import Alignment, Evidence
 from tl_sparsify.core.circuit import Values
 from tl_sparsify.core.distributions import removal
-from tl_sparsify.core.examples import Examples
-from tl_sparsify.core.forward import answer_logits, check_model, frozen, output, valid_positions
+from tl_sparsify.core.examples import Examples, sampled
+from tl_sparsify.core.forward import answer_logits, check_model, frozen, output, unit_positions
 from tl_sparsify.core.intervene import Intervention, intervened, recorded
 from tl_sparsify.core.metrics import by_example, kl, log_odds
-from tl_sparsify.core.prompts import NO_LABEL
+from tl_sparsify.core.prompts import NO_LABEL, token_text
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Units
@@ -69,16 +71,22 @@ def gathered(model: Any, reduction: Reduction, examples: Examples, request: Requ
 
     One forward pass over ``effects`` examples for each kept unit and three more, one forward and backward pass over the
     examples that are shown.
+
+    Raises:
+        ValueError: a reduction without kept units or of another model; scores or a path of other units.
     """
     check_model(model)
     check_fingerprint(model, reduction)
+    if not len(reduction.circuit):
+        raise ValueError("reduction keeps no unit: there is nothing to show")
     units = reduction.units
     kept = reduction.circuit.mask.nonzero().flatten().tolist()
     rank = _rank(reduction, request)
     kept = sorted(sorted(kept, key=lambda i: rank[i], reverse=True)[: request.limit])
-    few, shown = examples.sample(request.effects), examples[: request.shown]
+    index = sampled(len(examples), request.effects)
+    few, shown = examples[index], examples[: request.shown]
     with torch.no_grad():
-        risks, moved = _effects(model, reduction, few, kept, request.progress)
+        risks, moved = _effects(model, reduction, examples, index, kept, request.progress)
         acts = _values(model, units, few)
         seen = _values(model, units, shown)
     places = _places(model, reduction, shown)
@@ -86,6 +94,7 @@ def gathered(model: Any, reduction: Reduction, examples: Examples, request: Requ
     prompts = [_prompt(model, shown, i) for i in range(len(shown))]
     patterns = _patterns(model, units, kept, shown, prompts)
     texts = [_prompt(model, few, i) for i in range(len(few))]
+    here = units.for_examples(index, examples.spans)
     ordering = rank if request.scores or request.path else risks
     order = {i: n for n, i in enumerate(sorted(kept, key=lambda i: ordering[i], reverse=True))}
     rows = []
@@ -106,7 +115,8 @@ def gathered(model: Any, reduction: Reduction, examples: Examples, request: Requ
         row |= {"writes": writes[number]} if writes else {}
         row |= {"patterns": patterns[i]} if i in patterns else {}
         if unit.site.kind == "neuron":
-            row["texts"] = _strongest(acts, units, i, texts)
+            which = units.sites.index(unit.site)
+            row["texts"] = _strongest(acts[which], here.sites[which], unit.index, texts)
         rows.append(row)
     place = {i: n for n, i in enumerate(kept)}
     return {
@@ -151,11 +161,16 @@ def _one(removed: Intervention, i: int) -> Intervention:
 
 
 def _effects(
-    model: Any, reduction: Reduction, few: Examples, kept: Sequence[int], progress: bool
+    model: Any,
+    reduction: Reduction,
+    examples: Examples,
+    index: Int[Tensor, "few"],
+    kept: Sequence[int],
+    progress: bool,
 ) -> tuple[dict[int, float], dict[int, Float[Tensor, "units"]]]:
     """How much the risk rises without each kept unit, and how far every unit's value then moves."""
-    index = torch.arange(len(few))
-    removed = removal(model, reduction, few, index)
+    few = examples[index]
+    removed = removal(model, reduction, examples, index)
     here = removed.units
     original = answer_logits(model, few)
 
@@ -165,25 +180,23 @@ def _effects(
         return float(by_example(kl(original, logits), few).mean()), recording.read()
 
     risk, base = run()
-    valid = valid_positions(model, few)
-    scale = torch.cat([_size(v - c.to(v), valid) for v, c in zip(base, removed.values.tensors, strict=True)])
+    where = [unit_positions(model, few, site, v) for site, v in zip(here.sites, base, strict=True)]
+    constants = removed.values.tensors
+    scale = torch.cat([_size(v - c.to(v), mask) for v, c, mask in zip(base, constants, where, strict=True)])
     risks: dict[int, float] = {}
     moved: dict[int, Float[Tensor, "units"]] = {}
     for i in bar(kept, "measuring the effect of each unit", progress):
         without, values = run(_one(removed, i))
         risks[i] = without - risk
-        change = torch.cat([_size(a - b, valid) for a, b in zip(values, base, strict=True)])
+        change = torch.cat([_size(a - b, mask) for a, b, mask in zip(values, base, where, strict=True)])
         change[i] = 0
         moved[i] = torch.where(scale > 0, change / scale, 0.0).cpu()
     return risks, moved
 
 
-def _size(v: Float[Tensor, "batch pos some width"], valid: Bool[Tensor, "batch pos"]) -> Float[Tensor, "some"]:
+def _size(v: Float[Tensor, "batch pos some width"], where: Bool[Tensor, "batch pos"]) -> Float[Tensor, "some"]:
     """The root mean square of each unit's value over the positions that count."""
-    mask = (
-        valid.to(v.device) if valid.shape == v.shape[:2] else torch.ones(v.shape[:2], device=v.device, dtype=torch.bool)
-    )
-    return v[mask].double().square().sum(-1).mean(0).sqrt()
+    return v[where].double().square().sum(-1).mean(0).sqrt()
 
 
 def _links(moved: Mapping[int, Float[Tensor, "units"]], kept: Sequence[int]) -> list[tuple[int, int, float]]:
@@ -212,10 +225,23 @@ def _places(model: Any, reduction: Reduction, shown: Examples) -> Float[np.ndarr
         gradients = torch.autograd.grad(total, activations, allow_unused=True)
     filled = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, activations, strict=True)]
     slopes = recording.pull(dict(zip(recording.activations, filled, strict=True)))
-    parts = zip(slopes, recording.read(), removed.values.tensors, strict=True)
-    found = [((v.detach() - c.to(v)) * g).sum(-1).transpose(1, 2) for g, v, c in parts]
+    spared = first_tokens(model, shown.tokens, shown.attention_mask, removed.first_token)
+    parts = zip(removed.units.sites, slopes, recording.read(), removed.values.tensors, strict=True)
+    found = [
+        (((v.detach() - c.to(v)) * g).sum(-1) * _changed(site, v, spared)[..., None]).transpose(1, 2)
+        for site, g, v, c in parts
+    ]
     width = shown.tokens.shape[1]
     return torch.cat([p if p.shape[2] == width else p.expand(-1, -1, width) for p in found], 1).double().cpu().numpy()
+
+
+def _changed(
+    site: Site, v: Float[Tensor, "batch pos some width"], spared: Bool[Tensor, "batch pos"] | None
+) -> Bool[Tensor, "#batch pos"]:
+    """Where an intervention changes the site's units."""
+    where = site.position_mask(*v.shape[:2])
+    changed = torch.ones(1, v.shape[1], dtype=torch.bool, device=v.device) if where is None else where.to(v.device)
+    return changed if spared is None else changed & ~spared.to(v.device)
 
 
 def _writes(
@@ -279,11 +305,10 @@ def _patterns(
 
 
 def _strongest(
-    acts: tuple[Tensor, ...], units: Units, i: int, texts: Sequence[Mapping[str, Any]]
+    acts: Float[Tensor, "few pos some one"], site: Site, index: int, texts: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, int, float]]:
-    """The examples in which a neuron is largest: which, at which position, and its value there."""
-    unit = units[i]
-    v = acts[units.sites.index(unit.site)][:, :, unit.index, 0]
+    """The examples in which a neuron is largest: which, at which of its positions, and its value there."""
+    v = acts[..., index, 0] * _changed(site, acts, None)
     best: list[tuple[int, int, float]] = []
     for n, text in enumerate(texts):
         part = v[n, text["start"] : text["stop"]] if v.shape[1] > 1 else v[n]
@@ -314,7 +339,7 @@ def _prompt(model: Any, examples: Examples, i: int) -> dict[str, Any]:
 
 def _names(model: Any, ids: Sequence[int]) -> list[str]:
     tokenizer = getattr(model, "tokenizer", None)
-    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
+    return [str(i) for i in ids] if tokenizer is None else [token_text(tokenizer, i) for i in ids]
 
 
 def _variables(request: Request, number: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def frontier(
         rows = rows if wanted is None else rows[rows[column].isin(list(wanted))]
     if rows.empty:
         raise ValueError("table has no rows: there is nothing to draw")
-    rows = rows.assign(line=_names(rows))
+    rows = rows.assign(line=_names(rows).str.replace("$", r"\$", regex=False))  # a name is no formula
     found = rows[rows[measure].notna()]
     lines = dict(zip(found.line, found.ours, strict=True))
     ours, others = ([name for name, mine in lines.items() if mine == side] for side in (True, False))

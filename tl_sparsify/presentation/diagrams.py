@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -34,7 +35,8 @@ _HATCH = {"constant": "", "refitted constant": "/////", "affine in kept units": 
 
 @checked
 def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Figure:
-    """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept.
+    """The kept heads and neurons of every layer: a cell for each unit, dark where it is kept. Where a layer has units
+    of a kind at several positions or hook points, each of these has a row.
 
     With ``scores``, removed units are shaded by their rank in them. Of a kind with more than 512 units a layer a cell
     is the share that is kept of one of 64 equal parts of the layer, dark where that share is largest. Edges have a map
@@ -61,27 +63,29 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
     widths = [max(site.size for site in units.sites if site.kind == kind) for kind in kinds]
     cells = [_PARTS if width > _STRIPES else width for width in widths]
     ratios = [max(parts, max(cells) / 4) for parts in cells]
-    layers = sorted({site.layer for site in units.sites})
-    figure = Figure(figsize=(9, 1.5 + _tall(len(layers))), layout="constrained")
+    places = _places(units)
+    rows = sorted(set(places))
+    figure = Figure(figsize=(9, 1.5 + _tall(len(rows))), layout="constrained")
     for axes, kind, width, parts in zip(
         figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, cells, strict=True
     ):
-        grid = np.full((len(layers), parts), np.nan)
-        count = {layer: 0 for layer in layers}
+        grid = np.full((len(rows), parts), np.nan)
+        labels = [f"layer {layer}: 0" for layer, _ in rows]
         own = [(site, part) for site, part in zip(units.sites, units.slices, strict=True) if site.kind == kind]
-        for site, part in own:
-            row = grid[layers.index(site.layer)]
+        for site, part, place in zip(units.sites, units.slices, places, strict=True):
+            if site.kind != kind:
+                continue
+            row = grid[rows.index(place)]
             if parts == width:
                 row[: site.size] = shade[part]
             else:
                 row[:] = _shares(circuit.mask[part].numpy(), width, parts)
-            count[site.layer] += int(circuit.mask[part].sum())
+            labels[rows.index(place)] = f"layer {site.layer}{site.suffix}: {int(circuit.mask[part].sum()):,}"
         most = 1.0 if parts == width else max(float(np.nanmax(grid)), 1e-9)
-        across, up = np.linspace(0, width, parts + 1), np.arange(len(layers) + 1)
+        across, up = np.linspace(0, width, parts + 1), np.arange(len(rows) + 1)
         lines = 0.6 if parts < 100 else 0
         axes.pcolormesh(across, up, grid, cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=lines)
-        labels = [f"layer {layer}: {count[layer]:,}" for layer in layers]
-        axes.set_yticks(np.arange(len(layers)) + 0.5, labels, fontsize=_small(len(layers)))
+        axes.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=_small(len(rows)))
         mask = torch.cat([circuit.mask[part] for _, part in own])
         axes.set_title(f"{Units(tuple(site for site, _ in own)).describe(mask)} kept")
         said = f", in {parts} parts; strongest: {most:.0%} of a part kept" if parts != width else ""
@@ -91,6 +95,16 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
         elif width <= 16:
             _index_ticks(axes, width)
     return figure
+
+
+def _places(units: Units) -> list[tuple[int, int]]:
+    """Of each site its layer, and how many of its kind come before it there; edges have no rows of their own."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found: list[tuple[int, int]] = []
+    for site in units.sites:
+        found.append((site.layer, seen[site.kind, site.layer]))
+        seen[site.kind, site.layer] += site.kind != "edge"
+    return found
 
 
 def _tall(layers: int, row: float = 0.42) -> float:
@@ -136,7 +150,9 @@ def head_map(of: Scores | Reduction | Circuit) -> Figure:
     shown = np.clip(grid, norm.vmin, norm.vmax)  # keeps NaN, where a layer has no such head
     mesh = axes.pcolormesh(shown, cmap=colours, norm=norm, edgecolors=LINE, linewidth=0.5)
     axes.set_facecolor("0.8")
-    note += "; grey: no such head" if np.isnan(grid).any() else ""
+    unknown = any(np.isnan(flat[part]).any() for _, part in rows)
+    grey = {"no such head": any(site.size < grid.shape[1] for site, _ in rows), "no number": unknown}
+    note += f"; grey: {' or '.join(why for why, there in grey.items() if there)}" if any(grey.values()) else ""
     if isinstance(of, Scores):
         axes.set_title(f"{of.name} by head{note}", fontsize=10)
         figure.colorbar(mesh, ax=axes, label=of.measured_in)

@@ -53,9 +53,10 @@ def edge_graph(of: Reduction | Circuit) -> Figure:
     writers = max((site.writers for site, _ in sites), key=len)
     sending = {w for site, kept in sites for w, there in zip(site.writers, kept.any(0).tolist(), strict=True) if there}
     links = [link for site, kept in sites for link in _links(site, kept.tolist(), writers, sending)]
+    beyond = dict.fromkeys(owner for _, owner, _ in links if owner not in (*writers, "logits"))
     used = {name for writer, owner, _ in links for name in (writer, owner)}
     shown = writers if len(writers) <= _FEW else tuple(name for name in writers if name in used)
-    places = _places(shown)
+    places = _places((*shown, *beyond))
     wide, high = max(x for x, _ in places.values()), max(y for _, y in places.values())
     tall = min(14.0, 1.4 + 1.05 * high) if len(writers) <= _FEW else min(24.0, 1.4 + 0.6 * high)
     figure = Figure(figsize=(min(14.0, 2.5 + 1.1 * wide), tall), layout="constrained")
@@ -82,7 +83,7 @@ def _places(writers: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     """Where each part stands: a row for each layer's heads, and its MLP above them at the right."""
     rows: dict[str, list[str]] = {}
     for name in (*writers, "logits"):
-        rows.setdefault(re.sub(r"H\d+$", "H", name), []).append(name)
+        rows.setdefault(re.sub(r"[HG]\d+$", "", name), []).append(name)
     wide = max(len(names) for names in rows.values())
     return {
         name: ((wide + 0.2 if "MLP" in row else (wide - len(names)) / 2 + number), float(height))

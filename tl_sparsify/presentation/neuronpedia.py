@@ -11,7 +11,7 @@ import numpy as np
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import check_count
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import check_folder, write_text
 from tl_sparsify.abstraction.evidence import Alignment
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.reduction import Reduction
@@ -40,7 +40,9 @@ def to_neuronpedia(
     """Write the circuit, on the first example's prompt, as a graph that Neuronpedia can show, and return the file.
 
     A node for each token of the prompt, each kept unit (at the position where it matters most) and the answer; links
-    are those of :func:`page`, from each token to the units there, and from each unit to the answer by its effect.
+    are those of :func:`page`, from each token to the units there, and from each unit to the answer by its effect. Of
+    more than 300 kept units those with the largest scores are nodes (without ``scores`` the first ones), and the
+    graph's ``metadata.info`` says of how many.
 
     Args:
         slug: the graph's name there, of letters, digits, ``-`` and ``_``.
@@ -50,7 +52,8 @@ def to_neuronpedia(
     One forward pass over ``effects`` examples for each kept unit, and a few more.
 
     Raises:
-        ValueError: another ``slug``, examples that are not tokens, a reduction of another model.
+        FileNotFoundError: ``file`` is in a folder that is not there.
+        ValueError: another ``slug``, examples that are not tokens, a reduction of another model or without kept units.
 
     Example:
         >>> settings = {"slug": "equality", "scan": "own", "effects": 4, "progress": False}
@@ -60,6 +63,7 @@ def to_neuronpedia(
     check_count("effects", effects)
     if not _SLUG.fullmatch(slug):
         raise ValueError(f"slug is {slug!r}; it is made of letters, digits, - and _")
+    check_folder(Path(file))
     request = Request(scores=scores, alignment=alignment, shown=1, effects=effects, progress=progress)
     found = gathered(model, reduction, examples, request)
     prompt, layers = found["prompts"][0], found["layers"]
@@ -96,7 +100,10 @@ def to_neuronpedia(
             "prompt_tokens": prompt["tokens"],
             "prompt": "".join(prompt["tokens"]),
             "schema_version": _SCHEMA,
-            "info": {"generator": {"name": "tl_sparsify"}},
+            "info": {
+                "generator": {"name": "tl_sparsify"},
+                "units": f"{len(here)} of {found['facts']['kept']} kept units",
+            },
         },
         "qParams": {
             "pinnedIds": [],

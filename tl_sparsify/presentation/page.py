@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
 from tl_sparsify._internal.arguments import checked
-from tl_sparsify._internal.files import write_text
+from tl_sparsify._internal.files import check_folder, write_text
 from tl_sparsify.abstraction.evidence import Alignment, Evidence
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.reduction import Reduction
@@ -56,8 +57,9 @@ def page(
     One forward pass over ``effects`` examples for each kept unit, and a few more.
 
     Raises:
-        ValueError: a model in training mode, a reduction of another model, scores or a path of other units, a number
-            below one.
+        FileNotFoundError: ``out`` is in a folder that is not there.
+        ValueError: a model in training mode, a reduction of another model, scores or a path of other units, no
+            unit that is kept, a number below one.
 
     Example:
         >>> tls.page(model, reduction, test, scores=scores, effects=4, progress=False).name
@@ -66,12 +68,12 @@ def page(
     for name, value in (("shown", shown), ("effects", effects), ("limit", limit)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not len(reduction.circuit):
-        raise ValueError("reduction keeps no unit: there is nothing to show")
+    target = Path(out)
+    check_folder(target)
     request = Request(scores, path, alignment, evidence, shown, effects, limit, progress)
     content = gathered(model, reduction, examples, request) | {"title": title}
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = _TEMPLATE.read_text(encoding="utf-8")
-    target = Path(out)
-    write_text(target, template.replace("{{title}}", escape(title)).replace("{{data}}", data))
+    parts = {"{{title}}": escape(title), "{{data}}": data}
+    write_text(target, re.sub(r"{{(title|data)}}", lambda found: parts[found[0]], template))
     return target

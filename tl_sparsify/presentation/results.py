@@ -172,7 +172,7 @@ def read_table(path: Path) -> Frame:
     """
     check_inside(path.parent, path.name)
     try:
-        frame = pd.read_csv(path)
+        frame = pd.read_csv(path, keep_default_na=False, na_values=[""])  # a variable may be named null
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table ({error}): make it again") from error
     if frame.empty:

@@ -185,10 +185,12 @@ def limits(run: RunResults) -> list[str]:
     ]
     if run.baselines is not None:
         refit = about["baseline_refit"]
+        how = {True: "in every round of its search and once more", False: "once, after its search"}
+        searched = how.get(about.get("refitted_in_rounds", "unknown"), "otherwise")
         said.append(
             f"In the comparison every circuit is refitted from {about['ablation']} constants until "
             f"{refit['patience']:,} steps have not lowered the validation risk by two percent (for at most "
-            f"{refit['most']:,} steps). The saved circuit was refitted in every round of its search and once more: "
+            f"{refit['most']:,} steps). The saved circuit was refitted {searched}: "
             "what it has beyond that is its constants and not the choice of units. `tl-sparsify bench` compares "
             "methods alike, over seeds."
         )
