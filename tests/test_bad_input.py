@@ -325,14 +325,16 @@ def reduction_of_linear() -> Any:
 
 @pytest.mark.parametrize("others", (3, 7))
 @pytest.mark.parametrize(
-    "name", sorted({*NAMES, "stability", "connections", "atp_star", "second_order"} - {"evaluate"})
+    "name", sorted({*NAMES, "stability", "connections", "atp_star", "second_order", "evaluate scores"})
 )
 def test_positions_of_other_examples_are_refused(name: str, others: int):
     model, data = bridge(), examples(5, answers=2)
     units = units_of(model).at(torch.arange(others) % 4)
     first, second = (tls.Units(units.sites[part]) for part in (slice(1), slice(2, 3)))
-
     more: dict[str, Call] = {
+        "evaluate scores": lambda: tls.evaluate(
+            model, baselines.random(model, data, units), data, ablation="counterfactual", bootstrap=0
+        ),
         "stability": lambda: tls.stability(baselines.activation_norm, model, data, units, fraction=0.5, draws=2),
         "connections": lambda: tls.connections(model, data, first, second),
         "atp_star": lambda: baselines.atp_star(model, data, units),

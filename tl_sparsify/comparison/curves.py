@@ -34,7 +34,7 @@ from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.metrics import Metric, by_example, correct, kl, measured_by
 from tl_sparsify.core.moments import Moments
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_positions
 from tl_sparsify.search.constants import zero
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores, kept_count
@@ -218,6 +218,7 @@ def measured(
     values are taken from.
     """
     empty = Circuit.empty(circuits[0].units)
+    check_positions(empty.units, len(examples))
 
     def of(index: Int[Tensor, "batch"], batch: Examples) -> tuple[Moments, Resampled]:
         values = by.values(model, empty.units, index, examples.spans)
