@@ -80,27 +80,33 @@ def random_units(chosen: Sequence[Unit], candidates: Mapping[Site, Sequence[int]
     return picked
 
 
-def others(subject: TestedModel, alignment: Alignment, chosen: Sequence[Unit], base: Examples) -> dict[Site, list[int]]:
-    """For each site of ``chosen`` its units that this model has and no variable is aligned with at these positions of
-    the bases; none for a site without any."""
+def others(
+    subject: TestedModel,
+    alignment: Alignment,
+    chosen: Sequence[Unit],
+    shape: tuple[int, int],
+    spans: Mapping[str, Int[Tensor, "n 2"]] | None = None,
+) -> dict[Site, list[int]]:
+    """For each site of ``chosen`` its units that this model has and no variable is aligned with at these positions, for
+    inputs of a shape, with these spans; none for a site without any."""
     aligned: dict[Unit, list[Site]] = {}
     for unit in (unit for units in alignment.units.values() for unit in units):
         aligned.setdefault(unit.at(None), []).append(unit.site)
 
     def free(unit: Unit) -> bool:
-        return not any(_meet(unit.site, site, base) for site in aligned.get(unit.at(None), ()))
+        return not any(_meet(unit.site, site, shape, spans) for site in aligned.get(unit.at(None), ()))
 
     every = {site: [Unit(site, i) for i in range(site.size)] for site in dict.fromkeys(unit.site for unit in chosen)}
     found = {site: [unit.index for unit in units if subject.has(unit) and free(unit)] for site, units in every.items()}
     return {site: numbers for site, numbers in found.items() if numbers}
 
 
-def _meet(one: Site, two: Site, base: Examples) -> bool:
+def _meet(one: Site, two: Site, shape: tuple[int, int], spans: Mapping[str, Int[Tensor, "n 2"]] | None) -> bool:
     """Whether two sites name a position in common, for some example."""
     if one == two or one.positions is None or two.positions is None:
         return True
-    every, shape = torch.arange(len(base)), (len(base), base.labels.shape[1])
-    masks = [site.for_examples(every, base.spans).position_mask(*shape) for site in (one, two)]
+    every = torch.arange(shape[0])
+    masks = [site.for_examples(every, spans).position_mask(*shape) for site in (one, two)]
     return any(mask is None for mask in masks) or bool((masks[0] & masks[1]).any())  # type: ignore[operator]
 
 

@@ -299,10 +299,10 @@ def _at_random(
 ) -> _Node | None:
     """The same with as many random units in the place of those that the answer is computed from, where these have
     others beside them; ``None`` where none has."""
-    changed = False
+    shape, changed = (len(base), base.labels.shape[1]), False
     parents: list[tuple[Int[Tensor, "n"], _Node]] = []
     for order, parent in tree.parents:
-        free = others(subject, alignment, list(parent.units), base)
+        free = others(subject, alignment, list(parent.units), shape)
         changed |= bool(free)
         units = tuple(random_units(list(parent.units), free, seed, draw))
         parents.append((order, _Node(units, torch.arange(len(base))) if free else parent))

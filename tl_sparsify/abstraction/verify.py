@@ -273,7 +273,8 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     own = subject.own(chosen)
     trained = not subject.untrained
     kept = [unit for unit in chosen if subject.has(unit)]
-    free = others(subject, check.alignment, kept, pairs.base) if trained else {}
+    shape, spans = (len(pairs), pairs.base.labels.shape[1]), pairs.base.spans
+    free = others(subject, check.alignment, kept, shape, spans) if trained else {}
     draws = check.draws if free else 0
     random = [subject.own(random_units(kept, free, check.seed, draw)) for draw in range(draws)]
     everywhere = any(unit.site.positions is None for unit in chosen)
