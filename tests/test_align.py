@@ -28,6 +28,7 @@ from helpers.equality import (
     removal,
 )
 from helpers.models import unchanged
+from helpers.verification import PARITY, answered_by, native, native_pairs
 from torch import Tensor
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
@@ -217,6 +218,8 @@ def test_the_model_is_left_as_it_came_in():
 def test_what_cannot_be_sought_is_refused_by_name():
     model, (pairs, held_out) = Network(), known(60)
 
+    shown = replace(pairs.base, counterfactual_tokens=pairs.source.tokens)
+
     def sought(match: str, causal_model: CausalModel = EQUALITY, some: Pairs = pairs, **settings: Any) -> None:
         with pytest.raises(ValueError, match=match):
             align(model, causal_model, some, held_out, **{"units": UNITS} | settings)
@@ -229,6 +232,9 @@ def test_what_cannot_be_sought_is_refused_by_name():
     sought("interchanging 'left' changes the answer of no pair", some=pairs_of(*drawn(60)[:1] * 2))
     each = tls.Units((replace(FIRST, positions=torch.zeros(60, dtype=torch.long)),))
     sought("units of hook_first have a position for each example", units=each)
+    sought("units of hook_first have .* or are at a span", units=tls.Units((replace(FIRST, positions="A"),)))
+    paired = replace(removal(model, LEFT), values=tls.constants.counterfactual(model, shown, UNITS))
+    sought("subspace is given, and the reduction's removed units take their values on", reduction=paired, subspace=1)
     sought("has no blocks; name its hook points yourself", units=None)
     sought("the reduction keeps none of the units", reduction=removal(model, [Unit(site, i) for site, i in EACH]))
     model.train()
@@ -374,3 +380,15 @@ def test_a_wrong_model_of_a_trained_transformer_is_not_aligned():
     task = load_task("hierarchical_equality")
     found = align(task.model(), task.causal_models["crossed"], task.pairs(512, 0), task.pairs(1024, 50))
     assert all(accuracy < 0.8 for accuracy in found.held_out.values())
+
+
+def test_an_answer_that_is_no_choice_is_refused():
+    model = native()
+    pairs = answered_by(model, native_pairs(200))
+    few = ((pairs.base.labels[:, 3] < 3) & (pairs.source.labels[:, 3] < 3)).nonzero().flatten()
+    pairs = pairs[few]
+    base, source = (replace(side, choices=torch.arange(3)) for side in (pairs.base, pairs.source))
+    pairs = replace(pairs, base=base, source=source)
+    assert 3 in pairs.expected(PARITY, ("odd",))
+    with pytest.raises(ValueError, match=r"answer 3 \(a token\) is not among the choices of the pairs"):
+        align(model, PARITY, pairs, pairs, units=tls.heads(model), variables=["odd"], trials=2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import unchanged
+from helpers.verification import PARITY, answered_by, native, native_pairs
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
@@ -107,3 +108,14 @@ def test_what_cannot_be_learnt_is_refused():
     with pytest.raises(ValueError, match="changes the answer of no pair"):
         alike = tls.Pairs(train.base_inputs, train.base_inputs, train.base, train.base, train.answers)
         tls.boundless_das(model, added(4), "first", alike, alike, hook="hook_hidden")
+
+
+def test_half_precision_models_are_searched_too():
+    model = native().to(torch.bfloat16)
+    model.cfg.dtype = torch.bfloat16
+    some = answered_by(model, native_pairs(60))
+    settings: dict[str, Any] = {"hook": "blocks.0.hook_resid_post", "position": 1, "epochs": 1}
+    found = tls.boundless_das(model, PARITY, "odd", some, some, **settings)
+    basis = found.alignment.units["odd"][0].site.basis
+    assert basis is not None and basis.dtype == torch.float32
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-4)

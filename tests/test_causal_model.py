@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.causal_model import CausalModel, ancestors
 
 INPUTS = ("a", "b", "c", "d")
 MECHANISMS = {
@@ -195,3 +196,15 @@ def test_a_mechanism_of_another_length_is_named():
     model = CausalModel(("x",), {"y": lambda x: x[:1]}, "y")
     with pytest.raises(ValueError, match=re.escape("mechanism of 'y' returned shape (1,); one value for each of 2")):
         model.run({"x": [1, 2]})
+
+
+def test_ancestors_are_found_in_a_graph_of_very_many_ways():
+    mechanisms: dict[str, Any] = {"p0": lambda x, y: x, "q0": lambda x, y: y}
+    for step in range(1, 40):
+        made: dict[str, Any] = {}
+        before = f"lambda p{step - 1}, q{step - 1}:"
+        exec(f"p = {before} p{step - 1}\nq = {before} q{step - 1}", made)
+        mechanisms |= {f"p{step}": made["p"], f"q{step}": made["q"]}
+    model = CausalModel(("x", "y"), mechanisms, "p39")
+    assert ancestors(model, "p39") == {"x", "y", *(f"{side}{step}" for side in "pq" for step in range(39))}
+    assert ancestors(model, "p0") == {"x", "y"} and ancestors(model, "x") == set()

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tl_sparsify import constants
-from tl_sparsify.core.circuit import Circuit, Values
+from tl_sparsify.core.circuit import Circuit, NeighbourMap, Values
 from tl_sparsify.core.forward import run_values
 from tl_sparsify.core.measure import risk
 from tl_sparsify.core.reduction import Reduction, check_fingerprint, fingerprint
@@ -249,3 +249,15 @@ def test_a_reduction_of_another_model_is_refused():
         with pytest.raises(ValueError, match=says):
             call()
     assert risk(other, Reduction(mine.circuit, mine.values), data).mean > 0  # of no model in particular
+
+
+def test_a_mixture_of_nothing_is_none_and_no_entry_stands_twice(tmp_path: Path):
+    model = bridge()
+    reduction = replace(reduction_of(model), mixing=(None,) * 4)
+    reduction.save(tmp_path / "one.reduction")
+    assert reduction.mixing is None and Reduction.load(tmp_path / "one.reduction") == reduction
+    units = neurons(model)
+    circuit = Circuit(units, torch.tensor([False, True, True, True, True] * 2))
+    twice = NeighbourMap(5, torch.tensor([0, 0]), torch.tensor([2, 2]), torch.ones(2).double())
+    with pytest.raises(ValueError, match="has two weights for one row and column"):
+        Reduction(circuit, random_values(units), mixing=(twice, None))

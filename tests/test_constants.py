@@ -256,3 +256,15 @@ def test_a_refit_knows_the_originals_answers(monkeypatch: pytest.MonkeyPatch):
     again = refit(start, **settings)
     for mine, other in zip(found.values.tensors, again.values.tensors, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+def test_zeros_of_units_that_are_placed_by_example_are_those_of_the_means():
+    model, data = bridge(), examples(6)
+    where = torch.tensor([0, 1, 2, 3, 1, 2])
+    data = replace(data, spans={"there": torch.stack([where, where + 1], 1)})
+    for units in (units_of(model).at(where), units_of(model).at("there")):
+        zero, mean = constants.zero(model, data, units), constants.mean(model, data, units)
+        assert zero.units == units and all(not v.any() for v in zero.tensors)
+        assert [v.shape for v in zero.tensors] == [v.shape for v in mean.tensors]
+    with pytest.raises(ValueError, match="places of 6 examples, and there are 5"):
+        constants.zero(model, data[torch.arange(5)], units_of(model).at(where))

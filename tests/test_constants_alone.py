@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import TwoLayers, bridge, examples, fisher, inputs, seeded, unchanged, units_of
+from helpers.models import TwoLayers, bridge, examples, fisher, fresh, inputs, seeded, unchanged, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -148,3 +150,15 @@ def test_batches_do_not_matter_and_the_model_leaves_as_it_came_in(name: str):
         whole, split = rule(model, data, units), rule(model, data, units, batch_size=5)
     for one, two in zip(whole.tensors, split.tensors, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Newton constants")
+@pytest.mark.parametrize("find", [constants.curvature_weighted, partial(constants.newton, clip=False)])
+def test_a_bos_at_which_units_are_left_alone_counts_for_no_constant(find: Any):
+    model, data = fresh(), examples(20, choices=(1, 2, 3))
+    data = replace(data, tokens=torch.cat([torch.zeros(20, 1).long(), data.tokens[:, 1:].clamp_min(1)], 1))
+    rest = find(model, data, neurons(model).at(slice(1, None)))
+    model.tokenizer = SimpleNamespace(bos_token_id=0)
+    found = find(model, data, neurons(model))
+    for mine, theirs in zip(found.tensors, rest.tensors, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -9,6 +9,8 @@ import copy
 import gc
 import re
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from helpers.native import (
     fresh,
     mask,
     native,
+    random_values,
     reduction_of,
     removed,
     tokens,
@@ -274,7 +277,14 @@ def test_whether_a_model_folds_is_known_beforehand():
     assert why_not(solu, removed(heads(solu), 4)) is None
     unknown = fresh()
     unknown.cfg.architecture = "OPTForCausalLM"
+    both_ways = fresh("LNPre, ReLU, bidirectional")
+    both_ways.tokenizer = SimpleNamespace(bos_token_id=0)
+    bos = Reduction(Circuit.empty(heads(both_ways)), random_values(heads(both_ways), both_ways, 0))
     refused = [(solu, removed(neurons(solu), 1)), (unknown, reduction), (torch.nn.Linear(2, 2).eval(), reduction)]
+    refused += [(both_ways, bos)]
+    without = replace(bos, first_token="none")
+    assert distance(both_ways, without, fold(both_ways, without), tokens()) <= 1e-9
+    assert "the model attends both ways" in str(why_not(both_ways, bos))
     for one, some in refused:
         why = why_not(one, some)
         assert why is not None

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.files import LOAD, full_disk, word_tokenizer
-from helpers.native import VARIANTS, distance, fresh, mask, native, reduction_of, tokens, units_of
+from helpers.native import VARIANTS, distance, fresh, mask, native, random_values, reduction_of, tokens, units_of
 from safetensors.torch import load_file
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
-from tl_sparsify.core.reduction import fingerprint
+from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.reduction import Reduction, fingerprint
 from tl_sparsify.folding.bridge import load_folded, save_folded
 from tl_sparsify.folding.fold import fold
 
@@ -124,3 +125,23 @@ def test_an_interruption_between_two_renamings_leaves_the_older_model(tmp_path: 
         save_folded(fold(native(), reduction_of(native(), ["L0H1"])), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert load_folded(tmp_path / "model").units == folded.units
+
+
+def test_the_stream_of_an_older_file_is_completed(tmp_path: Path):
+    """Older versions held what stands after each block at a beginning-of-sequence token, not what stands before."""
+    model = fresh()
+    model.tokenizer = word_tokenizer(tmp_path / "words")
+    units = units_of(model)
+    reduction = Reduction(Circuit(units, mask(units, ["some", "one"], 4)), random_values(units, model, 4))
+    folded = fold(model, reduction)
+    assert folded.first_stream is not None and folded.first_stream.shape == (4, 16)
+    bos = torch.zeros(3, 9, dtype=torch.long)
+    whole, folded.first_stream = folded.first_stream, folded.first_stream[1:]
+    save_folded(folded, tmp_path / "model")
+    loaded = load_folded(tmp_path / "model")
+    torch.testing.assert_close(loaded.first_stream, whole)
+    assert distance(model, reduction, loaded, bos) <= 1e-6  # norms cast to float32
+    folded.first_stream = whole[2:]
+    save_folded(folded, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"first_stream is of shape \(2, 16\); it is finite numbers of shape \(4"):
+        load_folded(tmp_path / "other")

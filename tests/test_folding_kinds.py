@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.architectures import CONFIGS, UNEVEN, bridge, fresh, one_by_one
+from helpers.files import word_tokenizer
 from helpers.models import NoCasts
 from helpers.native import PATTERNS, SEEDS, VARIANTS, ablated, distance, mask, native, tokens, units_of
+from helpers.native import fresh as native_fresh
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -253,3 +256,21 @@ def test_models_with_processed_weights(name: str, tmp_path: Path):
     model.eval()
     reduction = uneven(model, 4)
     assert distance(model, reduction, fold(model, reduction), tokens()) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "plain"])
+def test_directions_left_alone_at_the_bos_are_so_for_what_reads_it(name: str, tmp_path: Path):
+    model = (native_fresh if name in VARIANTS else fresh)(name)
+    model.tokenizer = word_tokenizer(tmp_path / "words")
+    inputs = torch.cat([torch.zeros(3, 1, dtype=torch.long), tokens()[:, 1:].clamp_min(2)], 1)
+    sites = [site for site in all_units(model, 3).sites if site.kind in ("direction", "stream")]
+    before = [site for site in sites if site.hook.endswith("resid_pre")]
+    for some in ([before[0]], [before[1]], [sites[-1]], sites):
+        units = Units(tuple(some))
+        reduction = reduction_of(model, units, torch.zeros(len(units), dtype=torch.bool), 3)
+        reduction = replace(reduction, first_token="bos", fingerprint=None)  # which casts, too
+        with NoCasts():
+            folded = fold(model, reduction)
+        assert distance(model, reduction, folded, inputs) <= 1e-9
+    save_folded(folded, tmp_path / "model")
+    assert distance(model, reduction, load_folded(tmp_path / "model"), inputs) <= 1e-9

@@ -224,6 +224,8 @@ def test_what_cannot_be_scrubbed_is_refused():
     each = [unit.at(torch.zeros(20, dtype=torch.long)) for unit in TRUE.units["left"]]
     with pytest.raises(ValueError, match="have a position for each example"):
         tls.scrub(model, EQUALITY, tls.Alignment({"left": each}), pairs)
+    with pytest.raises(ValueError, match="units of 'left' are at a span"):
+        tls.scrub(model, EQUALITY, tls.Alignment({"left": [unit.at("A") for unit in TRUE.units["left"]]}), pairs)
     with pytest.raises(ValueError, match="draws"):
         tls.scrub(model, EQUALITY, TRUE, pairs, draws=0)
 
@@ -248,3 +250,14 @@ def test_a_model_against_itself_differs_nowhere_and_tells_nothing():
     with pytest.raises(ValueError, match="alignment names 'left'; other has"):
         other = tls.CausalModel(("a", "b", "c", "d"), {"same": lambda a, b: a == b}, "same")
         tls.contrast(network(), EQUALITY, other, TRUE, pairs_of(*drawn(20)))
+
+
+def test_values_without_an_order_are_told_apart():
+    mechanisms = EQUALITY.mechanisms | {"left": lambda a, b: np.array([None if x else 1 for x in a == b], dtype=object)}
+    model = tls.CausalModel(EQUALITY.inputs, mechanisms | {"same": lambda left, right: (left == None) == right}, "same")  # noqa: E711
+    pairs = pairs_of(*drawn(60))
+    found, expected = (tls.scrub(network(), one, TRUE, pairs, draws=2) for one in (model, EQUALITY))
+    assert found.verdict == expected.verdict == "accepted"
+    several = tls.CausalModel(EQUALITY.inputs, EQUALITY.mechanisms | {"same": lambda a, b: np.stack([a, b], 1)}, "same")
+    with pytest.raises(ValueError, match="output 'same' has several values for each pair; an answer is one"):
+        tls.scrub(network(), several, TRUE, pairs, draws=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers.models import bridge, examples, random_mask, random_values, seeded, units_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +92,34 @@ def test_a_table_is_read_by_name_and_saved(tmp_path: Path):
     assert json.loads((tmp_path / "table.json").read_text())["left_out"] == dict(table.left_out)
     with pytest.raises(ValueError, match=r"table\.xls"):
         table.save(tmp_path / "table.xls")
+
+
+def test_positions_of_each_example_are_its_own_or_the_test_is_left_out():
+    """The same places as a span, which every half has of its own, and as a position for each example."""
+    model, data = bridge(), examples(12)
+    where = torch.randint(0, 4, (12,), generator=seeded(5))
+    data = replace(data, spans={"there": torch.stack([where, where + 1], 1)})
+    kept = random_mask(units_of(model), 1)
+    by_span, by_example = (
+        tls.Reduction(tls.Circuit(units, kept), random_values(units))
+        for units in (units_of(model).at("there"), units_of(model).at(where))
+    )
+    few: dict[str, Any] = {"draws": 3, "bootstrap": 20, "others": {"other": examples(9, 3)}, "templates": [0, 1] * 6}
+    found = tls.stress(model, by_example, data, **few)
+    assert {row.row for row in found.rows} == {"hypotheses"} and len(found.left_out) == 6
+    assert all("a position for each example" in why for why in found.left_out.values())
+    expected = tls.stress(model, by_span, data, rows=("hypotheses",), **few)
+    frames = (one.frame().drop(columns="because") for one in (found, expected))  # which names the places
+    pd.testing.assert_frame_equal(*frames)
+    with pytest.raises(ValueError, match="places of 12 examples, and there are 6"):
+        removing(by_example, by_example.circuit, data[torch.arange(6)])
+    with pytest.raises(ValueError, match="places of 12 examples, and there are 6"):
+        tls.stress(model, by_example, data[torch.arange(6)], **few)
+
+
+def test_values_on_counterfactual_inputs_are_refused_by_name():
+    model, data = bridge(), examples(12)
+    paired = tls.constants.counterfactual(model, data, units_of(model))
+    reduction = tls.constants.reduced(model, tls.Circuit(paired.units, random_mask(paired.units, 1)), paired)
+    with pytest.raises(ValueError, match="values on counterfactual inputs, and the tests need constants"):
+        tls.stress(model, reduction, data, rows=("minimality",))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import unchanged
+from helpers.models import shaken, unchanged
+from helpers.verification import PARITY, native_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_align import BITS, TURNED, bits, turned
 from torch import Tensor
-from transformer_lens import HookedRootModule
+from transformer_lens import HookedRootModule, TransformerBridge, TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
 import tl_sparsify as tls
@@ -136,3 +137,13 @@ def test_what_cannot_be_split_is_refused():
         tls.split_subspace(model, TURNED, tls.Alignment({"first": [tls.neurons(model)["L0N0"]]}), bits(40, 0))
     with pytest.raises(ValueError, match="alignment names 'third'"):
         tls.split_subspace(model, TURNED, tls.Alignment({"third": units}), bits(40, 0))
+
+
+def test_the_gate_reads_the_stream():
+    config = {"d_model": 32, "d_head": 2, "n_heads": 1, "n_layers": 2, "n_ctx": 4, "d_vocab": 6, "d_mlp": 4}
+    config |= {"act_fn": "silu", "gated_mlp": True, "normalization_type": None, "seed": 0}
+    model = shaken(TransformerBridge.boot_native(TransformerBridgeConfig(**config), dtype=torch.float64), 0.4)
+    gate = torch.linalg.qr(model.blocks[1].mlp.W_gate.detach()).Q[:, :1]
+    units = list(tls.directions(model, "blocks.0.hook_resid_post", gate).at(1))
+    found = tls.split_subspace(model, PARITY, tls.Alignment({"odd": units}), native_pairs(20))
+    assert found.part("odd", "visible").share == pytest.approx(1) and found.part("odd", "null").rank == 0

@@ -163,3 +163,15 @@ def test_verify_says_what_each_row_is_for_and_judges_the_true_alignment_and_a_wr
     wrong = verify(Network(), EQUALITY, Alignment({"left": RIGHT, "right": LEFT, "same": [BOTH, NEITHER]}),
                    pairs_of(*drawn()))  # fmt: skip
     assert [wrong.verdict(v).accepted for v in ("left", "right", "same")] == [False, False, True]
+
+
+def test_of_a_variable_that_changes_no_answer_nothing_is_told():
+    found = evidence(original={"accuracy_changed": math.nan, "changes": 0.0})
+    left = found.verdict("left")
+    assert (left.verdict, left.accepted) == ("cannot tell", False)
+    assert left.reservation.startswith("left changes the expected answer of no pair that counts")
+    assert found.verdict("left", "reduced").accepted
+    assert evidence(original={"accuracy_changed": math.nan, "accuracy": 0.9}).verdict("left").verdict == "rejected"
+    same = drawn(60)[0]
+    measured = verify(Network(), EQUALITY, TRUE, pairs_of(same, same), draws=1)
+    assert measured.accuracy("left") == 1 and measured.verdict("left").verdict == "cannot tell"

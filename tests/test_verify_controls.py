@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.equality import (
@@ -40,8 +42,10 @@ from transformer_lens.tools.analysis.interchange import (
 
 from tl_sparsify import (
     Alignment,
+    Examples,
     Site,
     Unit,
+    heads,
     verify,
 )
 from tl_sparsify.abstraction.certificates import confidence_sequence
@@ -169,3 +173,25 @@ def test_other_units_have_no_placebo():
     ):
         frame = verify(native(), PARITY, Alignment({"answer": units}), native_pairs(20), draws=1).to_frame()
         assert "norm-matched random subspace" not in set(frame.intervention)
+
+
+def test_units_at_spans_are_where_their_positions_are():
+    model, pairs = native(), native_pairs(40)
+
+    def with_spans(side: Examples) -> Examples:
+        return replace(side, spans={"first": torch.tensor([[1, 2]] * 40), "second": torch.tensor([[2, 3]] * 40)})
+
+    pairs = replace(pairs, base=with_spans(pairs.base), source=with_spans(pairs.source))
+    found, expected = (
+        verify(
+            model,
+            PARITY,
+            Alignment({"odd": [heads(model)["L0H0"].at(one)], "more": [heads(model)["L0H0"].at(two)]}),
+            pairs,
+            draws=2,
+        )
+        for one, two in (("first", "second"), (1, 2))
+    )
+    assert found.to_frame().equals(expected.to_frame())
+    for variable in ("odd", "more"):
+        assert row(found, variable, intervention="random units").units == 1

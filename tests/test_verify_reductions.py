@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,6 +35,7 @@ from helpers.verification import (
     native_pairs,
     reduction_of_native,
     row,
+    stream_units,
     swapped,
 )
 
@@ -44,8 +47,14 @@ from tl_sparsify import (
     Unit,
     Units,
     Values,
+    attentions,
+    constants,
     fingerprint,
     fold,
+    heads,
+    mlps,
+    neurons,
+    run_values,
     verify,
 )
 
@@ -198,3 +207,58 @@ def test_the_margin_bound_is_that_of_the_two_models_logits():
     smaller = Reduction(Circuit(UNITS, mask), reduction.values, fingerprint=fingerprint(model))
     [row] = [r for r in verify(model, EQUALITY, TRUE, pairs, reduced=smaller).rows if "kept units" in r.intervention]
     assert 1 - row.accuracy <= row.margin_bound <= 1
+
+
+def test_removed_units_take_each_run_s_counterfactual_in_every_control():
+    """The same counterfactual for all: its values at a position are constants, and so is what each control finds."""
+    model, pairs = native(), native_pairs(40)
+    other = torch.tensor([[5, 4, 3, 2]]).expand(40, -1)
+    pairs = replace(
+        pairs,
+        base=replace(pairs.base, counterfactual_tokens=other),
+        source=replace(pairs.source, counterfactual_tokens=other),
+    )
+    units = heads(model).at(1)
+    paired = constants.counterfactual(model, pairs.base, units)
+    constant = Values(units, tuple(v[0, 1] for v in run_values(model, pairs.base.counterfactuals[:1], units).tensors))
+    circuit = ~Circuit.of(units, [units.names[1], units.names[2]])
+    alignment = Alignment({"odd": stream_units(2, 0, 1), "more": [heads(model)["L0H0"].at(2)]})
+    found, expected = (
+        verify(model, PARITY, alignment, pairs, reduced=constants.reduced(model, circuit, values), draws=2).to_frame()
+        for values in (paired, constant)
+    )
+    assert "norm-matched random subspace" in set(found[found.model == "reduced"].intervention)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_single_choice_is_never_another():
+    pairs = native_pairs(40)
+    zero = ((pairs.base.labels[:, 3] == 0) & (pairs.source.labels[:, 3] == 0)).nonzero().flatten()
+    pairs = pairs[zero]
+    pairs = replace(
+        pairs,
+        base=replace(pairs.base, choices=torch.tensor([0])),
+        source=replace(pairs.source, choices=torch.tensor([0])),
+    )
+    found = row(
+        verify(native(), PARITY, NATIVE, pairs, reduced=reduction_of_native(["L0H1"]), draws=1),
+        "(none)", "reduced", AGREEMENT,
+    )  # fmt: skip
+    assert (found.accuracy, found.margin_bound) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("gone", ["L0ATTN", "L0MLP"])
+@pytest.mark.parametrize("piecewise", [False, True])
+def test_parts_of_a_removed_layer_and_the_layer_itself_are_gone_in_reduction_and_fold(gone: str, piecewise: bool):
+    model, pairs = native(), native_pairs(40)
+    family, whole, part = (heads, attentions, "L0H1") if gone == "L0ATTN" else (neurons, mlps, "L0N1")
+    units = family(model) if piecewise else whole(model)
+    removed = [name for name in units.names if name.startswith("L0")]
+    values = constants.mean(model, pairs.base, units)
+    reduction = constants.reduced(model, ~Circuit.of(units, removed), values)
+    alignment = Alignment({"odd": [family(model)[part].at(2)], "more": [whole(model)[gone].at(2)]})
+    for tested in (reduction, fold(model, reduction)):
+        found = verify(model, PARITY, alignment, pairs, reduced=tested, draws=0)
+        for variable in ("odd", "more"):
+            line = row(found, variable, "reduced")
+            assert (line.units, line.removed) == (0, 1) and row(found, variable).units == 1

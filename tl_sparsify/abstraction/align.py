@@ -140,8 +140,9 @@ def align(
     Raises:
         ValueError: a model in training mode, no variables, one that the causal model lacks or whose interchange changes
             no answer, a reduction of another model or without any of the units, pairs of which the model answers fewer
-            than four right, units (or a reduction) with a position for each example, fewer than two trials, a negative
-            ``tolerance``, a ``subspace`` that the stream does not hold.
+            than four right, units (or a reduction) at a span or with a position for each example, fewer than two
+            trials, a negative ``tolerance``, a ``subspace`` that the stream does not hold, or in a reduction of
+            counterfactual values.
 
     Example:
         >>> found = tls.align(
@@ -155,6 +156,11 @@ def align(
         raise ValueError(f"tolerance is {tolerance}; it must not be negative")
     if subspace is not None:
         check_count("subspace", subspace)
+        if reduction is not None and reduction.values.paired:
+            raise ValueError(
+                "subspace is given, and the reduction's removed units take their values on counterfactual inputs, on "
+                "which nothing is learnt: leave subspace out, or give a reduction with constants"
+            )
     wanted = tuple(v for v in causal_model.variables if v != causal_model.output) if variables is None else variables
     everywhere = families(model) if units is None else units
     _check(causal_model, wanted, everywhere, reduction, trials)
@@ -212,8 +218,10 @@ def _check(
     if trials is not None and trials < 2:
         raise ValueError(f"trials is {trials}; a search takes at least two")
     for site in (*units.sites, *(() if reduction is None else reduction.units.sites)):
-        if isinstance(site.positions, Tensor):
-            raise ValueError(f"units of {site.hook} have a position for each example; name positions that all share")
+        if isinstance(site.positions, Tensor | str):
+            raise ValueError(
+                f"units of {site.hook} have a position for each example or are at a span; name positions that all share"
+            )
 
 
 def _held(*several: Pairs) -> Bool[Tensor, "#pos"]:

@@ -277,7 +277,8 @@ def _boundless(trial: _Trial, price: float) -> tuple[Float[Tensor, "width rank"]
     with intervened(trial.model):
         taken = collect_activations(trial.model, trial.hook, torch.arange(n, 2 * n), task_logits, positions=places)
     width = taken.shape[1]
-    rotation = _Rotation(width, trial.seed).to(taken.dtype)
+    # half precision has no exponential of a matrix, and rounds small steps away
+    rotation = _Rotation(width, trial.seed).to(torch.promote_types(taken.dtype, torch.float32))
     optimizer = torch.optim.Adam(
         [
             {"params": rotation.turned.parameters(), "lr": _RATE},

@@ -178,6 +178,15 @@ class CausalModel:
         return value
 
 
+def ancestors(causal_model: CausalModel, variable: str) -> set[str]:
+    """The variables and inputs that a variable is computed from, at once or by way of others."""
+    found = set(causal_model.parents.get(variable, ()))
+    for name in reversed(causal_model.variables):  # children before their parents
+        if name in found:
+            found |= set(causal_model.parents[name])
+    return found
+
+
 def _parents(name: str, mechanism: Callable[..., Any]) -> tuple[str, ...]:
     try:
         parameters = inspect.signature(mechanism).parameters.values()

@@ -28,11 +28,11 @@ from transformer_lens.tools.analysis.interchange import (
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
-from tl_sparsify.abstraction.interchange import TestedModel, families, selected_apart, tokens
+from tl_sparsify.abstraction.interchange import TestedModel, ablation, families, selected_apart, tokens
 from tl_sparsify.core.edges import edges
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, shared_batches
-from tl_sparsify.core.intervene import ablate, intervened
+from tl_sparsify.core.intervene import intervened
 from tl_sparsify.core.memory import device_of, dtype_of
 from tl_sparsify.core.site import Site
 from tl_sparsify.core.units import Unit, Units, residuals, select
@@ -81,27 +81,32 @@ def random_units(chosen: Sequence[Unit], candidates: Mapping[Site, Sequence[int]
 
 
 def others(
-    subject: TestedModel, alignment: Alignment, chosen: Sequence[Unit], shape: tuple[int, int]
+    subject: TestedModel,
+    alignment: Alignment,
+    chosen: Sequence[Unit],
+    shape: tuple[int, int],
+    spans: Mapping[str, Int[Tensor, "n 2"]] | None = None,
 ) -> dict[Site, list[int]]:
     """For each site of ``chosen`` its units that this model has and no variable is aligned with at these positions, for
-    inputs of a shape; none for a site without any."""
+    inputs of a shape, with these spans; none for a site without any."""
     aligned: dict[Unit, list[Site]] = {}
     for unit in (unit for units in alignment.units.values() for unit in units):
         aligned.setdefault(unit.at(None), []).append(unit.site)
 
     def free(unit: Unit) -> bool:
-        return not any(_meet(unit.site, site, shape) for site in aligned.get(unit.at(None), ()))
+        return not any(_meet(unit.site, site, shape, spans) for site in aligned.get(unit.at(None), ()))
 
     every = {site: [Unit(site, i) for i in range(site.size)] for site in dict.fromkeys(unit.site for unit in chosen)}
     found = {site: [unit.index for unit in units if subject.has(unit) and free(unit)] for site, units in every.items()}
     return {site: numbers for site, numbers in found.items() if numbers}
 
 
-def _meet(one: Site, two: Site, shape: tuple[int, int]) -> bool:
+def _meet(one: Site, two: Site, shape: tuple[int, int], spans: Mapping[str, Int[Tensor, "n 2"]] | None) -> bool:
     """Whether two sites name a position in common, for some example."""
     if one == two or one.positions is None or two.positions is None:
         return True
-    masks = [site.position_mask(*shape) for site in (one, two)]
+    every = torch.arange(shape[0])
+    masks = [site.for_examples(every, spans).position_mask(*shape) for site in (one, two)]
     return any(mask is None for mask in masks) or bool((masks[0] & masks[1]).any())  # type: ignore[operator]
 
 
@@ -182,10 +187,9 @@ def placebo(
         for index, base in shared_batches(model, pairs.base, batch_size):
             source = pairs.source[index]
             settings: dict[str, Any] = {"positions": places[index], "batch_size": len(index)}
-            here = subject.removal
-            removed = () if here is None else (ablate(here.for_examples(index, pairs.base.spans)),)
-            with intervened(model, *removed):
+            with intervened(model, *ablation(subject, pairs.source, index, pairs.base)):
                 values = collect_activations(model, site.hook, source.tokens, _task(model, source), **settings)
+            with intervened(model, *ablation(subject, pairs.base, index, pairs.base)):
                 task = _task(model, base)
                 yield [
                     intervened_logits(model, site.hook, move, base.tokens, values, task, **settings) for move in moves
@@ -211,5 +215,8 @@ def _one_position(site: Site, base: Examples) -> Int[Tensor, "n"] | None:
 def made_up(pairs: Pairs, seed: int) -> Int[Tensor, "n"]:
     """For each source a made-up answer, always the same for the same source (TransformerLens)."""
     keys = list(zip(*(map(str, values) for values in pairs.source_inputs.values()), strict=True))
-    known = torch.tensor(sorted(set(pairs.answers.values())))
+    possible = set(pairs.answers.values())
+    if pairs.base.choices is not None:
+        possible &= set(pairs.base.choices.tolist())
+    known = torch.tensor(sorted(possible))
     return known[arbitrary_targets(keys, len(known), seed)]

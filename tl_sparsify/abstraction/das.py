@@ -17,7 +17,7 @@ from transformer_lens.tools.analysis.interchange import fit_das
 
 from tl_sparsify._internal.ranks import gathered
 from tl_sparsify.abstraction.evidence import Pairs
-from tl_sparsify.abstraction.interchange import TestedModel, interchange_gradients
+from tl_sparsify.abstraction.interchange import TestedModel, columns_of, interchange_gradients
 from tl_sparsify.core.basis import directions
 from tl_sparsify.core.forward import answer_logits
 from tl_sparsify.core.intervene import ablate, intervened
@@ -82,7 +82,7 @@ def asked(
         side = base if int(numbers[0]) < n else pairs.source
         return answer_logits(model, replace(side[numbers % n], choices=known))
 
-    return (expected[:, None] == known).int().argmax(1), task_logits
+    return columns_of(expected, known), task_logits
 
 
 def _promising(

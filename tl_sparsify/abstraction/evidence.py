@@ -102,6 +102,10 @@ class Pairs:
         its own of ``sources``."""
         source = {variable: (sources or {}).get(variable, self.source_inputs) for variable in variables}
         output = causal_model.interchange(self.base_inputs, source)[causal_model.output]
+        if np.ndim(output) != 1:
+            raise ValueError(
+                f"the causal model's output {causal_model.output!r} has several values for each pair; an answer is one"
+            )
         unknown = set(np.asarray(output).tolist()) - set(self.answers)
         if unknown:
             raise ValueError(f"answers has no token for the causal model's output {sorted(map(str, unknown))}")

@@ -32,6 +32,7 @@ from tl_sparsify.core.units import Model, Unit, Units, heads, neurons, select
 Swap = tuple[Sequence[Unit], Examples]
 """Units, and the source inputs that they take their values from."""
 _FAMILIES = {"head": heads, "neuron": neurons}
+_WHOLE = {"head": "attention", "neuron": "mlp"}
 
 
 def families(model: Model) -> Units:
@@ -65,14 +66,26 @@ class TestedModel:
     __test__: ClassVar[bool] = False  # pytest takes a class of such a name for a test
 
     @cached_property
-    def _gone(self) -> frozenset[str]:
-        return frozenset() if self.removal is None else frozenset((~self.removal.circuit).names)
+    def _gone(self) -> set[str]:
+        if self.removal is None:
+            return set()
+        units, mask = self.removal.units, self.removal.circuit.mask
+        parts = zip(units.sites, units.split(mask), strict=True)
+        empty = {
+            _layer(site) for site, keep in parts if site.kind in _WHOLE and site.positions is None and not keep.any()
+        }
+        return empty.union((~self.removal.circuit).names)
 
     def has(self, unit: Unit) -> bool:
-        """Whether this model still has the unit; what no reduction removes is there."""
-        if self.own_names is not None:
-            return unit.site.kind not in _FAMILIES or bare(unit) in self.own_names
-        return self._gone.isdisjoint((unit.name, bare(unit)))
+        """Whether this model still has the unit; what no reduction removes is there. Whole layers without heads or
+        neurons, and these in whole layers that are removed, are gone, too."""
+        if self.own_names is None:
+            return self._gone.isdisjoint((unit.name, bare(unit), _layer(unit.site)))
+        if unit.site.kind in _FAMILIES:
+            return bare(unit) in self.own_names
+        part = next((part for part, whole in _WHOLE.items() if whole == unit.site.kind), None)
+        prefix = "" if part is None else Site(part, unit.site.layer, unit.site.hook, 1).prefix
+        return part is None or any(name.startswith(prefix) for name in self.own_names)
 
     def own(self, chosen: Iterable[Unit]) -> list[Unit]:
         """The chosen units that this model still has, under its own names."""
@@ -93,6 +106,12 @@ class TestedModel:
         return self if self.removal is None else replace(self, removal=self.removal.for_examples(index))
 
 
+def _layer(site: Site) -> str:
+    """The name of the whole layer that heads or neurons are parts of, or that it is; empty for other units."""
+    kind = _WHOLE.get(site.kind, site.kind)
+    return Site(kind, site.layer, site.hook, 1).name(0) if kind in _WHOLE.values() else ""
+
+
 def bare(unit: Unit) -> str:
     """A unit's name without positions."""
     return unit.at(None).name
@@ -109,7 +128,7 @@ def logits(
 
     def parts() -> Iterator[list[Tensor]]:
         for index, batch in shared_batches(model, base, batch_size):
-            removed = _removal(subject, base, index, base)
+            removed = ablation(subject, base, index, base)
             taken = _taken(subject, swaps, base, index)
             found: list[Tensor] = []
             for some in swaps:
@@ -137,7 +156,7 @@ def _taken(
     for key, (source, sites) in sources.items():
         groups = _named_apart(sites)
         here = [group.for_examples(index, base.spans) for group in groups]
-        removed = _removal(subject, source, index, base) if here else ()
+        removed = ablation(subject, source, index, base) if here else ()
         taken = values_of(subject.model, source[index], here, removed)
         read = (value for part in taken for value in part.tensors)
         values[key] = dict(zip((site for group in groups for site in group.sites), read, strict=True))
@@ -153,7 +172,7 @@ def _taken(
     return swap
 
 
-def _removal(
+def ablation(
     subject: TestedModel, examples: Examples, index: Int[Tensor, "batch"], base: Examples
 ) -> tuple[Intervention, ...]:
     """What is ablated while the examples ``index`` run, with units at the base's spans; where removed units take their
@@ -173,13 +192,16 @@ def selected_apart(units: Iterable[Unit]) -> list[tuple[Units, Bool[Tensor, "uni
 
 
 def _named_apart(sites: Iterable[Site]) -> list[Units]:
-    """The sites in groups without two units of one name: two bases at one hook point name theirs alike."""
+    """The sites in groups without two units of one name: two bases at one hook point name theirs alike, and so do two
+    spans once they are placed."""
     groups: list[dict[str, Site]] = []
     for site in sites:
-        free = next((group for group in groups if site.name(0) not in group), None)
+        somewhere = torch.zeros(1, dtype=torch.long)
+        name = (replace(site, positions=somewhere) if isinstance(site.positions, str) else site).name(0)
+        free = next((group for group in groups if name not in group), None)
         if free is None:
             groups.append(free := {})
-        free[site.name(0)] = site
+        free[name] = site
     return [Units(tuple(group.values())) for group in groups]
 
 
@@ -194,6 +216,23 @@ def tokens(rows: Float[Tensor, "n choices"], base: Examples) -> Int[Tensor, "n"]
     """The answer of each row of logits, as a token."""
     best = rows.argmax(1)
     return best if base.choices is None else base.choices.cpu()[best]
+
+
+def columns_of(answers: Int[Tensor, "n"], choices: Int[Tensor, "k"] | None) -> Int[Tensor, "n"]:
+    """Where each answer stands among the choices.
+
+    Raises:
+        ValueError: an answer that is none of them.
+    """
+    if choices is None:
+        return answers
+    same = answers[:, None] == choices.cpu()
+    if not bool((there := same.any(1)).all()):
+        raise ValueError(
+            f"the causal model's answer {int(answers[~there][0])} (a token) is not among the choices of the pairs: "
+            "give choices that hold every answer"
+        )
+    return same.int().argmax(1)
 
 
 def right_answers(examples: Examples) -> Int[Tensor, "n"]:
@@ -220,8 +259,8 @@ def interchange_gradients(
     model, gone = subject.model, _removed_edges(subject, units)
     for index, batch in shared_batches(model, base, batch_size):
         with torch.no_grad():
-            removed = _removal(subject, base, index, base)
-            [taken] = values_of(model, source[index], (units,), _removal(subject, source, index, base))
+            removed = ablation(subject, base, index, base)
+            [taken] = values_of(model, source[index], (units,), ablation(subject, source, index, base))
         steps: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
         for level in levels:
@@ -257,8 +296,7 @@ def _removed_edges(subject: TestedModel, units: Units) -> Bool[Tensor, "units"]:
 
 def _log_odds(logits: Float[Tensor, "n choices"], batch: Examples, answer: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """The logit of ``answer`` minus the log-sum-exp of the others."""
-    column = answer if batch.choices is None else (answer[:, None] == batch.choices.cpu()).int().argmax(1)
-    column = column.to(logits.device)[:, None]
+    column = columns_of(answer, batch.choices).to(logits.device)[:, None]
     return logits.gather(1, column)[:, 0] - logits.scatter(1, column, float("-inf")).logsumexp(1)
 
 
@@ -280,10 +318,10 @@ def randomly_interchanged(
 
     def parts() -> Iterator[Tensor]:
         for index, batch in shared_batches(subject.model, base, batch_size):
-            removed = _removal(subject, base, index, base)
+            removed = ablation(subject, base, index, base)
             draw = _random.uniform(seed, 61, index[:, None], torch.arange(len(own)))
             swapped: list[Intervention] = []
-            values = values_of(subject.model, source[index], groups, _removal(subject, source, index, base))
+            values = values_of(subject.model, source[index], groups, ablation(subject, source, index, base))
             for group, place, taken in zip(groups, places, values, strict=True):
                 keep = torch.ones(len(index), len(group))
                 keep[:, [flat for _, flat in place]] = (draw[:, [i for i, _ in place]] >= probability).to(keep)

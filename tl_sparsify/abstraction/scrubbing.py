@@ -30,7 +30,7 @@ from tl_sparsify.abstraction.causal_model import CausalModel
 from tl_sparsify.abstraction.certificates import confidence_sequence
 from tl_sparsify.abstraction.controls import others, random_units
 from tl_sparsify.abstraction.evidence import Alignment, Pairs
-from tl_sparsify.abstraction.interchange import TestedModel, logits, selected_apart, tokens, values_of
+from tl_sparsify.abstraction.interchange import TestedModel, columns_of, logits, selected_apart, tokens, values_of
 from tl_sparsify.abstraction.verdicts import GOAL, TOLD_APART, accepted
 from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, check_model, shared_batches
@@ -174,8 +174,8 @@ def scrub(
     answer) is computed from it, and three for the control.
 
     Raises:
-        ValueError: a model in training mode, a variable that the causal model lacks, no draws, units with a position
-            for each example, an alignment of the output alone.
+        ValueError: a model in training mode, a variable that the causal model lacks, no draws, units at a span or with
+            a position for each example, an alignment of the output alone, an answer that is not among the choices.
 
     Example:
         >>> found = tls.scrub(model, task.causal_model, task.alignment, pairs, draws=1)
@@ -187,8 +187,11 @@ def scrub(
     for variable in alignment.variables:
         if variable not in causal_model.variables:
             raise ValueError(f"alignment names {variable!r}; the causal model has {', '.join(causal_model.variables)}")
-        if any(isinstance(unit.site.positions, Tensor) for unit in alignment.units[variable]):
-            raise ValueError(f"units of {variable!r} have a position for each example; name positions that all share")
+        if any(isinstance(unit.site.positions, Tensor | str) for unit in alignment.units[variable]):
+            raise ValueError(
+                f"units of {variable!r} have a position for each example or are at a span; name positions that "
+                "all share"
+            )
     if set(alignment.variables) <= {causal_model.output}:
         raise ValueError(
             f"alignment names no variable besides the output {causal_model.output!r}: nothing that leads to it would "
@@ -349,7 +352,7 @@ def _judged(
     draws: Sequence[Float[Tensor, "n choices"]], expected: Int[Tensor, "n"], base: Examples
 ) -> tuple[Float[Tensor, "draws n"], Float[Tensor, "draws n"]]:
     """For each draw and example whether the answer is the expected one, and its cross-entropy."""
-    column = expected if base.choices is None else (expected[:, None] == base.choices.cpu()).int().argmax(1)
+    column = columns_of(expected, base.choices)
     hits = torch.stack([(tokens(rows, base) == expected).double() for rows in draws])
     losses = torch.stack([-rows.double().log_softmax(1).gather(1, column[:, None])[:, 0] for rows in draws])
     return hits, losses
@@ -368,7 +371,15 @@ def _before(causal_model: CausalModel, aligned: Sequence[str], variable: str | N
 
 def _groups(values: Mapping[str, np.ndarray], names: Sequence[str], n: int) -> Int[Tensor, "n"]:
     """A number for each example; equal where the values of all names are."""
-    columns = [np.unique(np.asarray(values[name]), axis=0, return_inverse=True)[1].reshape(n) for name in names]
+    columns = [_numbered(np.asarray(values[name])).reshape(n) for name in names]
     if not columns:
         return torch.zeros(n, dtype=torch.long)
     return torch.from_numpy(np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].reshape(n))
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """A number for each value, the same for equal ones."""
+    if values.dtype != object:
+        return np.unique(values, axis=0, return_inverse=True)[1]
+    number: dict[Any, int] = {}  # None and 1 have no order
+    return np.array([number.setdefault(value, len(number)) for value in values.tolist()])

@@ -195,5 +195,5 @@ def _seen(model: Any, hook: str, readers: Mapping[str, Tensor]) -> Float[Tensor,
         if late and hasattr(here, "attn"):
             read += [w.movedim(0, 1).flatten(1) for w in (here.attn.W_Q, here.attn.W_K, here.attn.W_V)]
         if (late or parts[2] == "hook_resid_mid") and hasattr(here, "mlp"):
-            read.append(here.mlp.W_in)
+            read += [w for w in (here.mlp.W_in, getattr(here.mlp, "W_gate", None)) if w is not None]
     return torch.cat([w.detach().double().cpu() for w in read], 1)

@@ -55,7 +55,8 @@ class Verdict:
         model, variable: what is judged; `` (a source each)`` is added to a set whose variables have separate sources.
         accuracy, changed, lower: interchange accuracy, the same where the answer should change, and its lower bound.
         accepted: whether both accuracies reach :data:`GOAL` and :data:`GOAL_CHANGED` on pairs of which at least
-            :data:`TOLD_APART` tell the variable from the answer, where it is not the answer itself.
+            :data:`TOLD_APART` tell the variable from the answer, where it is not the answer itself, and of which some
+            should change.
         control, control_accuracy, control_units: the best of its controls, with the units that it interchanges; empty
             and NaN where there is none.
         passing: the controls that would be accepted too.
@@ -90,8 +91,13 @@ class Verdict:
 
     @property
     def reservation(self) -> str:
-        """What must be said beside the verdict, with the mend: that the pairs cannot tell the variable from the answer,
-        or that the variable is the answer. Empty where there is nothing to say."""
+        """What must be said beside the verdict, with the mend: that no answer should change, that the pairs cannot
+        tell the variable from the answer, or that the variable is the answer. Empty where there is nothing to say."""
+        if self.verdict == "cannot tell" and np.isnan(self.changed):
+            return (
+                f"{self.variable} changes the expected answer of no pair that counts: units that carry nothing are "
+                "right on all of them. Give pairs in which it does."
+            )
         if self.is_answer:
             said = f"{self.variable} is the answer or fixes it alone, so that no pair can tell the two apart"
             return f"{said}: accepted means that the answer passes there, and no more." if self.accepted else f"{said}."
@@ -105,7 +111,8 @@ class Verdict:
 
 
 def accepted(accuracy: Any, changed: Any) -> bool:
-    """The criterion; accuracies over no pairs are NaN: rejected, and no objection where no answer should change."""
+    """The criterion; accuracies over no pairs are NaN: rejected, and no objection where no answer should change (of
+    controls; of a variable that changes none nothing can be told)."""
     return bool(accuracy >= GOAL and (np.isnan(changed) or changed >= GOAL_CHANGED))
 
 
@@ -124,7 +131,7 @@ def judged(evidence: Frame) -> list[Verdict]:
         best = beside.loc[beside.accuracy.idxmax()] if len(beside) else None
         # tables that older versions wrote do not say what their pairs tell apart, and are judged as they were
         apart, is_answer = float(getattr(row, "tells_apart", "nan")), bool(getattr(row, "is_answer", False))
-        alike = apart < TOLD_APART and not is_answer
+        alike, changes_none = apart < TOLD_APART and not is_answer, bool(np.isnan(row.accuracy_changed))
         found.append(
             Verdict(
                 model=row.model,
@@ -132,7 +139,7 @@ def judged(evidence: Frame) -> list[Verdict]:
                 accuracy=row.accuracy,
                 changed=row.accuracy_changed,
                 lower=row.lower,
-                accepted=accepted(row.accuracy, row.accuracy_changed) and not alike,
+                accepted=accepted(row.accuracy, row.accuracy_changed) and not (alike or changes_none),
                 control="" if best is None else best.intervention,
                 control_accuracy=float("nan") if best is None else float(best.accuracy),
                 control_units=float("nan") if best is None else float(best.units),

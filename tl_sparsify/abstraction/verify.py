@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_sparsify._internal import random as _random
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
-from tl_sparsify.abstraction.causal_model import CausalModel
+from tl_sparsify.abstraction.causal_model import CausalModel, ancestors
 from tl_sparsify.abstraction.certificates import confidence_sequence, decided, margin_bound
 from tl_sparsify.abstraction.controls import (
     everything,
@@ -180,7 +180,7 @@ class _Check:
     def together(self) -> tuple[str, ...]:
         """The aligned variables that no other aligned variable is an ancestor of, where there are several."""
         aligned = self.alignment.variables
-        first = tuple(v for v in aligned if not _ancestors(self.causal_model, v) & set(aligned))
+        first = tuple(v for v in aligned if not ancestors(self.causal_model, v) & set(aligned))
         return first if len(first) > 1 else ()
 
 
@@ -273,7 +273,8 @@ def _of_variable(check: _Check, pairs: Pairs, plain: _Plain, variable: str) -> I
     own = subject.own(chosen)
     trained = not subject.untrained
     kept = [unit for unit in chosen if subject.has(unit)]
-    free = others(subject, check.alignment, kept, (len(pairs), pairs.base.labels.shape[1])) if trained else {}
+    shape, spans = (len(pairs), pairs.base.labels.shape[1]), pairs.base.spans
+    free = others(subject, check.alignment, kept, shape, spans) if trained else {}
     draws = check.draws if free else 0
     random = [subject.own(random_units(kept, free, check.seed, draw)) for draw in range(draws)]
     everywhere = any(unit.site.positions is None for unit in chosen)
@@ -371,7 +372,7 @@ def _agreement(original: _Check, reduced: _Check, every: Sequence[Unit], pairs: 
     names = (f"random kept units, p = {_PROBABILITY:g}", NOTHING, Role.CHECK)
     plain = _Plain(same, everywhere, everywhere)
     row = _row(reduced, names, plain, pairs, [tokens(two, pairs.base)], same, _PROBABILITY * len(kept))
-    best = one.topk(2, 1).values
+    best = torch.nn.functional.pad(one, (0, 1), value=-math.inf).topk(2, 1).values  # of a single choice, too
     distance = float((one - two).double().square().sum(1).mean())
     return replace(row, risk=float(kl(one, two).mean()), margin_bound=margin_bound(best[:, 0] - best[:, 1], distance))
 
@@ -393,8 +394,3 @@ def _enough(checks: Sequence[_Check], pairs: Pairs, goal: float) -> Pairs:
         if all(decided(found, goal, level=checks[0].level)[0] for found in hits.values()):
             return pairs[: start + _CHUNK]
     return pairs
-
-
-def _ancestors(causal_model: CausalModel, variable: str) -> set[str]:
-    parents = set(causal_model.parents.get(variable, ()))
-    return parents.union(*(_ancestors(causal_model, parent) for parent in parents))

@@ -244,17 +244,18 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
 
 @contextmanager
 def streaming(
-    model: Model, stream: Float[Tensor, "layers d_model"], where: Bool[Tensor, "batch pos"]
+    model: Model, stream: Float[Tensor, "layers_and_one d_model"], where: Bool[Tensor, "batch pos"]
 ) -> Iterator[None]:
-    """Set the residual stream after each block, at the positions ``where``, to what it is known to be there."""
+    """Set the residual stream before the first block and after each, at the positions ``where``, to what it is known
+    to be there: what a block leaves, and what the next one reads of that."""
 
-    def set_to(x: Float[Tensor, "batch pos d_model"], hook: Any, layer: int) -> Float[Tensor, "batch pos d_model"]:
+    def set_to(x: Float[Tensor, "batch pos d_model"], hook: Any, row: int) -> Float[Tensor, "batch pos d_model"]:
         if x.shape[:2] != where.shape:  # narrowed to the positions of answers
             return x
-        return torch.where(where.to(x.device)[..., None], stream[layer].to(x), x)
+        return torch.where(where.to(x.device)[..., None], stream[row].to(x), x)
 
-    layers = range(len(stream))
-    with _hooked(model, [(f"blocks.{layer}.hook_resid_post", partial(set_to, layer=layer)) for layer in layers]):
+    ends = [(layer, row, end) for layer in range(len(stream) - 1) for row, end in enumerate(("pre", "post"), layer)]
+    with _hooked(model, [(f"blocks.{layer}.hook_resid_{end}", partial(set_to, row=row)) for layer, row, end in ends]):
         yield
 
 

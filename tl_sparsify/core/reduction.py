@@ -73,6 +73,8 @@ class Reduction:
                 self._check_values(values)
         if self.mixing is not None:
             self._check_mixing(self.mixing)
+            if all(part is None for part in self.mixing):
+                object.__setattr__(self, "mixing", None)
 
     def _check_values(self, values: Values) -> None:
         for site, kept, tensor in zip(
@@ -95,6 +97,8 @@ class Reduction:
             for name, index in (("rows", part.rows), ("columns", part.columns)):
                 if len(index) != len(part.weights) or bool(((index < 0) | (index >= part.size)).any()):
                     raise ValueError(f"mixing of {site.hook} has {name} that are no units of it, or not one a weight")
+            if len((part.rows * part.size + part.columns).unique()) != len(part.rows):
+                raise ValueError(f"mixing of {site.hook} has two weights for one row and column: add them up")
             if part.size != site.size or site.kind not in ("neuron", "direction"):
                 raise ValueError(f"mixing of {site.hook} is for {part.size} units, not {site.size} {site.kind} units")
             if bool(kept[part.rows].any()) or not bool(kept[part.columns].all()):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers import AutoTokenizer
@@ -16,7 +17,10 @@ from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory, settle_directory
 from tl_sparsify._internal.files import read_tensors, reading, write_tensors
 from tl_sparsify._internal.first_tokens import first_tokens, tokens_of
-from tl_sparsify.core.intervene import streaming
+from tl_sparsify.core.intervene import recorded, streaming
+from tl_sparsify.core.memory import device_of
+from tl_sparsify.core.site import Site
+from tl_sparsify.core.units import Units, residuals
 from tl_sparsify.folding.narrow import fuse, kv_index, n_neurons, narrow_mlp, resize_attention
 from tl_sparsify.folding.rebuild import assign, build, describe, numbers
 from tl_sparsify.folding.stream_writes import describe_points, make_points
@@ -29,8 +33,8 @@ class FoldedBridge(TransformerBridge):
     numbers are those of its weights.
 
     Attributes:
-        first_stream: ``[layers, d_model]``, the residual stream after each block at a beginning-of-sequence token,
-            where units were folded that are left alone there; else ``None``.
+        first_stream: ``[layers + 1, d_model]``, the residual stream before the first block and after each, at a
+            beginning-of-sequence token, where units were folded that are left alone there; else ``None``.
         origin: fingerprint of the model that was folded, where it is known.
         units: original unit name of each head and neuron, by its name here (``{"L1H0": "L1H3", ...}``). Whole layers
             and directions keep their names.
@@ -69,6 +73,15 @@ class FoldedBridge(TransformerBridge):
         raise ValueError("a folded model cannot enter compatibility mode: enable it on the original, then fold")
 
     process_weights = enable_compatibility_mode  # type: ignore[assignment]
+
+
+def first_stream(model: Any) -> Float[Tensor, "layers_and_one d_model"]:
+    """The residual stream before the first block and after each, of a beginning-of-sequence token alone."""
+    before = Site("residual", -1, "blocks.0.hook_resid_pre", 1)
+    tokens = torch.tensor([[model.tokenizer.bos_token_id]], device=device_of(model))
+    with torch.no_grad(), recorded(model, Units((before,)) + residuals(model)) as recording:
+        model(tokens)
+    return torch.cat([v[0, 0] for v in recording.read()]).clone()
 
 
 def finish(folded: FoldedBridge) -> None:
@@ -178,13 +191,19 @@ def _loaded(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> F
     }
     _check_units(folded, tensors)
     folded.origin = header.get("origin")
-    folded.first_stream = tensors.get("first_stream")
-    if folded.first_stream is not None:
-        shape, wanted = tuple(folded.first_stream.shape), (len(folded.blocks), folded.cfg.d_model)
-        if shape != wanted or not bool(folded.first_stream.isfinite().all()):
-            raise ValueError(f"first_stream is of shape {shape}; it is finite numbers of shape {wanted}")
     finish(folded)
+    folded.first_stream = _known_stream(folded, tensors.get("first_stream"))
     return folded
+
+
+def _known_stream(folded: FoldedBridge, stream: Tensor | None) -> Tensor | None:
+    if stream is None:
+        return None
+    shape, wanted = tuple(stream.shape), (len(folded.blocks) + 1, folded.cfg.d_model)
+    older = (len(folded.blocks), folded.cfg.d_model)  # without the stream before the first block
+    if shape not in (wanted, older) or not bool(stream.isfinite().all()):
+        raise ValueError(f"first_stream is of shape {shape}; it is finite numbers of shape {wanted}")
+    return stream if shape == wanted else torch.cat([first_stream(folded)[:1].to(stream), stream])
 
 
 def _tokenizer(path: Path, files: dict[str, str]) -> Any:

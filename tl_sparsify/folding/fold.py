@@ -36,12 +36,9 @@ from transformers.pytorch_utils import Conv1D
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify.core.circuit import NeighbourMap
 from tl_sparsify.core.forward import check_model
-from tl_sparsify.core.intervene import ablate, intervened, recorded
-from tl_sparsify.core.memory import device_of
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
 from tl_sparsify.core.site import Site
-from tl_sparsify.core.units import residuals
-from tl_sparsify.folding.bridge import FoldedBridge, finish, load_folded, save_folded
+from tl_sparsify.folding.bridge import FoldedBridge, finish, first_stream, load_folded, save_folded
 from tl_sparsify.folding.export import export_hf
 from tl_sparsify.folding.narrow import Shares, kv_index, n_neurons, narrow_attention, narrow_mlp
 from tl_sparsify.folding.rebuild import HUGGING_FACE, NATIVE
@@ -132,6 +129,12 @@ def _foldable(model: Any, reduction: Reduction) -> tuple[list[_Cut], list[_Chang
             "first_token is 'none', and the model's own folded units were left alone at a beginning-of-sequence token: "
             "make the reduction with first_token='bos'"
         )
+    if _leaves_bos(model, reduction) and _looks_ahead(model):
+        raise ValueError(
+            "first_token is 'bos', and the model attends both ways: what units that are left alone at a "
+            "beginning-of-sequence token write there hangs on what comes after it, is no constant, and does not fold. "
+            "Make the reduction with first_token='none'"
+        )
     cuts, changes = _plan(model, reduction)
     _check_weights(model, cuts, changes)
     return cuts, changes
@@ -162,18 +165,23 @@ def _folded(model: Any, reduction: Reduction) -> FoldedBridge:
     return folded
 
 
-def _first_stream(model: TransformerBridge, reduction: Reduction) -> Float[Tensor, "layers d_model"] | None:
-    """The residual stream after each block at a beginning-of-sequence token. There removed units are left alone, and in
-    a causal model nothing else is seen: so it is a constant, whatever comes after."""
-    known: Float[Tensor, "layers d_model"] | None = getattr(model, "first_stream", None)
+def _leaves_bos(model: TransformerBridge, reduction: Reduction) -> bool:
+    """Whether removed units are left alone at a beginning-of-sequence token."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
-    whole = bool(reduction.circuit.mask.all())
-    if known is not None or bos is None or whole or reduction.first_token == "none":
-        return known
-    tokens = torch.tensor([[bos]], device=device_of(model))
-    with torch.no_grad(), intervened(model, ablate(reduction)), recorded(model, residuals(model)) as recording:
-        model(tokens)
-    return torch.cat([v[0, 0] for v in recording.read()]).clone()
+    return bos is not None and reduction.first_token == "bos" and not bool(reduction.circuit.mask.all())
+
+
+def _looks_ahead(model: TransformerBridge) -> bool:
+    """Whether a position sees those after it."""
+    config: Any = getattr(model.original_model, "config", None)
+    return model.cfg.attention_dir != "causal" or bool(getattr(config, "use_bidirectional_attention", False))
+
+
+def _first_stream(model: TransformerBridge, reduction: Reduction) -> Float[Tensor, "layers_and_one d_model"] | None:
+    """The residual stream before the first block and after each, at a beginning-of-sequence token. There removed units
+    are left alone, and in a causal model nothing else is seen: so it is a constant, whatever comes after."""
+    known: Float[Tensor, "layers_and_one d_model"] | None = getattr(model, "first_stream", None)
+    return first_stream(model) if known is None and _leaves_bos(model, reduction) else known
 
 
 @dataclass(frozen=True)

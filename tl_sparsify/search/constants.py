@@ -36,7 +36,7 @@ from tl_sparsify.core.metrics import Metric, cross_entropy_slope, output_probes
 from tl_sparsify.core.moments import mean_of, unit_moments
 from tl_sparsify.core.probes import pulled
 from tl_sparsify.core.reduction import Reduction, fingerprint
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_positions
 from tl_sparsify.search.affine import neighbours
 from tl_sparsify.search.refitting import refit
 
@@ -73,7 +73,9 @@ def zero(model: Model, examples: Examples, units: Units) -> Values:
         >>> tls.constants.zero(model, train, units).tensors[0].abs().max().item()
         0.0
     """
-    shown = mean_of(unit_moments(model, examples[:1], units, batch_size=1), model, units)
+    check_positions(units, len(examples))
+    first = units.for_examples(torch.arange(1))
+    shown = mean_of(unit_moments(model, examples[:1], first, batch_size=1), model, first)
     return Values(units, tuple(map(torch.zeros_like, shown.tensors)), "zero")
 
 
@@ -218,7 +220,7 @@ def _gradients(
     what: str, model: Model, examples: Examples, units: Units, batch_size: int | None, settings: dict[str, Any]
 ) -> Iterator[tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]], list[Bool[Tensor, "batch pos"]]]]:
     """For each batch of this process's share the units' values per site, for each probe (with ``labels`` at last for
-    the cross-entropy) the gradients per site, zero at positions where a unit is not meant, and per site the positions
+    the cross-entropy) the gradients per site, zero where a unit is not meant or left alone, and per site the positions
     that hold input."""
     check_call(model, examples, units, seed=settings["seed"], batch_size=batch_size)
     check_count("probes", settings["probes"], most=MOST)
@@ -235,12 +237,10 @@ def _gradients(
                 example = answer_rows(batch)[0]
                 answers = torch.bincount(example)[example].to(logits)[:, None]
                 vectors = [*vectors, cross_entropy_slope(logits.detach(), batch) / answers]
-            masks = [site.position_mask(*v.shape[:2]) for site, v in zip(here.sites, recording.read(), strict=True)]
+            values = tuple(v.detach() for v in recording.read())
+            where = [unit_positions(model, batch, site, v) for site, v in zip(here.sites, values, strict=True)]
             found = [
-                tuple(
-                    g if mask is None else g * mask.to(g)[..., None, None] for g, mask in zip(part, masks, strict=True)
-                )
+                tuple(g * mask.to(g)[..., None, None] for g, mask in zip(part, where, strict=True))
                 for part in pulled(recording, logits, vectors)
             ]
-        values = tuple(v.detach() for v in recording.read())
-        yield values, found, [unit_positions(model, batch, s, v) for s, v in zip(here.sites, values, strict=True)]
+        yield values, found, where

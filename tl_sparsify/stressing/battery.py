@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.checks import MOST, check_count
 from tl_sparsify.comparison.resampling import check_bootstrap
@@ -13,7 +15,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import check_call
 from tl_sparsify.core.metrics import Metric
 from tl_sparsify.core.reduction import Reduction, check_fingerprint
-from tl_sparsify.core.units import Model
+from tl_sparsify.core.units import Model, check_positions
 from tl_sparsify.stressing.alternatives import alternatives
 from tl_sparsify.stressing.hypotheses import hypotheses
 from tl_sparsify.stressing.measuring import Setting
@@ -26,6 +28,10 @@ from tl_sparsify.stressing.worst_case import worst_case
 
 _OWN = "its affine replacements are fitted for this circuit alone: give a reduction with constants"
 _NOTHING = "the circuit keeps no unit, or every one"
+_PLACED = (
+    "its units have a position for each example, and parts of the examples or other ones are run: name a span, which "
+    "every split has of its own"
+)
 _OTHERS = "no examples of other tasks: give others={name: examples}"
 _TEMPLATES = "no templates: give templates=[the template of each example]"
 
@@ -44,6 +50,7 @@ class _Given:
 
 
 _Test = Callable[[_Given], "tuple[StressRow, ...] | Mechanisms | str"]
+_WHOLE = ("hypotheses",)  # tests that run all examples as they are, and no others
 _TESTS: dict[str, _Test] = {  # a test's lines (in what else it found), or why it is left out
     "worst case": lambda g: worst_case(g.model, g.reduction, g.examples, g.setting, train=g.train),
     "alternatives": lambda g: alternatives(g.model, g.reduction, g.examples, g.setting, train=g.train),
@@ -116,8 +123,9 @@ def stress(
     does not grow with the examples, but for a number for each example and tested unit (``hypotheses``).
 
     Raises:
-        ValueError: a model in training mode, a reduction of another model, an unknown test, a tolerance that is not
-            positive, fewer than four examples without ``train``, templates that are not one for each example.
+        ValueError: a model in training mode, a reduction of another model or of counterfactual values, an unknown test,
+            a tolerance that is not positive, fewer than four examples without ``train``, templates that are not one for
+            each example, positions of other examples.
 
     Example:
         >>> tls.stress(model, reduction, test, rows=("minimality",), draws=5, bootstrap=100)
@@ -132,13 +140,20 @@ def stress(
     for row in rows:
         if row not in _TESTS:
             raise ValueError(f"rows holds {row!r}; there are {', '.join(_TESTS)}")
+    if reduction.values.paired:
+        raise ValueError(
+            "reduction sets removed units to their values on counterfactual inputs, and the tests need constants: "
+            "dataclasses.replace(reduction, values=tls.constants.mean(model, train, units))"
+        )
+    check_positions(reduction.units, len(examples))
+    placed = any(isinstance(site.positions, Tensor) for site in reduction.units.sites)
     setting = Setting(tolerance, draws, bootstrap, level, metric, seed, batch_size)
     given = _Given(model, reduction, examples, setting, train, others, templates)
     lines: list[StressRow] = []
     left_out: dict[str, str] = {}
     details: dict[str, Any] = {}
     for row in dict.fromkeys(rows):
-        found = _TESTS[row](given)
+        found = _PLACED if placed and row not in _WHOLE else _TESTS[row](given)
         if isinstance(found, Mechanisms):
             found, details[row] = found.rows, found
         if isinstance(found, str) or not found:

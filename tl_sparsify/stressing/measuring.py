@@ -19,7 +19,7 @@ from tl_sparsify.core.forward import answer_logits, check_call, shared_batches
 from tl_sparsify.core.intervene import Intervention, ablate, intervened
 from tl_sparsify.core.metrics import Metric, divergence
 from tl_sparsify.core.reduction import Reduction
-from tl_sparsify.core.units import Model, Units
+from tl_sparsify.core.units import Model, Units, check_positions
 
 Interval = tuple[float, float]
 
@@ -107,7 +107,12 @@ def removing(reduction: Reduction, circuit: Circuit, examples: Examples) -> Remo
 
 
 def softened(reduction: Reduction, keep: Float[Tensor, "*n units"], examples: Examples) -> Removal:
-    """The reduction's replacements with ``keep`` for its circuit: one for all examples, or one for each."""
+    """The reduction's replacements with ``keep`` for its circuit: one for all examples, or one for each.
+
+    Raises:
+        ValueError: units whose positions are those of other examples.
+    """
+    check_positions(reduction.units, len(examples))
 
     def of(index: Int[Tensor, "batch"]) -> Intervention:
         here = ablate(reduction.for_examples(index, examples.spans))
