@@ -154,6 +154,7 @@ def test_names_in_brackets_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = tmp_path / "runs [bold] [" / "old]"
     out.mkdir(parents=True)
     made = table(tasks=("[/odd]",), methods=("joint risk [/x]", "EAP"), seeds=1)
+    made = made.assign(own_ablation="mean", all_forward=40, all_backward=80)
     monkeypatch.setattr(benchmark, "compare_tasks", lambda *args, **settings: made)
     monkeypatch.setattr(benchmark, "write_comparison", lambda table, folder: [folder / "table [x].csv"])
     outcome = command("bench", "--out", out)

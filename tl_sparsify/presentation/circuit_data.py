@@ -308,12 +308,13 @@ def _strongest(
     acts: Float[Tensor, "few pos some one"], site: Site, index: int, texts: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, int, float]]:
     """The examples in which a neuron is largest: which, at which of its positions, and its value there."""
-    v = acts[..., index, 0] * _changed(site, acts, None)
+    v = acts[..., index, 0]
+    size = v.abs().masked_fill(~_changed(site, acts, None), -1.0)
     best: list[tuple[int, int, float]] = []
     for n, text in enumerate(texts):
-        part = v[n, text["start"] : text["stop"]] if v.shape[1] > 1 else v[n]
-        at = int(part.abs().argmax())
-        best.append((n, at, _rounded(float(part[at]))))
+        part = slice(text["start"], text["stop"]) if v.shape[1] > 1 else slice(None)
+        at = int(size[n, part].argmax())
+        best.append((n, at, _rounded(float(v[n, part][at]))))
     return sorted(best, key=lambda entry: -abs(entry[2]))[:3]
 
 
