@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,7 +41,7 @@ def check_positive(name: str, value: Any, *, least: float = 0.0, most: float = m
     Raises:
         ValueError: anything else, with the argument's name.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     if not (0 < value < math.inf):
         raise ValueError(f"{name} is {value}; it must be positive and finite")

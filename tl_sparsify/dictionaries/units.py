@@ -136,8 +136,8 @@ def _own(
         ValueError: no way to know how many features it has, or a ``decode`` that is not affine.
     """
     weight = getattr(dictionary, "W_dec", None)
-    own = isinstance(weight, Tensor) and weight.is_floating_point()
-    like = {"device": device_of(model), "dtype": weight.dtype if own else dtype_of(model)}
+    own = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype_of(model)
+    like = {"device": device_of(model), "dtype": own}
     with torch.no_grad():
         if which is None:
             if not isinstance(weight, Tensor):
