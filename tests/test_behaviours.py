@@ -119,6 +119,15 @@ def test_padding_and_a_second_call_change_nothing():
     assert again.to_frame().equals(found().to_frame()) and again.markdown() == found().markdown()
 
 
+def test_a_folder_holds_the_circuits_of_one_result(tmp_path: Path):
+    found().save(tmp_path)
+    circuits = sorted(path.name for path in (tmp_path / "circuits").iterdir())
+    for name in (f"{len(found().found)}.reduction", "97.reduction", "mine.reduction"):
+        found().together.save(tmp_path / "circuits" / name)
+    found().save(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "circuits").iterdir()) == sorted([*circuits, "mine.reduction"])
+
+
 def test_small_groups_are_left_over():
     model, examples = mixed()
     settings: dict[str, Any] = SETTINGS | {"least": 16}

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_a_refusal_is_a_line_and_other_errors_are_not(tmp_path: Path):
 
 def test_what_is_for_units_alone_is_a_line_where_edges_are_compared():
     names = ("compensating", "activation patching", "attribution patching", "AtP*", "edge attribution", "random")
-    settings: dict[str, Any] = {"units": tls.edges(model(), "layer"), "sizes": (0.5,), "seeds": 1}
+    settings: dict[str, Any] = {"units": tls.edges(model(), "layer"), "sizes": (0.5,), "seeds": np.int64(1)}
     settings |= {"examples": 8, "refit_patience": 0, "bootstrap": 0, "progress": False}
     frame = tls.compare(model(), task(), named(names), **settings)
     refused = frame[frame.setting.str.startswith("refused: ")]

@@ -251,13 +251,16 @@ def test_a_reduction_of_another_model_is_refused():
     assert risk(other, Reduction(mine.circuit, mine.values), data).mean > 0  # of no model in particular
 
 
-def test_a_mixture_of_nothing_is_none_and_no_entry_stands_twice(tmp_path: Path):
+def test_a_mixture_of_nothing_is_none(tmp_path: Path):
     model = bridge()
     reduction = replace(reduction_of(model), mixing=(None,) * 4)
     reduction.save(tmp_path / "one.reduction")
     assert reduction.mixing is None and Reduction.load(tmp_path / "one.reduction") == reduction
-    units = neurons(model)
-    circuit = Circuit(units, torch.tensor([False, True, True, True, True] * 2))
-    twice = NeighbourMap(5, torch.tensor([0, 0]), torch.tensor([2, 2]), torch.ones(2).double())
-    with pytest.raises(ValueError, match="has two weights for one row and column"):
-        Reduction(circuit, random_values(units), mixing=(twice, None))
+
+
+def test_weights_of_one_row_and_column_add_up():
+    weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    twice = NeighbourMap(5, torch.tensor([0, 1, 0]), torch.tensor([2, 2, 2]), weights)
+    v = torch.randn(3, 4, 5, 1, generator=seeded(0), dtype=torch.float64)
+    assert torch.allclose(twice.of(v)[..., 0], v[..., 0] @ twice.matrix(v).to_dense().T)
+    assert torch.allclose(twice.of(v)[:, :, 0, 0], 5 * v[:, :, 2, 0])

@@ -145,53 +145,6 @@ def test_readers_within_readers_are_refused_where_both_are_scored(readers: str):
         tls.score.gradient(model, examples, units, values=constants_of(model, units))
 
 
-def set_in_the_stream(model: Any, kind: str) -> tls.Intervention:
-    basis = torch.linalg.qr(torch.randn(model.cfg.d_model, 2, dtype=torch.float64))[0]
-    units = {
-        "attentions": lambda: tls.attentions(model),
-        "residuals": lambda: tls.residuals(model),
-        "directions": lambda: tls.directions(model, "blocks.0.hook_resid_post", basis),
-        "the whole stream": lambda: tls.stream_directions(model, basis),
-    }[kind]()
-    return without(list(units.names[:1]), tls.constants.mean(model, architectures.batch(), units))
-
-
-@pytest.mark.parametrize("kind", ("attentions", "residuals", "directions", "the whole stream"))
-@pytest.mark.parametrize("name", ("native", "Pythia", "Gemma 2"))
-def test_what_is_set_in_the_stream_after_it_was_written_is_refused_beside_removed_edges(name: str, kind: str):
-    model, tokens = model_of(name), architectures.batch(n=3).tokens
-    edges, stream = some_edges(model), set_in_the_stream(model, kind)
-    says = r"edges into \S+ are removed where blocks\.0\.hook_\w+ is set, .*: set heads, neurons or whole MLPs"
-    with unchanged(model):
-        for some in ((edges, stream), (stream, edges)):
-            with pytest.raises(ValueError, match=says):
-                logits(model, tokens, *some)
-        with tls.intervened(model, edges), pytest.raises(ValueError, match=says):
-            logits(model, tokens, stream)
-        with tls.intervened(model, stream), pytest.raises(ValueError, match=says):
-            logits(model, tokens, edges)
-    early = without(["embed->L0H0.q"], constants_of(model, edges.units))  # read before anything is set
-    if kind != "the whole stream":
-        assert torch.equal(logits(model, tokens, early, stream), logits(model, tokens, stream, early))
-
-
-def test_in_other_examples_the_stream_may_be_set():
-    model, tokens = native(), architectures.batch(n=3).tokens
-    edges, stream = some_edges(model), set_in_the_stream(model, "attentions")
-    half = torch.ones(3, len(stream.units), dtype=torch.float64)
-    half[0] = stream.keep
-    most = edges.keep.repeat(3, 1)
-    most[0] = 1
-    together = logits(
-        model,
-        tokens,
-        tls.Intervention(edges.units, most, edges.values),
-        tls.Intervention(stream.units, half, stream.values),
-    )
-    assert float((together[:1] - logits(model, tokens[:1], stream)).abs().max()) < 1e-12
-    assert float((together[1:] - logits(model, tokens[1:], edges)).abs().max()) < 1e-12
-
-
 @pytest.mark.parametrize("shape", ((1, 5), (3, 1), (2, 5)))
 def test_edges_take_no_values_of_a_run_of_another_shape(shape: tuple[int, int]):
     model, tokens = native(), architectures.batch(n=3).tokens

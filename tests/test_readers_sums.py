@@ -33,7 +33,7 @@ def by_ledger() -> Sum:
     ledgers: dict[int, Ledger] = {}
 
     def summed(share: Tensor, parts: list[Tensor]) -> Tensor:
-        return Written("", tuple(parts), ledgers, [], []).sums(share, parts[0], 0, list(range(len(parts))))
+        return Written("", tuple(parts), ledgers, []).sums(share, parts[0], 0, list(range(len(parts))))
 
     return summed
 

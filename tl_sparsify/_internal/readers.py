@@ -29,7 +29,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify._internal.layouts import post_norm
@@ -42,7 +42,6 @@ _SINGLE = {"attn.key": "k", "attn.value": "v", "attn.each": "qkv"}  # of each he
 _READS |= _SINGLE
 _KINDS = {"attn": "layer", "attn.heads": "head", "attn.each": "head"}  # all others are the parts of a head
 _HEAD = re.compile(r"L(\d+)H\d+")
-_BEHIND = re.compile(r"hook_attn_out$|hook_resid_(mid|post)$|blocks\.[1-9]\d*\.hook_resid_pre$")
 
 
 def reads(hook: str) -> bool:
@@ -98,8 +97,8 @@ def along_edges(
 class _Pass:
     """What one forward pass has left so far: what was written, by hook point; what goes into the norm behind attention,
     by layer; and for each reader its own copies of the stream (where somebody gave it some) and of these, the former
-    behind the reader's norm, and which of them are projected, and what they have lost; what readers that need no copies
-    project; and where the stream is set."""
+    behind the reader's norm, and which of them are projected, and what they have lost; and what readers that need no
+    copies project."""
 
     written: dict[str, Float[Tensor, "batch pos _ d_model"]] = field(default_factory=dict)
     sums: dict[int, Float[Tensor, "batch pos one d_model"]] = field(default_factory=dict)
@@ -111,7 +110,6 @@ class _Pass:
     ways: Ways = field(default_factory=dict)
     ledgers: dict[int, Ledger] = field(default_factory=dict)
     removed: dict[str, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
-    moved: list[tuple[str, Bool[Tensor, "batch"]]] = field(default_factory=list)
 
 
 Norm = Callable[[Any, Float[Tensor, "..."], Float[Tensor, "..."]], Float[Tensor, "..."]]
@@ -153,12 +151,6 @@ def noting(model: Any, reading: bool, changed: Container[Any]) -> Iterator[list[
             del _PASSES[model]
     else:
         yield []
-
-
-def note_moved(model: Any, name: str, rows: Bool[Tensor, "#batch"], size: int) -> None:
-    """That an intervention sets these examples' stream, from which what was written before cannot be taken out."""
-    if model in _PASSES and _BEHIND.search(name):
-        _PASSES[model].moved.append((name, rows.expand(size)))
 
 
 def _note_hooks(model: Any) -> list[Hook]:
@@ -290,7 +282,7 @@ def _acted(
     state = _PASSES[model]
     there = before(name, bool(getattr(model.cfg, "parallel_attn_mlp", False)))
     parts = tuple(part for key, part in state.written.items() if there(key))
-    hook = Written(name, parts, state.ledgers, state.removed.setdefault(name, []), state.moved, heard)
+    hook = Written(name, parts, state.ledgers, state.removed.setdefault(name, []), heard)
     layers = [layer for layer in state.sums if there(f"heads.{layer}")]
     had = state.kept.get(name) or tuple(state.sums[layer] for layer in layers)
     copies = rows_last(torch.cat([rows_first(part.expand_as(stream)) for part in (stream, *had)])) if had else stream

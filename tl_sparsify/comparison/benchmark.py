@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -152,7 +153,7 @@ def compare(
         cells.check_names(names)
         cells.prepare(folder, asdict(shared))
         cells.check_made_of(folder, task.name, model, units)
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    numbers = list(range(int(seeds))) if isinstance(seeds, int | np.integer) else list(seeds)
     if not numbers:
         raise ValueError(f"seeds is {seeds}; at least one is needed: how many, or which")
     found: list[pd.DataFrame] = []

@@ -213,7 +213,8 @@ class NeighbourMap:
         """The removed and the kept units where every removed one is mapped from the same kept ones, in order."""
         removed = self.rows.unique_consecutive()
         width = len(self.rows) // max(1, len(removed))
-        if width * len(removed) != len(self.rows) or not len(self.rows):
+        twice = len(removed.unique()) != len(removed)
+        if twice or width * len(removed) != len(self.rows) or not len(self.rows):
             return None
         rows, columns = self.rows.view(len(removed), width), self.columns.view(len(removed), width)
         same = torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))

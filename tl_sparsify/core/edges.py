@@ -48,6 +48,9 @@ def edges(model: Any, readers: Readers = "qkv", *, grouped: bool = True) -> Unit
         grouped: whether heads that share keys and values share a reader. ``False``: each head has its own, ``L2H1.k``,
             as the Mechanistic Interpretability Benchmark counts edges; what it reads goes through the shared weights.
 
+    Beside edges take heads, neurons and whole MLPs alone: where attention's output or the stream is set behind a writer
+    (``attentions``, ``residuals``, directions), an edge from it still loses what was written, whatever is left of that.
+
     Edges do not fold: which part of the stream a weight sees is no property of the weight.
 
     Where norms stand behind attention and MLPs (Gemma 2 and 3, OLMo 2 and 3) a head writes into its layer's sum, and a
@@ -122,7 +125,6 @@ def apply_to_edges(
     check_run(site, value, stream)
     if not gone.requires_grad and not bool((gone != 0).any()):
         return stream
-    check_in_stream(site, gone, hook)
     value = rows_first(value.to(stream)) if value.ndim == 4 else value.to(stream)[:, None, None]
     starts = list(accumulate((part.shape[2] for part in hook.parts), initial=0))[:-1]
     groups = terms(site.writers) if stream.shape[2] > len(site.readers) else (slice(None),)
@@ -153,20 +155,6 @@ def apply_to_edges(
     hook.removed.append(change)
     made = change(torch.ones_like(gone))
     return stream if made is None else rows_last(rows_first(stream) + made)
-
-
-def check_in_stream(site: Site, gone: Float[Tensor, "*batch readers rows"], hook: Written) -> None:
-    """Refuse to remove what writers wrote where the stream has been changed since: it is no longer in it.
-
-    Raises:
-        ValueError: an example of which both are so.
-    """
-    for changed, rows in hook.moved:
-        if bool(((gone != 0).flatten(-2).any(-1).to(rows.device) & rows).any()):
-            raise ValueError(
-                f"edges into {site.hook} are removed where {changed} is set, after which the stream does not hold what "
-                "was written into it: set heads, neurons or whole MLPs together with edges, or one of both alone"
-            )
 
 
 def check_run(site: Site, value: Float[Tensor, "..."], here: Float[Tensor, "batch pos ..."]) -> None:

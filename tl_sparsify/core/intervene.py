@@ -25,7 +25,7 @@ from tl_sparsify._internal.encoders import to_read
 from tl_sparsify._internal.experts import experts_of, hooked_experts
 from tl_sparsify._internal.first_tokens import watching_first_tokens
 from tl_sparsify._internal.layouts import STREAM
-from tl_sparsify._internal.readers import first_hooks, note_moved, noting, reader_hooks, reads, rows_first, rows_last
+from tl_sparsify._internal.readers import first_hooks, noting, reader_hooks, reads, rows_first, rows_last
 from tl_sparsify._internal.recomputation import AGAIN, ONCE, lock_of, setting
 from tl_sparsify.core.circuit import Circuit, FirstToken, NeighbourMap, Values
 from tl_sparsify.core.edges import apply_to_edges, check_run
@@ -171,9 +171,7 @@ def _apply(
     activation: Float[Tensor, "..."],
     hook: Any,
     arrived: Mapping[str, Float[Tensor, "..."]],
-    moved: Callable[[Bool[Tensor, "#batch"], int], None],
 ) -> Float[Tensor, "..."]:
-    moved((keep.detach() != 1).any(-1).view(-1), len(activation))
     v = site.read(*to_read(site, arrived, activation))
     check_places(site, activation)
     if keep.ndim == 2 and len(keep) != len(activation):
@@ -233,9 +231,8 @@ def intervened(model: Model, *interventions: Intervention) -> Iterator[None]:
         encoded = [name for site, *_ in changed if site.encoder for name in (site.hook, site.source or site.hook)]
         hooks += [(name, partial(_arrive, name, arrived)) for name in dict.fromkeys(encoded)]
         for site, keep, value, mixing in changed:
+            act = apply_to_edges if site.kind == "edge" else partial(_apply, arrived=arrived)
             for hook, entry in zip(site.hook_names, site.entries(value), strict=True):
-                of_units = partial(_apply, arrived=arrived, moved=partial(note_moved, model, hook))
-                act = apply_to_edges if site.kind == "edge" else of_units
                 hooks.append((hook, partial(act, site, keep, entry, mixing, spared)))
     watching = watching_first_tokens(model, rules, seen) if rules and hooks else nullcontext()
     with _hooked(model, hooks) if hooks else nullcontext(), watching:

@@ -97,8 +97,6 @@ class Reduction:
             for name, index in (("rows", part.rows), ("columns", part.columns)):
                 if len(index) != len(part.weights) or bool(((index < 0) | (index >= part.size)).any()):
                     raise ValueError(f"mixing of {site.hook} has {name} that are no units of it, or not one a weight")
-            if len((part.rows * part.size + part.columns).unique()) != len(part.rows):
-                raise ValueError(f"mixing of {site.hook} has two weights for one row and column: add them up")
             if part.size != site.size or site.kind not in ("neuron", "direction"):
                 raise ValueError(f"mixing of {site.hook} is for {part.size} units, not {site.size} {site.kind} units")
             if bool(kept[part.rows].any()) or not bool(kept[part.columns].all()):

@@ -158,12 +158,15 @@ class Behaviours:
 
     def save(self, folder: str | Path) -> None:
         """Write ``behaviours.md``, ``behaviours.json`` and ``circuits/`` (a reduction for each behaviour by its number,
-        and ``together``) into a folder."""
+        and ``together``) into a folder, in place of an older result's."""
         folder = Path(folder)
         (folder / "circuits").mkdir(parents=True, exist_ok=True)
         for i, one in enumerate(self.found):
             one.reduction.save(folder / "circuits" / f"{i}.reduction")
         self.together.save(folder / "circuits" / "together.reduction")
+        for older in (folder / "circuits").glob("*.reduction"):  # of a larger result
+            if older.stem.isdecimal() and int(older.stem) >= len(self.found):
+                older.unlink()
         write_text(folder / "behaviours.md", self.markdown())
         write_text(folder / "behaviours.json", json.dumps(self._about(), indent=1, ensure_ascii=False) + "\n")
 

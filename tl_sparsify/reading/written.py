@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparsify.reading.heard import Heard
@@ -98,14 +98,12 @@ class Ledger:
 @dataclass(frozen=True)
 class Written:
     """What a reader's hook is told: its name, and what has been written into the stream before it; ``removed``: by how
-    much earlier hooks have changed any share of that; ``moved``: hook points of the stream behind a writer that
-    somebody sets, and in which examples; ``heard``: what it may give back instead of copies."""
+    much earlier hooks have changed any share of that; ``heard``: what it may give back instead of copies."""
 
     name: str
     parts: tuple[Part, ...]
     ledgers: dict[int, Ledger]
     removed: list[Callable[[Tensor], Tensor | None]]
-    moved: list[tuple[str, Bool[Tensor, "batch"]]]
     heard: Heard | None = None
 
     def sums(

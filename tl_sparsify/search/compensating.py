@@ -167,7 +167,7 @@ def sparsify_affine(
         under = {"interventions": interventions, "batch_size": batch_size, "seed": seed, "recall": recall}
         measured = risk(model, current, judged, metric=metric, **under)
         order.append(picks)
-        rounds.append(Round(current, Estimate(total, float("nan"), len(judged), measured.unit), measured, 0.0))
+        rounds.append(Round(current, Estimate(total, float("nan"), len(judged), measured.unit), measured, float("nan")))
     held = 0 if always_keep is None else len(always_keep)
     order.append(_removed(banks(train, settings), units, len(current.circuit) - held))
     left = torch.ones(len(units), dtype=torch.bool).index_fill(0, torch.cat(order), False)

@@ -36,7 +36,7 @@ from tl_sparsify.core.metrics import Metric, cross_entropy_slope, output_probes
 from tl_sparsify.core.moments import mean_of, unit_moments
 from tl_sparsify.core.probes import pulled
 from tl_sparsify.core.reduction import Reduction, fingerprint
-from tl_sparsify.core.units import Model, Units, check_positions
+from tl_sparsify.core.units import Model, Units
 from tl_sparsify.search.affine import neighbours
 from tl_sparsify.search.refitting import refit
 
@@ -73,7 +73,6 @@ def zero(model: Model, examples: Examples, units: Units) -> Values:
         >>> tls.constants.zero(model, train, units).tensors[0].abs().max().item()
         0.0
     """
-    check_positions(units, len(examples))
     first = units.for_examples(torch.arange(1))
     shown = mean_of(unit_moments(model, examples[:1], first, batch_size=1), model, first)
     return Values(units, tuple(map(torch.zeros_like, shown.tensors)), "zero")
