@@ -18,6 +18,7 @@ from helpers.models import (
     random_mask,
     random_values,
     reduction_of,
+    seeded,
     unchecked,
     units_of,
 )

@@ -266,5 +266,3 @@ def test_zeros_of_units_that_are_placed_by_example_are_those_of_the_means():
         zero, mean = constants.zero(model, data, units), constants.mean(model, data, units)
         assert zero.units == units and all(not v.any() for v in zero.tensors)
         assert [v.shape for v in zero.tensors] == [v.shape for v in mean.tensors]
-    with pytest.raises(ValueError, match="places of 6 examples, and there are 5"):
-        constants.zero(model, data[torch.arange(5)], units_of(model).at(where))

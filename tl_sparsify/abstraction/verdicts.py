@@ -131,7 +131,7 @@ def judged(evidence: Frame) -> list[Verdict]:
         best = beside.loc[beside.accuracy.idxmax()] if len(beside) else None
         # tables that older versions wrote do not say what their pairs tell apart, and are judged as they were
         apart, is_answer = float(getattr(row, "tells_apart", "nan")), bool(getattr(row, "is_answer", False))
-        alike, changes_none = apart < TOLD_APART and not is_answer, bool(np.isnan(row.accuracy_changed))
+        alike, changes_none = apart < TOLD_APART and not is_answer, getattr(row, "changes", float("nan")) == 0
         found.append(
             Verdict(
                 model=row.model,
