@@ -93,7 +93,7 @@ class Verdict:
     def reservation(self) -> str:
         """What must be said beside the verdict, with the mend: that no answer should change, that the pairs cannot
         tell the variable from the answer, or that the variable is the answer. Empty where there is nothing to say."""
-        if self.verdict == "cannot tell" and np.isnan(self.changed):
+        if self.verdict == "cannot tell" and np.isnan(self.changed) and not self.tells_apart < TOLD_APART:
             return (
                 f"{self.variable} changes the expected answer of no pair that counts: units that carry nothing are "
                 "right on all of them. Give pairs in which it does."
