@@ -202,8 +202,10 @@ def first_hooks(model: Any, names: list[str]) -> list[Hook]:
     of its own. TransformerLens repeats these once more for each head of a group, and so are queries: all are equal."""
     found = (re.fullmatch(rf"blocks\.(\d+)\.(?:{'|'.join(_SINGLE)})\.edges", name) for name in names)
     layers = sorted({int(match[1]) for match in found if match})
-    heads = {layer: len(model.blocks[layer].attn.W_Q) for layer in layers}
-    return [(f"blocks.{layer}.attn.hook_z", partial(_once, model, layer, many)) for layer, many in heads.items()]
+    return [
+        (f"blocks.{layer}.attn.hook_z", partial(_once, model, layer, len(model.blocks[layer].attn.W_Q)))
+        for layer in layers
+    ]
 
 
 def _single(layer: int, names: Iterable[str]) -> bool:
@@ -264,7 +266,8 @@ def _by_head(
     x: Float[Tensor, "batch pos heads some"], weight: Float[Tensor, "heads some others"]
 ) -> Float[Tensor, "batch pos heads others"]:
     """Each head's own product; nothing is copied on the way in."""
-    return torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x)).transpose(0, 1).unflatten(0, x.shape[:2])
+    made = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x))
+    return made.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def _note_mlp(model: Any, layer: int, out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:

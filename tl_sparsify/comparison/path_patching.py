@@ -38,9 +38,10 @@ from tl_sparsify.core.site import Positions
 from tl_sparsify.core.units import Model, Units
 
 _Chain = tuple[tuple[int, ...], ...]
+"""The edges of a path, in order; several at one step where a head is named as a whole (its query, key and value)."""
+
 _HEAD = re.compile(r"L\d+H\d+(\.[kv])?")
 _GROUP = re.compile(r"->L\d+G\d+")
-"""The edges of a path, in order; several at one step where a head is named as a whole (its query, key and value)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,9 +111,11 @@ def check_held_out(units: Units, held_out: Any, train: Examples) -> None:
     Raises:
         ValueError: either.
     """
+    if held_out is None or held_out is train:
+        return
     check_examples(held_out, "held_out")
     check_positions(units, len(held_out))
-    for site in () if held_out is train else units.sites:
+    for site in units.sites:
         if isinstance(site.positions, Tensor) and not bool((site.positions == site.positions[:1]).all()):
             raise ValueError(
                 f"positions of {site.hook} are a tensor of places, one for each example of train, which does not say "

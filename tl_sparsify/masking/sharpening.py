@@ -120,7 +120,7 @@ def sharpen(
             f"path has {last.kind} values, fitted in its rounds: search with Refitting(0), and refit after"
         )
     check_call(model, train, units, seed=seed, batch_size=batch_size)
-    check_held_out(units, train if held_out is None else held_out, train)
+    check_held_out(units, held_out, train)
     check_fingerprint(model, last)
     if always_keep is not None and always_keep.units != units:
         raise ValueError(f"always_keep is a circuit over {always_keep.units!r}, not over {units!r}")

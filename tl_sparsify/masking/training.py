@@ -79,7 +79,7 @@ def trained(
     examples of a step count alike unless a ``weighting`` says otherwise. Where more examples are seen than there are,
     the original's logits come from one pass over all (:func:`remembered`), or from the caller's, ``original``."""
     check_call(model, examples, units, seed=seed)
-    check_held_out(units, examples if held_out is None else held_out, examples)
+    check_held_out(units, held_out, examples)
     for what, given in (("steps", steps), ("per_step", per_step)):
         if given is not None and check_count(what, given, least=None, most=MOST) < 1:
             raise ValueError(f"{what} is {given}; at least one is needed")

@@ -133,7 +133,7 @@ def sparsify_affine(
         CircuitPath(2 rounds, 768 to 154 units, risk at the end ... nats (n=64))
     """
     check_call(model, train, units, seed=seed, batch_size=batch_size)
-    check_held_out(units, train if held_out is None else held_out, train)
+    check_held_out(units, held_out, train)
     check_count("probes", probes, most=MOST)
     check_temperature(temperature)
     check_positive("ridge", ridge)

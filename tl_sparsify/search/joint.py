@@ -149,7 +149,7 @@ def sparsify(
             raise ValueError(f"refitting.steps is {refit_steps}, and values are no constants to be refitted: give 0")
         refit_steps = 0
     judged = train if held_out is None else held_out
-    check_held_out(units, judged, train)
+    check_held_out(units, held_out, train)
     predict = held_out is not None or metric is not None if predict is None else predict
     clean = interventions == NONE
     shared: dict[str, Any] = {"metric": metric, "interventions": interventions, "batch_size": batch_size}
