@@ -231,6 +231,15 @@ def test_several_sites_of_one_kind_in_a_layer_have_a_row_each():
     assert labels == ["layer 0@3: 3", "layer 0@4: 0", "layer 2@3: 2", "layer 2@4: 0"]
 
 
+def test_a_kind_with_fewer_sites_in_a_layer_has_no_count_of_none():
+    """Heads at two positions beside neurons everywhere: the second row of a layer has no neurons to count."""
+    heads, neurons = Units(UNITS.sites[:1]), Units(tuple(site for site in UNITS.sites if site.kind == "neuron")[:1])
+    assert heads.sites[0].layer == neurons.sites[0].layer
+    figure = plot.unit_map(Circuit.full(heads.at(3) + heads.at(4) + neurons))
+    labels = [[tick.get_text() for tick in axes.get_yticklabels()] for axes in figure.axes]
+    assert labels == [["layer 0@3: 3", "layer 0@4: 3"], [f"layer 0: {len(neurons)}", ""]]
+
+
 def test_the_head_map_tells_scores_that_are_no_number_from_heads_that_there_are_not():
     found = scores()
     values = found.scores.clone()

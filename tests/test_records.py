@@ -183,6 +183,12 @@ def test_pairs_wrong_answers_and_choices():
     assert len(unpaired.examples) == 7 and unpaired.examples.counterfactual_tokens is None
 
 
+def test_pairs_have_no_wrong_answer_where_there_is_to_be_none():
+    rows = [{"prompt": "the cat", "answers": [(" sat", " ran")]}]
+    assert load(rows).examples.counterfactual_labels is not None
+    assert load(rows, wrong_answer=None).examples.counterfactual_labels is None
+
+
 def test_prompts_longer_than_the_context():
     found = load([*GOOD, {"prompt": "then the cat and", "answer": " sat"}], max_length=3, unusable="drop")
     assert found.rows == (0, 1) and found.dropped["detail"].tolist() == ["4 tokens, at most 3"]

@@ -73,8 +73,9 @@ def table(
     spans: str | Mapping[str, str] | None,
     answers_as: str,
     prefix: str,
+    paired: bool = True,
 ) -> Table:
-    """What the rows say in their columns.
+    """What the rows say in their columns; ``paired``: pairs of answers have a wrong one.
 
     Raises:
         ValueError: numbers of which it is not said what they are, spans that are none.
@@ -86,7 +87,7 @@ def table(
 
     split = [_split(entry) for entry in read("answer") or []]
     wrong = read("wrong_answer")
-    against = [pair[1] for pair in split] if wrong is None else [_split(entry)[0] for entry in wrong]
+    against = [pair[1] if paired else [] for pair in split] if wrong is None else [_split(entry)[0] for entry in wrong]
     name = named["wrong_answer"] or named["answer"]
     answers, problems = _typed(
         "answer", [right for right, _ in split], listed, str(named["answer"]), answers_as, prefix

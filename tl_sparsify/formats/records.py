@@ -92,7 +92,8 @@ def load_examples(
         prompt, answer, wrong_answer, counterfactual_prompt: columns, nested ones by dotted name
             (``symbol_counterfactual.prompt``). ``auto``: by the names that they often have (``prompt`` or ``clean``;
             ``answer``, ``answers`` or ``correct_idx``; ``wrong_answer``, ``wrong_answers`` or ``incorrect_idx``;
-            ``counterfactual_prompt``, ``corrupted`` or ``corrupt``). ``None``: there is none.
+            ``counterfactual_prompt``, ``corrupted`` or ``corrupt``). ``None``: there is none, and no wrong answer from
+            pairs either.
         choices: the answer vocabulary, or the column that lists each row's choices; whole numbers as answers are then
             places in that list, from 0.
         answers_as: what numbers are: ``ids`` of tokens or ``text``; ``auto``: ids in columns whose name ends in
@@ -151,7 +152,7 @@ def load_examples(
             f"left_out is {left_out!r}; source has no such column: its columns are {', '.join(columns(rows))}"
         )
     listed = listed_choices(rows, choices)
-    said = table(rows, named, listed, spans, answers_as, answer_prefix)
+    said = table(rows, named, listed, spans, answers_as, answer_prefix, paired=wrong_answer is not None)
     settings: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side, "max_length": max_length}
     vocabulary = int(getattr(getattr(tokenizer_or_model, "cfg", None), "d_vocab", 0) or len(tokenizer))
 

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparsify.reading.norms import affine_of
+
 Act = Callable[..., Tensor | None]
 Rule = tuple[str, Act]
 """A hook point, and what is done there."""
@@ -101,7 +103,7 @@ def frozen_norm(
         return y
     x = x if x.dtype == torch.float64 else x.float()
     x = x if getattr(norm, "uses_rms_norm", False) else x - x.mean(-1, keepdim=True)
-    weight, bias = _affine(norm)
+    weight, bias = affine_of(norm, norm)
     seen = (x if weight is None else x * weight).detach()
     flat = (y if bias is None else y - bias).detach()
     size = (seen * seen).sum(-1, keepdim=True)
@@ -109,17 +111,10 @@ def frozen_norm(
     return _as_made(y, x * ((flat * seen).sum(-1, keepdim=True) / torch.where(size == 0, 1, size)), norm, "a reader")
 
 
-def _affine(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What a norm multiplies by, and what it adds."""
-    weight = getattr(norm, "weight", None)
-    offset = weight is not None and getattr(norm, "uses_weight_offset", False)
-    return 1 + weight if offset else weight, getattr(norm, "bias", None)  # type: ignore[operator]
-
-
 def _as_made(
     y: Float[Tensor, "*shape"], normalized: Float[Tensor, "*shape"], norm: Any, where: str
 ) -> Float[Tensor, "*shape"]:
-    weight, bias = _affine(norm)
+    weight, bias = affine_of(norm, norm)
     made = normalized if weight is None else normalized * weight
     made = made if bias is None else made + bias
     allowed = 1e-3 if y.dtype in (torch.float32, torch.float64) else 5e-2

@@ -70,8 +70,9 @@ def unit_map(reduction: Reduction | Circuit, scores: Scores | None = None) -> Fi
         figure.subplots(1, len(kinds), width_ratios=ratios, squeeze=False)[0], kinds, widths, cells, strict=True
     ):
         grid = np.full((len(rows), parts), np.nan)
-        labels = [f"layer {layer}: 0" for layer, _ in rows]
         own = [(site, part) for site, part in zip(units.sites, units.slices, strict=True) if site.kind == kind]
+        layers = {site.layer for site, _ in own}  # the rows of other kinds in one of these stay unnamed
+        labels = ["" if layer in layers else f"layer {layer}: 0" for layer, _ in rows]
         for site, part, place in zip(units.sites, units.slices, places, strict=True):
             if site.kind != kind:
                 continue

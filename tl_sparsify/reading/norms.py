@@ -64,7 +64,7 @@ def norm_slope(norm: Any, x: Float[Tensor, "batch pos d_model"]) -> NormSlope | 
     centred = isinstance(inner, torch.nn.LayerNorm)
     if not centred and not type(inner).__name__.endswith("RMSNorm"):
         return None
-    weight, bias = (None if part is None else part.detach().to(x) for part in _affine(norm, inner))
+    weight, bias = (None if part is None else part.detach().to(x) for part in affine_of(norm, inner))
     with torch.no_grad():
         y = inner(x.to(next(inner.parameters(), x).dtype)).to(x)
         flat = y if bias is None else y - bias
@@ -78,8 +78,8 @@ def norm_slope(norm: Any, x: Float[Tensor, "batch pos d_model"]) -> NormSlope | 
     return NormSlope(scale, moved * scale, weight, bias, centred)
 
 
-def _affine(norm: Any, inner: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What a norm multiplies by, and what it adds."""
+def affine_of(norm: Any, inner: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What a norm multiplies by, and what it adds; ``inner``: the module that has its weights."""
     weight = getattr(inner, "weight", None)
     offset = weight is not None and getattr(norm, "uses_weight_offset", False)
     return 1 + weight if offset else weight, getattr(inner, "bias", None)  # type: ignore[operator]
