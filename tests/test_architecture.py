@@ -26,7 +26,7 @@ ORDER = {
     "abstraction": "causal_model verdicts evidence between interchange controls certificates verify das candidates "
     "boundless align scrubbing rivals subspaces",
     "formats": "rows answers columns spans checks assembly records mib_names mib_files "
-    "mib_graph mib_scores mib_tasks mib importers share",
+    "mib_edges mib_graph mib_scores mib_tasks mib importers share",
     "tasks": "native real_models places task tokenizers language_models pairing input_space text "
     "published causalgym ravel compiled accuracy beginning overview",
     "masking": "gates training hard_concrete top_k_gate information_bottleneck weaving sharpening",

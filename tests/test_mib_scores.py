@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.graphs import names, slowly_joined
 from helpers.models import bridge, examples
 
 import tl_sparsify as tls
@@ -33,26 +34,6 @@ def edge_graph(model: Any, seed: int) -> tls.mib.Graph:
     graph = tls.mib.graph(model, Circuit.full(heads(model) + mlps(model)), scored(heads(model) + mlps(model), seed))
     scores = torch.randn(len(graph.edge_scores), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return tls.mib.Graph(graph.sizes, graph.kept_nodes, graph.kept_edges, graph.node_scores, scores)
-
-
-def slowly_joined(nodes: set[str], edges: set[str]) -> tuple[set[str], set[str]]:
-    """Take away what dangles, one after the other, until nothing does."""
-    ends = {edge: (edge.split("->")[0], edge.split("->")[1].split("<")[0]) for edge in edges}
-    while True:
-        for edge in sorted(edges):
-            if not set(ends[edge]) <= nodes:
-                edges = edges - {edge}
-                break
-        else:
-            out, into = {ends[e][0] for e in edges} | {"logits"}, {ends[e][1] for e in edges} | {"input"}
-            loose = sorted(node for node in nodes if node != "logits" and (node not in out or node not in into))
-            if not loose:
-                return nodes, edges
-            nodes = nodes - {loose[0]}
-
-
-def names(all_names: tuple[str, ...], kept: torch.Tensor) -> set[str]:
-    return {name for name, there in zip(all_names, kept.tolist(), strict=True) if there}
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 12, 30, 46])

@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_sparsify.core.basis import directions
 from tl_sparsify.core.units import Units
 from tl_sparsify.formats.mib_files import read_tensor_file
-from tl_sparsify.formats.mib_graph import Graph
+from tl_sparsify.formats.mib_graph import Graph, graph_of_edges
 from tl_sparsify.formats.mib_graph import sizes as sizes_of
 from tl_sparsify.formats.mib_names import Sizes
 
@@ -249,13 +249,6 @@ def _reader_names(sizes: Sizes, layer: int, part: str) -> list[list[str]]:
 
 
 def _graph(sizes: Sizes, scores: Mapping[str, float], kept: Mapping[str, bool]) -> Graph:
-    """A graph of edges; a node is in it if an edge is."""
-    edges = torch.tensor([kept.get(name, False) for name in sizes.edges])
-    ends = {end.split("<")[0] for name, there in kept.items() if there for end in name.split("->")}
-    return Graph(
-        sizes,
-        torch.tensor([name in ends or name == "logits" for name in sizes.nodes]),
-        edges,
-        torch.full((len(sizes.nodes),), float("nan"), dtype=torch.float64),
-        torch.tensor([scores.get(name, 0.0) for name in sizes.edges], dtype=torch.float64),
-    )
+    there = torch.tensor([kept.get(name, False) for name in sizes.edges])
+    found = torch.tensor([scores.get(name, 0.0) for name in sizes.edges], dtype=torch.float64)
+    return graph_of_edges(sizes, there, found)

@@ -1,7 +1,8 @@
 """Circuits as the Mechanistic Interpretability Benchmark has them.
 
-A circuit of units says nothing of edges: one is in the graph if both its ends are. Its score is the lesser of its ends'
-scores, so that edges above a threshold are those between units above it.
+A circuit of edges is one of its graphs. A circuit of heads and MLPs says nothing of edges: one is in the graph if both
+its ends are. Its score is the lesser of its ends' scores, so that edges above a threshold are those between units above
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.files import reading
 from tl_sparsify.core.circuit import Circuit
+from tl_sparsify.core.edges import edges
 from tl_sparsify.core.units import Model, Units, heads, mlps
+from tl_sparsify.formats.mib_edges import owners
 from tl_sparsify.formats.mib_files import Parts, cells, read_parts, write_parts
 from tl_sparsify.formats.mib_names import Sizes, edge_table
 from tl_sparsify.search.scores import Scores
@@ -73,17 +76,38 @@ class Graph:
     @checked
     def circuit(self, model: Model) -> Circuit:
         """The circuit of ``heads(model) + mlps(model)`` that are nodes of this graph. Which edges are in the graph is
-        lost where that is more than which nodes are. No model pass.
+        lost where that is more than which nodes are (:meth:`edge_circuit`). No model pass.
 
         Raises:
             ValueError: a model of other sizes.
         """
-        found = sizes(model)
-        if found != self.sizes:
-            raise ValueError(f"model has {found}, the graph {self.sizes}: it is a circuit of another model")
+        self._check_of(model)
         kept = {name for name, kept in zip(self.sizes.nodes, self.kept_nodes.tolist(), strict=True) if kept}
         units = heads(model) + mlps(model)
         return Circuit(units, torch.tensor([name in kept for name in node_of_units(units)]))
+
+    @checked
+    def edge_circuit(self, model: Model) -> Circuit:
+        """The circuit of ``tls.edges(model, grouped=False)`` that are edges of this graph. No model pass.
+
+        Raises:
+            ValueError: a model of other sizes, or whose edges are not known (:func:`edges`).
+
+        Example:
+            >>> graph = tls.mib.graph(model, tls.Circuit.of(tls.edges(model), ["embed->L1MLP", "L1MLP->logits"]))
+            >>> graph.edge_circuit(model).names
+            ('embed->L1MLP', 'L1MLP->logits')
+        """
+        self._check_of(model)
+        units = edges(model, grouped=False)
+        owner, mask = owners(units, self.sizes, "model"), torch.zeros(len(units), dtype=torch.bool)
+        mask[owner] = self.kept_edges
+        return Circuit(units, mask)
+
+    def _check_of(self, model: Any) -> None:
+        found = sizes(model)
+        if found != self.sizes:
+            raise ValueError(f"model has {found}, the graph {self.sizes}: it is a circuit of another model")
 
     @checked
     def top(self, n: int, *, of: Literal["edges", "nodes"] = "edges", absolute: bool = True) -> Graph:
@@ -113,12 +137,9 @@ class Graph:
         order = first[ranked[first].argsort(descending=True, stable=True)]
         best = torch.zeros(len(scores), dtype=torch.bool)
         best[order[:n]] = True
-        if of == "edges":
-            nodes, edges = torch.ones(len(self.node_scores), dtype=torch.bool), best
-        else:
-            nodes, edges = best | scores.isnan(), torch.ones(len(self.edge_scores), dtype=torch.bool)
-        nodes, edges = _joined(self.sizes, nodes, edges)
-        return replace(self, kept_nodes=nodes, kept_edges=edges)
+        every = torch.ones(len(self.node_scores if of == "edges" else self.edge_scores), dtype=torch.bool)
+        nodes, kept = (every, best) if of == "edges" else (best | scores.isnan(), every)
+        return joined(replace(self, kept_nodes=nodes, kept_edges=kept))
 
     @checked
     def save(self, path: str | Path) -> None:
@@ -153,11 +174,11 @@ def _ends(sizes: Sizes) -> tuple[Int[Tensor, "edges"], Int[Tensor, "edges"]]:
     return torch.tensor([place[a] for _, a, _ in table]), torch.tensor([place[b] for _, _, b in table])
 
 
-def _joined(
-    sizes: Sizes, nodes: Bool[Tensor, "nodes"], edges: Bool[Tensor, "edges"]
-) -> tuple[Bool[Tensor, "nodes"], Bool[Tensor, "edges"]]:
-    """What of them is joined: an edge needs both its nodes, a node an edge on either side, but for input and logits."""
-    start, end = _ends(sizes)
+def joined(graph: Graph) -> Graph:
+    """The graph without what is not joined: an edge needs both its nodes, a node an edge on either side, but for input
+    and logits."""
+    start, end = _ends(graph.sizes)
+    nodes, edges = graph.kept_nodes, graph.kept_edges
     while True:
         kept = edges & nodes[start] & nodes[end]
         out, into = torch.zeros_like(nodes), torch.zeros_like(nodes)
@@ -166,8 +187,16 @@ def _joined(
         left = nodes & out & into
         left[-1] = True
         if torch.equal(left, nodes) and torch.equal(kept, edges):
-            return nodes, edges
+            return replace(graph, kept_nodes=nodes, kept_edges=edges)
         nodes, edges = left, kept
+
+
+def graph_of_edges(sizes: Sizes, kept: Bool[Tensor, "edges"], scores: Float[Tensor, "edges"]) -> Graph:
+    """A graph of edges; a node is in it if an edge is."""
+    start, end = _ends(sizes)
+    nodes = torch.zeros(len(sizes.nodes), dtype=torch.bool)
+    nodes[start[kept]], nodes[end[kept]], nodes[-1] = True, True, True
+    return Graph(sizes, nodes, kept, torch.full((len(nodes),), math.nan, dtype=torch.float64), scores)
 
 
 @checked
@@ -196,25 +225,29 @@ def sizes(model: Any) -> Sizes:
 
 @checked
 def graph(model: Model, circuit: Circuit, scores: Scores | None = None) -> Graph:
-    """A circuit of heads, whole MLPs or both as the benchmark's graph. No model pass.
+    """A circuit of edges, or of heads, whole MLPs or both, as the benchmark's graph. No model pass.
 
     Units that the circuit is not about (the MLPs, for a circuit of heads) are in the graph, because they are not
-    removed.
+    removed. An edge into what several heads share (a group's keys and values, a layer) is one into each of them.
 
     Args:
-        scores: for the nodes: the scores of these units, or of some of them; where not given, 1 for a unit that is kept
-            and 0 for one that is not. Readers of the format compare absolute values: give ``scores.absolute`` where
-            some are negative.
+        scores: for the nodes or edges: the scores of these units, or of some of them; where not given, 1 for a unit
+            that is kept and 0 for one that is not. Readers of the format compare absolute values: give
+            ``scores.absolute`` where some are negative.
 
     Raises:
-        ValueError: neurons and other units that the format does not have, units at some positions only, of another
-            model, or a score that is NaN.
+        ValueError: neurons and other units that the format does not have, edges beside others, units at some positions
+            only, of another model, or a score that is NaN.
 
     Example:
         >>> tls.mib.graph(model, scores.top(0.5), scores)
         Graph(11 of 17 nodes, 85 of 262 edges)
+        >>> tls.mib.graph(model, tls.Circuit.of(tls.edges(model), ["embed->L1H1.v", "L1H1->logits"]))
+        Graph(3 of 17 nodes, 2 of 262 edges)
     """
     found = sizes(model)
+    if of_edges(circuit.units):
+        return _from_edges(found, circuit, scores)
     kept = dict.fromkeys(found.nodes, True)
     kept |= dict(zip(_checked(circuit.units, found, "circuit"), circuit.mask.tolist(), strict=True))
     if scores is None:
@@ -233,6 +266,23 @@ def graph(model: Model, circuit: Circuit, scores: Scores | None = None) -> Graph
         torch.tensor([known.get(name, math.nan) for name in found.nodes], dtype=torch.float64),
         torch.tensor([min(known.get(a, most), known.get(b, most)) for _, a, b in ends], dtype=torch.float64),
     )
+
+
+def of_edges(units: Units) -> bool:
+    """Whether edges are among the units."""
+    return any(site.kind == "edge" for site in units.sites)
+
+
+def _from_edges(found: Sizes, circuit: Circuit, scores: Scores | None) -> Graph:
+    owner = owners(circuit.units, found, "circuit")
+    kept = (owner < 0) | circuit.mask[owner]
+    if scores is None:
+        return graph_of_edges(found, kept, kept.double())
+    by, known = owners(scores.units, found, "scores"), scores.scores.double().cpu()
+    wrong = [name for name, score in zip(scores.units.names, known.tolist(), strict=True) if not math.isfinite(score)]
+    if wrong:
+        raise ValueError(f"scores of {len(wrong)} edges are not finite (first: {wrong[0]}): the format needs numbers")
+    return graph_of_edges(found, kept, torch.where(by < 0, known.max(), known[by]))
 
 
 @checked

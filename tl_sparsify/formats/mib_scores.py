@@ -12,7 +12,7 @@ there: nothing of the example itself is left, not even its embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,9 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.metrics import Metric, by_example, mean_difference, measured_by
-from tl_sparsify.core.units import Model, heads, mlps
-from tl_sparsify.formats.mib_graph import Graph, graph
+from tl_sparsify.core.units import Model
+from tl_sparsify.formats.mib_edges import owners
+from tl_sparsify.formats.mib_graph import Graph, graph, joined, of_edges
 from tl_sparsify.search.path import CircuitPath
 from tl_sparsify.search.scores import Scores
 
@@ -88,8 +89,9 @@ def areas(edges: Sequence[float | int], faithfulness: Sequence[float | int]) -> 
 
 @checked
 def circuits(model: Model, source: Scores | CircuitPath, sizes: Sequence[float] = PERCENTAGES[:-1]) -> list[Graph]:
-    """The largest circuit of heads and MLPs with at most each share of the model's edges, in the order of the scores or
-    of the path. No model pass.
+    """The largest circuit with at most each share of the model's edges, in the order of the scores or of the path: of
+    heads and MLPs, or of edges, which are taken without those that are not joined to both the input and the logits.
+    No model pass.
 
     Raises:
         ValueError: units that the benchmark does not have, a size outside (0, 1].
@@ -99,25 +101,49 @@ def circuits(model: Model, source: Scores | CircuitPath, sizes: Sequence[float] 
         [Graph(6 of 17 nodes, 19 of 262 edges), Graph(12 of 17 nodes, 114 of 262 edges)]
     """
     scores = source if isinstance(source, Scores) else _as_scores(source)
+    return [part for _, part in _of_sizes(model, scores, sizes)]
+
+
+def _of_sizes(model: Any, scores: Scores, sizes: Sequence[float]) -> list[tuple[Circuit, Graph]]:
+    """The circuit of each size, and its graph."""
     whole = graph(model, Circuit.full(scores.units), scores)
-    order = scores.order.flip(0)
-    least = int(_of(model, scores, order[:0]).kept_edges.sum())
-    found: list[Graph] = []
+    edgewise, total = of_edges(scores.units), len(whole.kept_edges)
+    most = _most_edges(whole, scores) if edgewise else _most_nodes(model, scores)
+    least = int(_of(model, scores, 0)[1].kept_edges.sum())
+    found: list[tuple[Circuit, Graph]] = []
     for size in sizes:
         if not 0 < size <= 1:
             raise ValueError(f"size is {size}; it lies in (0, 1]")
-        if least > size * len(whole.kept_edges) and least > 1:
+        if least > size * total and least > 1:
             raise ValueError(
-                f"size {size} is {int(size * len(whole.kept_edges)):,} edges, and units that are not among "
-                f"{scores.units!r} have {least:,}: score heads(model) + mlps(model)"
+                f"size {size} is {int(size * total):,} edges, and units that are not among {scores.units!r} have "
+                f"{least:,}: score {'edges(model)' if edgewise else 'heads(model) + mlps(model)'}"
             )
-        low, high = 0, len(scores.units)
-        while low < high:  # the most units whose edges are not too many
-            middle = (low + high + 1) // 2
-            fits = int(_of(model, scores, order[:middle]).kept_edges.sum()) <= size * len(whole.kept_edges)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        found.append(_of(model, scores, order[:low]))
+        circuit, part = _of(model, scores, most(size * total))
+        found.append((circuit, joined(part) if edgewise else part))
     return found
+
+
+def _most_nodes(model: Any, scores: Scores) -> Callable[[float], int]:
+    """The most units whose edges are no more than so many."""
+
+    def most(edges: float) -> int:
+        low, high = 0, len(scores.units)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(_of(model, scores, middle)[1].kept_edges.sum()) <= edges
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    return most
+
+
+def _most_edges(whole: Graph, scores: Scores) -> Callable[[float], int]:
+    """The same of edges, each of which is one or more of the benchmark's."""
+    owner = owners(scores.units, whole.sizes, "scores")
+    each = torch.bincount(owner[owner >= 0], minlength=len(scores.units))[scores.order.flip(0).cpu()]
+    least = int((owner < 0).sum())
+    return lambda edges: int((least + each.cumsum(0) <= edges).sum())
 
 
 @checked
@@ -181,20 +207,24 @@ def standing(
         >>> found = tls.score.risk(model, train, tls.heads(model) + tls.mlps(model), probes=1)
         >>> tls.mib.standing(model, found, test).edges[-1]
         262
+        >>> edges = tls.edges(model)
+        >>> paired = tls.constants.counterfactual(model, train, edges)
+        >>> path = tls.sparsify(model, train, edges, values=paired, rounds=3, smallest=0.05, progress=False)
+        >>> len(tls.mib.standing(model, path, test).faithfulness)
+        10
     """
     check_model(model)
-    found = circuits(model, source)
-    units = heads(model) + mlps(model)
-    masks = [part.circuit(model).mask for part in found]
+    scores = source if isinstance(source, Scores) else _as_scores(source)
+    found, units = _of_sizes(model, scores, PERCENTAGES[:-1]), scores.units
     other = InterventionDistribution.interchange(1.0, "counterfactual")
-    totals = torch.zeros(2 + len(masks), dtype=torch.float64)
+    totals = torch.zeros(2 + len(found), dtype=torch.float64)
     with torch.no_grad():
         for index, batch in examples.batches(batch_size_for(model, examples, batch_size)):
             far = source_batch(other, examples, index, 0)
             values = run_values(model, far, units)
             runs = [answer_logits(model, batch), answer_logits(model, far)]
-            for mask in masks:
-                with intervened(model, Intervention(units, mask.float(), values)):
+            for circuit, _ in found:
+                with intervened(model, Intervention(units, circuit.mask.float(), values)):
                     runs.append(answer_logits(model, batch))
             totals += torch.stack(
                 [by_example(measured_by(metric, logits, batch), batch).double().sum().cpu() for logits in runs]
@@ -204,15 +234,16 @@ def standing(
         raise ValueError(
             "the model does no better on the examples than on their counterfactuals: nothing to be faithful to"
         )
-    edges = [int(part.kept_edges.sum()) for part in found] + [len(found[0].kept_edges)]
+    edges = [int(part.kept_edges.sum()) for _, part in found] + [len(found[0][1].kept_edges)]
     faithfulness = [(m - empty) / (full - empty) for m in some] + [1.0]
     return Standing(tuple(edges), tuple(faithfulness), *areas(edges, faithfulness))
 
 
-def _of(model: Any, scores: Scores, kept: torch.Tensor) -> Graph:
-    mask = torch.zeros(len(scores.units), dtype=torch.bool)
-    mask[kept] = True
-    return graph(model, Circuit(scores.units, mask), scores)
+def _of(model: Any, scores: Scores, count: int) -> tuple[Circuit, Graph]:
+    """The circuit of so many of the best units, and its graph."""
+    best = scores.order.flip(0)[:count].cpu()
+    circuit = Circuit(scores.units, torch.zeros(len(scores.units), dtype=torch.bool).index_fill(0, best, True))
+    return circuit, graph(model, circuit, scores)
 
 
 def _as_scores(path: CircuitPath) -> Scores:

@@ -79,7 +79,7 @@ def sharpen(
     Args:
         path: of constants or counterfactual values that were not refitted in its rounds (refit afterwards). Units that
             its ``start`` had removed already may come back. Where there are passes for masks, search it with
-            ``exchanges=0``, and leave to them what rounds that are made again would take (``benchmarks/sharpening.py``).
+            ``exchanges=0``, and leave to them what rounds that are made again take (``benchmarks/sharpening.py``).
         sizes: of the circuits, as fractions of the units that fall; those of the path's rounds where not given.
         steps: of Adam, of both trainings together, each with a cosine schedule; where not given as many as make 20
             passes over ``train``.
