@@ -15,8 +15,7 @@ from torch import Tensor
 from tl_sparsify.core.units import Units
 from tl_sparsify.formats.mib_names import Sizes
 
-_WRITER = re.compile(r"embed|L(?P<layer>\d+)(?:H(?P<head>\d+)|MLP)")
-_READER = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|G(?P<group>\d+)|ATTN)(?:\.(?P<part>[qkv]))?")
+_SHARED = re.compile(r"L(?P<layer>\d+)(?:G(?P<group>\d+)|ATTN)")
 
 
 def owners(units: Units, sizes: Sizes, argument: str) -> Int[Tensor, "edges"]:
@@ -32,7 +31,7 @@ def owners(units: Units, sizes: Sizes, argument: str) -> Int[Tensor, "edges"]:
             raise ValueError(f"{argument} has units of kind {site.kind}: give edges alone")
         if site.positions is not None:
             raise ValueError(f"{argument} has edges at some positions only, {site.name(0)}: the format has none")
-        columns = list(map(_writer, site.writers))
+        columns = list(map(_node, site.writers))
         for row, reader in enumerate(site.readers):
             for name in _readers(reader, sizes.heads, len(site.readers)):
                 for column, writer in enumerate(columns):
@@ -46,25 +45,22 @@ def owners(units: Units, sizes: Sizes, argument: str) -> Int[Tensor, "edges"]:
     return torch.tensor([found.get(name, -1) for name in sizes.edges])
 
 
-def _writer(name: str) -> str:
-    match = _WRITER.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name} is no writer of the benchmark's")
-    if match["layer"] is None:
-        return "input"
-    return f"m{match['layer']}" if match["head"] is None else f"a{match['layer']}.h{match['head']}"
+def _node(name: str) -> str:
+    """``L0H1`` is ``a0.h1``, ``L0MLP`` is ``m0``, and ``embed`` the ``input``."""
+    head = re.sub(r"L(\d+)H(\d+)", r"a\1.h\2", name.replace("embed", "input"))
+    return re.sub(r"L(\d+)MLP", r"m\1", head)
 
 
 def _readers(name: str, heads: int, many: int) -> list[str]:
     """The benchmark's readers that a reader is, one of so ``many`` in its layer: several for what heads share."""
-    match = _READER.fullmatch(name)
-    if match is None:
-        return [name if name == "logits" else f"m{name.removeprefix('L').removesuffix('MLP')}"]
-    if match["head"] is not None:
-        own = [int(match["head"])]
-    elif match["group"] is not None:
-        shared = heads // many
-        own = list(range(int(match["group"]) * shared, (int(match["group"]) + 1) * shared))
+    whole, _, part = name.partition(".")
+    shared = _SHARED.fullmatch(whole)
+    if shared is None:
+        nodes = [_node(whole)]
     else:
-        own = list(range(heads))
-    return [f"a{match['layer']}.h{head}<{part}>" for head in own for part in match["part"] or "qkv"]
+        each = heads // many
+        first = int(shared["group"] or 0) * each
+        nodes = [f"a{shared['layer']}.h{head}" for head in range(first, first + each)]
+    if not nodes[0].startswith("a"):
+        return nodes
+    return [f"{node}<{letter}>" for node in nodes for letter in part or "qkv"]
