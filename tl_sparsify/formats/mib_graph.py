@@ -278,7 +278,8 @@ def _from_edges(found: Sizes, circuit: Circuit, scores: Scores | None) -> Graph:
     kept = (owner < 0) | circuit.mask[owner]
     if scores is None:
         return graph_of_edges(found, kept, kept.double())
-    by, known = owners(scores.units, found, "scores"), scores.scores.double().cpu()
+    by = owner if scores.units == circuit.units else owners(scores.units, found, "scores")
+    known = scores.scores.double().cpu()
     wrong = [name for name, score in zip(scores.units.names, known.tolist(), strict=True) if not math.isfinite(score)]
     if wrong:
         raise ValueError(f"scores of {len(wrong)} edges are not finite (first: {wrong[0]}): the format needs numbers")

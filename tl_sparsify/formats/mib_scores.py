@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tl_sparsify._internal.arguments import checked
 from tl_sparsify._internal.directory import directory
@@ -28,7 +30,7 @@ from tl_sparsify.core.examples import Examples
 from tl_sparsify.core.forward import answer_logits, batch_size_for, check_model, run_values
 from tl_sparsify.core.intervene import Intervention, intervened
 from tl_sparsify.core.metrics import Metric, by_example, mean_difference, measured_by
-from tl_sparsify.core.units import Model
+from tl_sparsify.core.units import Model, Units
 from tl_sparsify.formats.mib_edges import owners
 from tl_sparsify.formats.mib_graph import Graph, graph, joined, of_edges
 from tl_sparsify.search.path import CircuitPath
@@ -108,8 +110,9 @@ def _of_sizes(model: Any, scores: Scores, sizes: Sequence[float]) -> list[tuple[
     """The circuit of each size, and its graph."""
     whole = graph(model, Circuit.full(scores.units), scores)
     edgewise, total = of_edges(scores.units), len(whole.kept_edges)
-    most = _most_edges(whole, scores) if edgewise else _most_nodes(model, scores)
-    least = int(_of(model, scores, 0)[1].kept_edges.sum())
+    order = scores.order.flip(0).cpu()
+    most = _most_edges(whole, scores.units, order) if edgewise else _most_nodes(model, scores, order)
+    least = int(_of(model, scores, order[:0])[1].kept_edges.sum())
     found: list[tuple[Circuit, Graph]] = []
     for size in sizes:
         if not 0 < size <= 1:
@@ -119,31 +122,31 @@ def _of_sizes(model: Any, scores: Scores, sizes: Sequence[float]) -> list[tuple[
                 f"size {size} is {int(size * total):,} edges, and units that are not among {scores.units!r} have "
                 f"{least:,}: score {'edges(model)' if edgewise else 'heads(model) + mlps(model)'}"
             )
-        circuit, part = _of(model, scores, most(size * total))
+        circuit, part = _of(model, scores, order[: most(size * total)])
         found.append((circuit, joined(part) if edgewise else part))
     return found
 
 
-def _most_nodes(model: Any, scores: Scores) -> Callable[[float], int]:
+def _most_nodes(model: Any, scores: Scores, order: Int[Tensor, "units"]) -> Callable[[float], int]:
     """The most units whose edges are no more than so many."""
 
     def most(edges: float) -> int:
         low, high = 0, len(scores.units)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = int(_of(model, scores, middle)[1].kept_edges.sum()) <= edges
+            fits = int(_of(model, scores, order[:middle])[1].kept_edges.sum()) <= edges
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
     return most
 
 
-def _most_edges(whole: Graph, scores: Scores) -> Callable[[float], int]:
+def _most_edges(whole: Graph, units: Units, order: Int[Tensor, "units"]) -> Callable[[float], int]:
     """The same of edges, each of which is one or more of the benchmark's."""
-    owner = owners(scores.units, whole.sizes, "scores")
-    each = torch.bincount(owner[owner >= 0], minlength=len(scores.units))[scores.order.flip(0).cpu()]
-    least = int((owner < 0).sum())
-    return lambda edges: int((least + each.cumsum(0) <= edges).sum())
+    owner = owners(units, whole.sizes, "scores")
+    each = torch.bincount(owner[owner >= 0], minlength=len(units))
+    so_far = int((owner < 0).sum()) + each[order].cumsum(0)
+    return lambda edges: int((so_far <= edges).sum())
 
 
 @checked
@@ -239,10 +242,9 @@ def standing(
     return Standing(tuple(edges), tuple(faithfulness), *areas(edges, faithfulness))
 
 
-def _of(model: Any, scores: Scores, count: int) -> tuple[Circuit, Graph]:
-    """The circuit of so many of the best units, and its graph."""
-    best = scores.order.flip(0)[:count].cpu()
-    circuit = Circuit(scores.units, torch.zeros(len(scores.units), dtype=torch.bool).index_fill(0, best, True))
+def _of(model: Any, scores: Scores, kept: Int[Tensor, "kept"]) -> tuple[Circuit, Graph]:
+    """The circuit of these units, and its graph."""
+    circuit = Circuit(scores.units, torch.zeros(len(scores.units), dtype=torch.bool).index_fill(0, kept, True))
     return circuit, graph(model, circuit, scores)
 
 
